@@ -1,0 +1,1 @@
+"""Share pages between domains, the way Xen does."""

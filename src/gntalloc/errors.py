@@ -1,0 +1,109 @@
+"""Every error of this package, one tree, below everything else.
+
+    GntallocError (an OSError)
+    ├── DeviceError          a driver answered with an errno; the text says why
+    ├── Closed               you closed it (EBADF)
+    ├── Busy                 somebody else is using it just now (EBUSY)
+    ├── ViewsStillExported   a view of the pages is still alive (EBUSY, also a BufferError)
+    ├── PeerBroke            the other side did what the protocol forbids (EPROTO)
+    ├── TimedOut             the deadline passed (ETIMEDOUT, also a TimeoutError)
+    ├── MachineGone          the machine went away under you (ECONNRESET, also a ConnectionError)
+    ├── NoMachine            no machine, no domain, no device to talk to (ENODEV)
+    ├── NotKnownHere         real Xen cannot answer this; the text names what to do instead (EOPNOTSUPP)
+    └── BadGrantText         the text is not a grant (EINVAL, also a ValueError)
+
+Each carries `errno` and a text of three parts: what was asked, what stood in the way, what to do.
+Each survives pickle, so that it can cross a process boundary.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import ClassVar, Self
+
+__all__ = [
+    "BadGrantText",
+    "Busy",
+    "Closed",
+    "DeviceError",
+    "GntallocError",
+    "MachineGone",
+    "NoMachine",
+    "NotKnownHere",
+    "PeerBroke",
+    "TimedOut",
+    "ViewsStillExported",
+]
+
+
+class GntallocError(OSError):
+    """The root of the tree. `Error(text)` takes the class's own errno, `Error(errno, text)` any other."""
+
+    code: ClassVar[int] = _errno.EIO
+
+    # __new__, not __init__: OSError parses its arguments there, and pickle calls the class with `args`.
+    def __new__(cls, *args: object) -> Self:
+        if len(args) == 1:
+            args = (cls.code, *args)
+        return super().__new__(cls, *args)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class DeviceError(GntallocError):
+    """A device file refused: `errno` is the driver's, the text says which of its reasons it was."""
+
+
+class Closed(GntallocError):
+    """You closed this object (or its domain) and then used it."""
+
+    code = _errno.EBADF
+
+
+class Busy(GntallocError):
+    """Another thread or process is using this just now."""
+
+    code = _errno.EBUSY
+
+
+class ViewsStillExported(GntallocError, BufferError):
+    """Pages cannot be unmapped while a memoryview, slice or array of them is alive. Closing can be repeated."""
+
+    code = _errno.EBUSY
+
+
+class PeerBroke(GntallocError):
+    """The other side did something its protocol forbids."""
+
+    code = _errno.EPROTO
+
+
+class TimedOut(GntallocError, TimeoutError):
+    """The deadline you gave passed first. Nothing was lost: the call can be repeated."""
+
+    code = _errno.ETIMEDOUT
+
+
+class MachineGone(GntallocError, ConnectionError):
+    """The machine ended, or dropped this program. Pages already mapped stay valid until unmapped."""
+
+    code = _errno.ECONNRESET
+
+
+class NoMachine(GntallocError):
+    """There is no machine, no such domain, or no /dev/xen here."""
+
+    code = _errno.ENODEV
+
+
+class NotKnownHere(GntallocError):
+    """The real hypervisor does not tell this to a guest."""
+
+    code = _errno.EOPNOTSUPP
+
+
+class BadGrantText(GntallocError, ValueError):
+    """A text that `Grant.parse` cannot read."""
+
+    code = _errno.EINVAL
