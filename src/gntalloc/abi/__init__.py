@@ -1,0 +1,17 @@
+"""The numbers and structs that cross the kernel boundary, one module per device file. No behaviour.
+
+    ioc       how Linux makes an ioctl number
+    layout    what a kernel struct is here: a named tuple that knows its C layout
+    gntalloc  /dev/xen/gntalloc: allocate pages and grant them
+    gntdev    /dev/xen/gntdev: map what a peer granted
+    evtchn    /dev/xen/evtchn: event channels
+    grants    the grant table itself: entries, status codes, reserved domids
+
+All of it is tested against the C headers of the kernel, where a compiler is.
+"""
+
+from __future__ import annotations
+
+from gntalloc.abi import evtchn, gntalloc, gntdev, grants, ioc, layout
+
+__all__ = ["evtchn", "gntalloc", "gntdev", "grants", "ioc", "layout"]
