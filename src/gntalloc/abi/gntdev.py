@@ -72,7 +72,7 @@ class GrantRef(KernelStruct, NamedTuple("GrantRef", [("domid", int), ("ref", int
 
 
 class MapGrantRef(KernelStruct, NamedTuple("MapGrantRef", [("count", int), ("index", int)])):
-    """Reserve `count` pages for the GrantRefs from REFS_OFFSET on. Answered: `index`, for the mmap that maps."""
+    """Reserve `count` pages for the GrantRefs from REFS_OFFSET on. Answered: `index`, where to mmap them."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntdev_map_grant_ref"
