@@ -1,0 +1,153 @@
+"""From images to a session, and the one-call forms for who wants a single command run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gntalloc.lab import machine_tools
+from gntalloc.lab.errors import LabError, explain
+from gntalloc.lab.images import Images
+from gntalloc.lab.payload import payload
+from gntalloc.lab.qemu import Qemu
+from gntalloc.lab.session import GUESTS, OnOutput, Outcome, Session
+
+__all__ = ["DOM0_MEMORY", "GUEST_MEMORY", "TIMEOUT", "Lab"]
+
+TIMEOUT = 300.0
+DOM0_MEMORY = 1024
+GUEST_MEMORY = 384
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab that could be booted: the images and the emulator are there."""
+
+    images: Images
+    emulator: str
+    accelerator: str = "tcg"
+
+    @classmethod
+    def find(cls) -> Lab:
+        """Find what a boot needs on this machine.
+
+        Raises:
+            NothingToRunOn: QEMU is missing, or there are no images yet.
+        """
+        programs = machine_tools.need("boot the lab", machine_tools.EMULATOR)
+        accelerator = os.environ.get("GNTALLOC_LAB_ACCEL", "tcg")
+        return cls(Images.current(), programs[machine_tools.EMULATOR], accelerator)
+
+    def boot(
+        self,
+        guests: Sequence[str] = (),
+        *,
+        timeout: float = TIMEOUT,
+        memory: int = GUEST_MEMORY,
+        dom0_memory: int = DOM0_MEMORY,
+    ) -> Session:
+        """Boot Xen and dom0, and guests beside it.
+
+        Args:
+            guests: Any of "pv" and "pvh".
+            timeout: Seconds until all of them have to be up.
+            memory: MiB for each guest.
+            dom0_memory: MiB for dom0.
+
+        Returns:
+            The session, which is a context manager.
+        """
+        for guest in guests:
+            if guest not in GUESTS:
+                raise LabError(explain(f"boot a guest {guest!r}", "there is no such kind", "Take pv or pvh"))
+        deadline = time.monotonic() + timeout
+        folder = tempfile.TemporaryDirectory(prefix="gntalloc-lab-")
+        qemu = Qemu(
+            self.emulator,
+            self.images,
+            payload(),
+            Path(folder.name),
+            dom0_memory=dom0_memory,
+            guests_memory=memory * len(guests),
+            accelerator=self.accelerator,
+        )
+        session = Session(qemu, self.images.manifest.versions, folder.cleanup)
+        try:
+            session.wait_up("dom0", deadline)
+            for guest in guests:
+                session.start_guest(guest, memory)
+            for guest in guests:
+                session.wait_up(guest, deadline)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        guest: str | None = None,
+        files: Sequence[str | Path] = (),
+        fetch: Sequence[str] = (),
+        timeout: float = TIMEOUT,
+        memory: int = GUEST_MEMORY,
+        on_output: OnOutput | None = None,
+    ) -> Outcome:
+        """Boot, run one command in dom0 or in a guest, and switch off.
+
+        Args:
+            command: Program and arguments.
+            guest: "pv", "pvh", or None for dom0.
+            files: Files and folders to bring into the command's working directory.
+            fetch: Files to bring out afterwards, into `Outcome.files`.
+            timeout: Seconds for all of it.
+            memory: MiB for the guest.
+            on_output: Gets the output as it comes.
+        """
+        domain = guest or "dom0"
+        outcomes = self._run(
+            {domain: command}, guest, files, {domain: fetch}, timeout, memory, on_output
+        )
+        return outcomes[domain]
+
+    def run_pair(
+        self,
+        *,
+        in_guest: Sequence[str],
+        in_dom0: Sequence[str],
+        guest: str = "pvh",
+        files: Sequence[str | Path] = (),
+        fetch: Sequence[str] = (),
+        timeout: float = TIMEOUT,
+        memory: int = GUEST_MEMORY,
+        on_output: OnOutput | None = None,
+    ) -> dict[str, Outcome]:
+        """Boot and run two commands at the same time, one in a guest and one in dom0.
+
+        Both find the other's number in their environment, as PEER_DOMID. `files` go to both, `fetch` is
+        looked for in both. The outcomes come in the order in which the commands ended.
+        """
+        commands = {guest: in_guest, "dom0": in_dom0}
+        return self._run(commands, guest, files, dict.fromkeys(commands, fetch), timeout, memory, on_output)
+
+    def _run(
+        self,
+        commands: dict[str, Sequence[str]],
+        guest: str | None,
+        files: Sequence[str | Path],
+        fetch: dict[str, Sequence[str]],
+        timeout: float,
+        memory: int,
+        on_output: OnOutput | None,
+    ) -> dict[str, Outcome]:
+        deadline = time.monotonic() + timeout
+        with self.boot([guest] if guest else [], timeout=timeout, memory=memory) as session:
+            for domain in commands:
+                session.put(files, domain)
+            left = deadline - time.monotonic()
+            return session.run_together(commands, fetch=fetch, timeout=left, on_output=on_output)

@@ -1,0 +1,102 @@
+"""Guests beside dom0: created with xl, and talked to through their consoles. Runs in dom0 only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from typing import Any
+
+from .link import Link, console
+from .messages import Message
+
+__all__ = ["Guests"]
+
+_INITRAMFS = "/run/lab/initramfs"
+
+# The initramfs this domain was booted with, which a kernel does not keep: the second disk holds it.
+_INITRAMFS_DISK = "/dev/vdb"
+
+_SETTINGS = """\
+name = "{name}"
+type = "{kind}"
+kernel = "/boot/vmlinuz"
+ramdisk = "{initramfs}"
+cmdline = "console=hvc0 oops=panic panic=1 LAB_DOMAIN={name}"
+memory = {memory}
+vcpus = 1
+vif = []
+disk = ["format=raw,vdev=xvda,access=r,backendtype=phy,script=/lab/attach,target=/dev/vda"]
+on_crash = "destroy"
+on_reboot = "destroy"
+"""
+
+# Emulated processors have no invariant time stamp counter; a PVH guest refuses to start without this.
+_SETTINGS_OF = {"pv": "", "pvh": 'tsc_mode = "native"\n'}
+
+
+class Guests:
+    """The guests of this boot, by name, which is also their kind: pv or pvh."""
+
+    def __init__(self, host: Link) -> None:
+        self._host = host
+        self._links: dict[str, Link] = {}
+
+    def start(self, name: str, memory: int) -> None:
+        """Create a guest. What happens to it is told to the host as it happens."""
+        threading.Thread(target=self._live, args=(name, memory), daemon=True).start()
+
+    def send(self, name: str, message: Message) -> None:
+        """Pass a message on to a guest's agent."""
+        self._links[name].send(message)
+
+    def _live(self, name: str, memory: int) -> None:
+        try:
+            domid = _create(name, memory)
+            link = console(_console_of(domid))
+        except (OSError, RuntimeError) as error:
+            self._tell(name, "lost", why=str(error))
+            return
+        self._links[name] = link
+        for message in link.receive():
+            if isinstance(message, Message):
+                message.head["domid"] = domid
+                self._host.send(message)
+            else:
+                self._tell(name, "log", message)
+        self._tell(name, "lost", why="it went down")
+
+    def _tell(self, name: str, what: str, body: bytes = b"", **head: Any) -> None:
+        self._host.send(Message({"from": name, "is": what, **head}, body))
+
+
+_preparing = threading.Lock()
+
+
+def _create(name: str, memory: int) -> int:
+    settings = f"/run/lab/{name}.cfg"
+    with _preparing:
+        if not os.path.exists(_INITRAMFS):
+            shutil.copyfile(_INITRAMFS_DISK, _INITRAMFS)
+    with open(settings, "w", encoding="utf-8") as file:
+        file.write(_SETTINGS.format(name=name, kind=name, initramfs=_INITRAMFS, memory=memory) + _SETTINGS_OF[name])
+    _ask("xl", "create", "-q", settings)
+    return int(_ask("xl", "domid", name))
+
+
+def _console_of(domid: int) -> str:
+    for _ in range(100):
+        path = _ask("xenstore-read", f"/local/domain/{domid}/console/tty")
+        if path:
+            return path
+        time.sleep(0.1)
+    raise RuntimeError("xenconsoled gave it no terminal")
+
+
+def _ask(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and command[0] == "xl":
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout.strip()

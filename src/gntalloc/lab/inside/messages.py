@@ -1,0 +1,103 @@
+"""Messages between the lab's host and the agents in its domains, and the two ways they travel.
+
+Between the host and dom0 there is a clean byte stream (a virtio serial port): a message is two lengths,
+a head in JSON and a body of bytes. Between dom0 and a guest there is only the guest's console, which the
+guest's kernel writes to as well: there a message is one line of text with a mark in front and a checksum
+inside, and every other line is what the kernel had to say.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CHUNK", "LineDecoder", "Message", "StreamDecoder", "to_line", "to_stream"]
+
+# Bodies longer than this are sent in pieces, so that one big file does not hold up another program's output.
+CHUNK = 64 * 1024
+
+_LENGTHS = struct.Struct(">II")
+_MARK = b"\x02lab:"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A head of names and values, and a body of bytes."""
+
+    head: dict[str, Any]
+    body: bytes = b""
+
+
+def to_stream(message: Message) -> bytes:
+    """Encode for a clean byte stream."""
+    head = json.dumps(message.head).encode()
+    return _LENGTHS.pack(len(head), len(message.body)) + head + message.body
+
+
+def _from_stream(data: bytes) -> tuple[Message, bytes] | None:
+    if len(data) < _LENGTHS.size:
+        return None
+    head, body = _LENGTHS.unpack_from(data)
+    middle = _LENGTHS.size + head
+    end = middle + body
+    if len(data) < end:
+        return None
+    return Message(json.loads(data[_LENGTHS.size : middle]), data[middle:end]), data[end:]
+
+
+class StreamDecoder:
+    """Takes the bytes of a clean stream as they come, gives the messages in them."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Yield the messages that are complete now."""
+        self._rest += data
+        while found := _from_stream(self._rest):
+            message, self._rest = found
+            yield message
+
+
+def to_line(message: Message) -> bytes:
+    """Encode for a console. Zlib's own checksum tells a line that a kernel message ran into."""
+    # A line of its own, whatever the kernel has left standing before it.
+    return b"\n" + _MARK + base64.b64encode(zlib.compress(to_stream(message), 1)) + b"\n"
+
+
+class LineDecoder:
+    """Takes the bytes of a console as they come, gives messages, and as bytes the lines that are none."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message | bytes]:
+        """Yield the messages and other lines that are complete now."""
+        self._rest += data
+        if b"\n" not in data:
+            return
+        complete, _, rest = self._rest.rpartition(b"\n")
+        self._rest = bytearray(rest)
+        for line in bytes(complete).split(b"\n"):
+            noise, mark, text = line.partition(_MARK)
+            message = _from_text(text) if mark else None
+            if message is None:
+                noise = line
+            if noise.strip():
+                yield noise.strip(b"\r") + b"\n"
+            if message is not None:
+                yield message
+
+
+def _from_text(text: bytes) -> Message | None:
+    try:
+        found = _from_stream(zlib.decompress(base64.b64decode(text)))
+    except (binascii.Error, zlib.error, ValueError):
+        return None
+    return found[0] if found else None

@@ -1,0 +1,44 @@
+"""What every boot brings along: the init scripts, the agent, and this project's own package.
+
+Nothing of it is in the images. So they only change when Debian's packages do, and what runs in the lab
+is always the code that is here now.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import gntalloc
+from gntalloc.lab.cpio import Archive
+
+__all__ = ["payload"]
+
+_INSIDE = Path(__file__).with_name("inside")
+_SITE = "lab/site"
+
+
+def payload() -> bytes:
+    """Make the archive that is appended to the initramfs."""
+    archive = Archive()
+    for script, path in (("init.sh", "init"), ("start.sh", "lab/start"), ("attach.sh", "lab/attach")):
+        archive.file(path, (_INSIDE / script).read_bytes(), mode=0o755)
+    for module in sorted(_INSIDE.glob("*.py")):
+        archive.file(f"lab/agent/inside/{module.name}", module.read_bytes())
+    package = Path(gntalloc.__file__).parent
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            name = f"{_SITE}/gntalloc/{path.relative_to(package)}"
+            archive.file(name, path.read_bytes(), mtime=int(path.stat().st_mtime))
+    archive.file(f"{_SITE}/gntalloc.dist-info/METADATA", _metadata().encode())
+    archive.directory("lab/work")
+    return archive.finish()
+
+
+def _metadata() -> str:
+    """Only what `gntalloc --version` reads."""
+    try:
+        version = importlib.metadata.version("gntalloc")
+    except importlib.metadata.PackageNotFoundError:
+        version = "0"
+    return f"Metadata-Version: 2.1\nName: gntalloc\nVersion: {version}\n"

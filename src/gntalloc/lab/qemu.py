@@ -1,0 +1,119 @@
+"""QEMU: its command line, and the one process of it that belongs to a boot."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+from pathlib import Path
+
+from gntalloc.lab.images import Images
+
+__all__ = ["Qemu", "arguments"]
+
+# What Xen keeps for itself, and what emulated hardware takes.
+_XEN_MEMORY = 192
+
+# Software emulation offers some features that Xen 4.17 hides badly: with them dom0 dies at its first page fault.
+# Without rdtscp a PVH guest gets a time stamp counter it can live with.
+_CPU = "max,-smap,-smep,-la57,-pku,-umip,-fsgsbase,-pcid,-invpcid,-rdtscp"
+
+# An oops must end the boot: left alone it hangs until somebody's time limit.
+_DOM0 = "console=hvc0 earlyprintk=xen oops=panic panic=1 LAB_DOMAIN=dom0"
+
+
+def arguments(
+    program: str, *, dom0_memory: int, guests_memory: int, descriptor: int, accelerator: str = "tcg"
+) -> list[str]:
+    """Write QEMU's command line. The files are those of the folder it is started in.
+
+    Args:
+        program: QEMU.
+        dom0_memory: MiB for dom0.
+        guests_memory: MiB for all guests together.
+        descriptor: The socket to the agent in dom0.
+        accelerator: tcg, or kvm where that is allowed.
+    """
+    # Emulated, one processor that the domains take turns on is faster than two that wait for each other.
+    speed = "tcg,thread=multi" if accelerator == "tcg" else accelerator
+    xen = f"console=com1 com1=115200 dom0_mem={dom0_memory}M,max:{dom0_memory}M sched=credit bootscrub=0"
+    # fmt: off
+    return [
+        program,
+        "-accel", speed,
+        "-cpu", _CPU,
+        "-smp", "1",
+        "-m", str(_XEN_MEMORY + dom0_memory + guests_memory),
+        "-nodefaults", "-no-user-config", "-no-reboot",
+        "-display", "none", "-net", "none", "-monitor", "none",
+        "-kernel", "xen", "-append", xen,
+        # Multiboot modules: the first is dom0's kernel with its arguments, the second its initramfs.
+        "-initrd", f"vmlinuz {_DOM0},initramfs",
+        "-drive", "file=root,if=virtio,format=raw,readonly=on",
+        "-drive", "file=initramfs,if=virtio,format=raw,readonly=on",
+        "-serial", "file:serial.log",
+        "-device", "virtio-serial-pci",
+        "-chardev", f"socket,id=agent,fd={descriptor}",
+        "-device", "virtserialport,chardev=agent,name=lab",
+    ]
+    # fmt: on
+
+
+class Qemu:
+    """One running QEMU, and the socket to the agent in its dom0."""
+
+    def __init__(
+        self,
+        program: str,
+        images: Images,
+        payload: bytes,
+        folder: Path,
+        *,
+        dom0_memory: int,
+        guests_memory: int,
+        accelerator: str,
+    ) -> None:
+        self._folder = folder
+        # Links, because a comma or a space in a path would mean something to QEMU.
+        for name, path in (("xen", images.hypervisor), ("vmlinuz", images.kernel), ("root", images.root)):
+            (folder / name).symlink_to(path)
+        base = images.initramfs.read_bytes()
+        (folder / "initramfs").write_bytes(base + bytes(-len(base) % 512) + payload)
+        self.socket, theirs = socket.socketpair()
+        command = arguments(
+            program,
+            dom0_memory=dom0_memory,
+            guests_memory=guests_memory,
+            descriptor=theirs.fileno(),
+            accelerator=accelerator,
+        )
+        with theirs, open(folder / "qemu.log", "wb") as log:
+            # A session of its own: the terminal's Ctrl-C is for us, and we end QEMU in good order.
+            self._process = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        """Everything Xen and dom0 have written to the serial port, and what QEMU itself complained about."""
+        texts = []
+        for name in ("serial.log", "qemu.log"):
+            with contextlib.suppress(FileNotFoundError):
+                texts.append((self._folder / name).read_text(errors="replace").replace("\r", ""))
+        return "\n".join(text for text in texts if text)
+
+    def stop(self) -> None:
+        """End it now. Nothing is lost: a lab never writes to its images."""
+        self.socket.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()

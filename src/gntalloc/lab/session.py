@@ -1,0 +1,375 @@
+"""A booted lab: commands in its domains, files in and out."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gntalloc.lab.errors import Crashed, LabError, LabTimedOut, explain
+from gntalloc.lab.inside.messages import CHUNK, Message, StreamDecoder, to_stream
+from gntalloc.lab.qemu import Qemu
+
+__all__ = ["GUESTS", "OnOutput", "Outcome", "Session", "Terminal"]
+
+GUESTS = ("pv", "pvh")
+
+# Called with a domain's name, 1 for standard output or 2 for standard error, and the bytes as they come.
+OnOutput = Callable[[str, int, bytes], None]
+
+_READ = 256 * 1024
+_TAIL = 100
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command in the lab ended."""
+
+    exit_status: int
+    output: str
+    errors: str
+    files: dict[str, bytes]
+    seconds: float
+    versions: dict[str, str]
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """A command under way, or files on their way out."""
+
+    domain: str
+    on_output: OnOutput
+    started: float = field(default_factory=time.monotonic)
+    streams: dict[int, bytearray] = field(default_factory=lambda: {1: bytearray(), 2: bytearray()})
+    files: dict[str, bytearray] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    status: int | None = None
+    ended: float = 0.0
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal on this side of a command: what is typed, and how big the window is."""
+
+    descriptor: int
+    size: Callable[[], tuple[int, int]]
+
+
+class Session:
+    """A lab that is up. Not for several threads at once. Ends with `close`, or at the end of its `with`."""
+
+    def __init__(self, qemu: Qemu, versions: dict[str, str], clean_up: Callable[[], None]) -> None:
+        self.versions = versions
+        self._qemu = qemu
+        self._clean_up = clean_up
+        self._decoder = StreamDecoder()
+        self._up: dict[str, dict[str, Any]] = {}
+        self._logs: dict[str, bytearray] = {}
+        self._lost: dict[str, str] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._number = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Switch the lab off."""
+        self._qemu.stop()
+        self._clean_up()
+
+    # Domains
+
+    def wait_up(self, domain: str, deadline: float) -> None:
+        """Wait until a domain's agent has reported."""
+        self._pump(f"boot {domain}", lambda: domain in self._up, deadline, [domain])
+
+    def start_guest(self, kind: str, memory: int) -> None:
+        """Create a guest; it is there after `wait_up`."""
+        self._send({"do": "start", "name": kind, "memory": memory})
+
+    def domid(self, domain: str) -> int:
+        """The number Xen has given a domain."""
+        return int(self._up[domain].get("domid", 0))
+
+    def console(self, domain: str) -> str:
+        """Everything a domain's kernel has said so far (dom0's with the hypervisor's)."""
+        if domain == "dom0":
+            return self._qemu.log()
+        return self._logs.get(domain, bytearray()).decode(errors="replace")
+
+    # Files
+
+    def put(self, paths: Iterable[str | Path], domain: str = "dom0") -> None:
+        """Bring files and folders into a domain's working directory, under the names they have here."""
+        for path in map(Path, paths):
+            for source, name in _files_below(path):
+                self._put(source, name, domain)
+
+    def fetch(self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60) -> dict[str, bytes]:
+        """Bring files out of a domain.
+
+        Args:
+            patterns: Paths, with * and ? if need be, from the working directory or from /; a folder brings all below it.
+            domain: dom0, pv or pvh.
+            timeout: Seconds.
+
+        Raises:
+            LabError: A pattern fits no file.
+        """
+        job = self._fetch(patterns, domain, time.monotonic() + timeout)
+        if job.missing:
+            raise LabError(
+                explain(
+                    f"fetch {', '.join(job.missing)} from {domain}",
+                    "there is no such file",
+                    "Check where the program writes it: paths start at its working directory",
+                )
+            )
+        return {name: bytes(content) for name, content in job.files.items()}
+
+    # Commands
+
+    def run(
+        self,
+        command: Sequence[str],
+        domain: str = "dom0",
+        *,
+        fetch: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        on_output: OnOutput | None = None,
+        terminal: Terminal | None = None,
+    ) -> Outcome:
+        """Run a command to its end in one domain.
+
+        Args:
+            command: Program and arguments, as for subprocess.
+            domain: dom0, pv or pvh.
+            fetch: Files to bring out afterwards; those that are not there are named in the outcome.
+            environment: Added to the domain's.
+            timeout: Seconds until LabTimedOut.
+            on_output: Gets the output as it comes.
+            terminal: For an interactive program.
+        """
+        commands = {domain: command}
+        return self.run_together(
+            commands,
+            fetch={domain: fetch},
+            environment=environment,
+            timeout=timeout,
+            on_output=on_output,
+            terminal=terminal,
+        )[domain]
+
+    def run_together(
+        self,
+        commands: Mapping[str, Sequence[str]],
+        *,
+        fetch: Mapping[str, Sequence[str]] | None = None,
+        environment: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        on_output: OnOutput | None = None,
+        terminal: Terminal | None = None,
+    ) -> dict[str, Outcome]:
+        """Run one command in each of several domains at the same time, until all have ended.
+
+        The outcomes come in the order in which the commands ended. Of two commands, each finds the
+        other's domain in its environment, as PEER_DOMID.
+        """
+        deadline = time.monotonic() + timeout
+        jobs = {}
+        for domain, command in commands.items():
+            peers = [str(self.domid(other)) for other in commands if other != domain]
+            surroundings = {"PEER_DOMID": peers[0]} if len(peers) == 1 else {}
+            surroundings.update(environment or {})
+            jobs[domain] = self._start(command, domain, surroundings, on_output or _ignore, terminal)
+        asked = " and ".join(f"run {command[0]} in {domain}" for domain, command in commands.items())
+        self._pump(
+            asked, lambda: all(job.status is not None for job in jobs.values()), deadline, list(jobs), terminal, jobs
+        )
+        outcomes = {}
+        for domain, job in sorted(jobs.items(), key=lambda item: item[1].ended):
+            wanted = (fetch or {}).get(domain, ())
+            fetched = self._fetch(wanted, domain, deadline) if wanted else job
+            outcomes[domain] = self._outcome(job, fetched)
+        return outcomes
+
+    # Inside
+
+    def _outcome(self, job: _Job, fetched: _Job) -> Outcome:
+        assert job.status is not None
+        return Outcome(
+            exit_status=job.status,
+            output=job.streams[1].decode(errors="replace"),
+            errors=job.streams[2].decode(errors="replace"),
+            files={name: bytes(content) for name, content in fetched.files.items()},
+            seconds=job.ended - job.started,
+            versions={**self.versions, **self._up[job.domain]["versions"]},
+            missing=fetched.missing,
+        )
+
+    def _start(
+        self,
+        command: Sequence[str],
+        domain: str,
+        environment: Mapping[str, str],
+        on_output: OnOutput,
+        terminal: Terminal | None,
+    ) -> _Job:
+        number, job = self._new_job(domain, on_output)
+        self._send(
+            {
+                "to": domain,
+                "do": "run",
+                "id": number,
+                "command": list(command),
+                "environment": dict(environment),
+                "terminal": list(terminal.size()) if terminal else None,
+            }
+        )
+        return job
+
+    def _put(self, source: Path, name: str, domain: str) -> None:
+        with source.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            first = True
+            while (data := file.read(CHUNK)) or first:
+                self._send({"to": domain, "do": "put", "path": name, "mode": mode, "first": first}, data)
+                first = False
+
+    def _fetch(self, patterns: Sequence[str], domain: str, deadline: float) -> _Job:
+        number, job = self._new_job(domain, _ignore)
+        self._send({"to": domain, "do": "get", "id": number, "paths": list(patterns)})
+        self._pump(f"fetch files from {domain}", lambda: job.status is not None, deadline, [domain])
+        return job
+
+    def _new_job(self, domain: str, on_output: OnOutput) -> tuple[int, _Job]:
+        if domain not in self._up:
+            raise LabError(
+                explain(
+                    f"use domain {domain}",
+                    f"this boot has only {', '.join(self._up)}",
+                    f"Boot the lab with guests=[{domain!r}]",
+                )
+            )
+        self._number += 1
+        self._jobs[self._number] = job = _Job(domain, on_output)
+        return self._number, job
+
+    def _send(self, head: dict[str, Any], body: bytes = b"") -> None:
+        try:
+            self._qemu.socket.sendall(to_stream(Message(head, body)))
+        except OSError:
+            raise self._crashed("talk to the lab") from None
+
+    def _pump(
+        self,
+        asked: str,
+        done: Callable[[], bool],
+        deadline: float,
+        domains: list[str],
+        terminal: Terminal | None = None,
+        jobs: Mapping[str, _Job] | None = None,
+    ) -> None:
+        """Take in what the lab sends until `done`, the deadline, or the end of a domain that is needed."""
+        sources: list[Any] = [self._qemu.socket, *([terminal.descriptor] if terminal else [])]
+        size = terminal.size() if terminal else (0, 0)
+        while not done():
+            for domain in domains:
+                if domain in self._lost:
+                    raise self._guest_crashed(asked, domain)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._timed_out(asked, domains)
+            ready, _, _ = select.select(sources, [], [], min(left, 1.0))
+            if self._qemu.socket in ready:
+                data = self._qemu.socket.recv(_READ)
+                if not data:
+                    raise self._crashed(asked)
+                for message in self._decoder.feed(data):
+                    self._take(message)
+            if terminal and jobs:
+                number = next(number for number, job in self._jobs.items() if job in jobs.values())
+                domain = self._jobs[number].domain
+                if terminal.descriptor in ready:
+                    typed = os.read(terminal.descriptor, CHUNK)
+                    self._send({"to": domain, "do": "input", "id": number}, typed)
+                if terminal.size() != size:
+                    size = terminal.size()
+                    self._send({"to": domain, "do": "resize", "id": number, "terminal": list(size)})
+
+    def _take(self, message: Message) -> None:
+        head, domain = message.head, message.head["from"]
+        match head["is"]:
+            case "up":
+                self._up[domain] = head
+            case "log":
+                self._logs.setdefault(domain, bytearray()).extend(message.body)
+            case "lost":
+                self._lost[domain] = head["why"]
+            case "output":
+                job = self._jobs[head["id"]]
+                job.streams[head["stream"]] += message.body
+                job.on_output(domain, head["stream"], message.body)
+            case "file":
+                content = self._jobs[head["id"]].files.setdefault(head["path"], bytearray())
+                content += message.body
+            case "ended" | "got":
+                job = self._jobs[head["id"]]
+                job.status = head.get("status", 0)
+                job.missing = head.get("missing", [])
+                job.ended = time.monotonic()
+
+    def _crashed(self, asked: str) -> Crashed:
+        return Crashed(
+            explain(
+                asked,
+                "Xen or dom0 went down",
+                "Its last words are below; if they name no cause, try again with --timeout raised",
+                log=_tail(self._qemu.log()),
+            )
+        )
+
+    def _guest_crashed(self, asked: str, domain: str) -> Crashed:
+        return Crashed(
+            explain(
+                asked,
+                f"the guest {domain} is gone: {self._lost[domain]}",
+                "The last words of its kernel are below",
+                log=_tail(self.console(domain)),
+            )
+        )
+
+    def _timed_out(self, asked: str, domains: list[str]) -> LabTimedOut:
+        logs = "\n".join(f"console of {domain}:\n{_tail(self.console(domain))}" for domain in {"dom0": 0} | dict.fromkeys(domains, 0))
+        return LabTimedOut(
+            explain(asked, "the time limit passed", "Raise it with --timeout, or look below for what hangs", log=logs)
+        )
+
+
+def _files_below(path: Path) -> Iterable[tuple[Path, str]]:
+    if not path.is_dir():
+        return [(path, path.name)]
+    top = path.resolve()
+    below = sorted(file for file in top.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return [(file, str(file.relative_to(top.parent))) for file in below]
+
+
+def _tail(log: str) -> str:
+    return "\n".join(log.splitlines()[-_TAIL:])
+
+
+def _ignore(domain: str, stream: int, data: bytes) -> None:
+    """For who only wants the outcome."""
