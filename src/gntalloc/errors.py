@@ -41,8 +41,8 @@ class GntallocError(OSError):
 
     code: ClassVar[int] = _errno.EIO
 
-    # __new__, not __init__: OSError parses its arguments there, and pickle calls the class with `args`.
     def __new__(cls, *args: object) -> Self:
+        """Fill in the errno. Not in __init__: OSError parses here, and pickle calls the class with `args`."""
         if len(args) == 1:
             args = (cls.code, *args)
         return super().__new__(cls, *args)

@@ -1,0 +1,7 @@
+"""The guest kernel's half: what is behind each file in /dev/xen. One object a driver and a domain.
+
+chardev    what every device file does, once
+gntalloc   allocate pages, grant them, take them back: the heart
+gntdev     map what others granted
+behaviour  where we differ from Linux, switch by switch
+"""

@@ -1,0 +1,41 @@
+"""Where our drivers do something else than Linux's, one switch a row of docs/differences.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LINUX", "OURS", "Behaviour"]
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """The defaults are ours. `LINUX` switches every row."""
+
+    count_held_pages: bool = True
+    """A page its owner has released counts against the limit until no peer maps it (Linux: not since 5.17)."""
+
+    put_index_back: bool = True
+    """After an ALLOC that failed, the file's next index is what it was (Linux: a hole stays)."""
+
+    undo_unwritable_reply: bool = True
+    """An ALLOC whose reply cannot be written grants nothing (Linux: the grants stay, unreachable)."""
+
+    refuse_while_ending: bool = True
+    """A grant that its owner has ended takes no new maps (Linux, table version 1: it does)."""
+
+    oldest_reference_first: bool = True
+    """The reference free for longest is given out next (Linux: the last freed)."""
+
+    munmap_releases: bool = True
+    """The last munmap of a gntdev map releases the grant (Linux in a PVH guest: UNMAP_GRANT_REF too, or close)."""
+
+
+OURS = Behaviour()
+LINUX = Behaviour(
+    count_held_pages=False,
+    put_index_back=False,
+    undo_unwritable_reply=False,
+    refuse_while_ending=False,
+    oldest_reference_first=False,
+    munmap_releases=False,
+)

@@ -1,0 +1,398 @@
+"""/dev/xen/gntalloc: allocate pages, grant them to one other domain, map them, take them back.
+
+Read from top to bottom this is the story of the 2011 patch: open, ALLOC, DEALLOC, mmap and munmap, release; what
+can fail, and what is then undone.
+
+A page lives for as long as somebody uses it. Its users are the file's list, from ALLOC to DEALLOC or close, and each
+mmap that covers it. When the last user goes, so does the grant, and the page with it, unless the peer still maps it.
+Then nobody can take it away: it *lingers*, counts against the limit, and is free at the moment the peer lets go.
+
+Sources: the 2011 driver and its review; Linux's gntalloc.c as of 6.1; docs/differences.md for where and why this
+differs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
+from gntalloc.drivers.behaviour import OURS, Behaviour
+from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.errors import DeviceError
+from gntalloc.hypervisor.grants import GrantTable, TableFull
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+__all__ = ["DEFAULT_LIMIT", "GntallocDriver", "GrantInfo", "Gref"]
+
+DEFAULT_LIMIT = 1024
+
+
+class Gref:
+    """One granted page."""
+
+    __slots__ = ("born", "domid", "file", "frame", "index", "readonly", "ref", "users")
+
+    def __init__(self, file: File, index: int, frame: Frame, domid: int, readonly: bool, ref: int) -> None:
+        self.file = file
+        self.index = index
+        self.frame = frame
+        self.domid = domid
+        self.readonly = readonly
+        self.ref = ref
+        self.users = 1  # the file's list
+        self.born = time.monotonic()
+
+
+class FileState:
+    """What an open file knows: its pages by index, those released but still held, and the next index."""
+
+    __slots__ = ("grefs", "lingering", "next_index")
+
+    def __init__(self) -> None:
+        self.grefs: dict[int, Gref] = {}
+        self.lingering: dict[int, Gref] = {}
+        self.next_index = 0
+
+
+class GrantInfo(NamedTuple):
+    """One page for people and programs to look at."""
+
+    ref: int
+    peer: int
+    writable: bool
+    opener: int  # pid
+    users: int  # 0: released, and lingers
+    mapped_by: tuple[int, ...]
+    held: bool
+    age: float  # seconds
+
+
+class GntallocDriver:
+    """The driver of one domain.
+
+    Args:
+        table: that domain's grant table.
+        frames: the machine's memory.
+        limit: pages that may be in use at once, all files together. May be changed at any time; a limit below what
+            is in use frees nothing, and refuses until use has dropped.
+        behaviour: ours, or as Linux does.
+    """
+
+    name = "gntalloc"
+    unknown_request = errno.ENOTTY
+
+    def __init__(
+        self,
+        table: GrantTable[Frame],
+        frames: Frames,
+        *,
+        limit: int = DEFAULT_LIMIT,
+        behaviour: Behaviour = OURS,
+    ) -> None:
+        self.limit = limit
+        self.in_use = 0
+        self._table = table
+        self._frames = frames
+        self._behaviour = behaviour
+        self._grefs: dict[Gref, None] = {}  # all there are, listed, only mapped, or lingering
+        self._lingering: dict[Extent, dict[Gref, None]] = {}
+        self._waiters: dict[Extent, dict[ReleaseWaiter, None]] = {}
+        table.on_idle = self._peer_let_go
+        self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc}
+
+    @property
+    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
+        """Request number -> what serves it."""
+        return self._requests
+
+    # Open.
+
+    def open(self) -> FileState:
+        """A new file: nothing granted, the first index is 0."""
+        return FileState()
+
+    # ALLOC_GREF: pages, references, and the index under which mmap finds them.
+
+    def _alloc(self, file: File, address: int, caller: Caller) -> int:
+        state = _state(file)
+        asked = AllocGref.unpack_from(caller.read(address, AllocGref.SIZE))
+        self._check_limit(asked.count)
+        index = state.next_index
+        try:
+            grefs = self._make(file, index, asked)
+        except DeviceError:
+            if not self._behaviour.put_index_back:
+                state.next_index += asked.count * PAGE_SIZE
+            raise
+        self.in_use += asked.count
+        state.next_index += asked.count * PAGE_SIZE
+        state.grefs.update((gref.index, gref) for gref in grefs)
+        self._grefs.update(dict.fromkeys(grefs))
+        try:
+            self._reply(address, caller, asked._replace(index=index), [gref.ref for gref in grefs])
+        except DeviceError:
+            # Nobody knows the index, so nobody could free them.
+            if self._behaviour.undo_unwritable_reply:
+                self._drop(grefs)
+                if self._behaviour.put_index_back:
+                    state.next_index = index
+            raise
+        return 0
+
+    def _check_limit(self, count: int) -> None:
+        if count > self.limit:
+            raise DeviceError(
+                errno.ENOSPC,
+                f"{count} pages were asked for, and the domain's limit is {self.limit} at once; raise the limit",
+            )
+        if self.in_use > self.limit - count:
+            lingering = sum(map(len, self._lingering.values()))
+            held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
+            raise DeviceError(
+                errno.ENOSPC,
+                f"{count} pages were asked for, and {self.in_use} of the domain's limit of {self.limit} are in use{held}"
+                f"; free some, or raise the limit",
+            )
+
+    def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
+        """All of the pages and grants, or none."""
+        if not asked.count:
+            return []
+        readonly = not asked.flags & FLAG_WRITABLE
+        extent = self._frames.allocate(asked.count, self.look_again)
+        grefs: list[Gref] = []
+        try:
+            for page in range(asked.count):
+                frame = Frame(extent, page)
+                ref = self._table.permit(asked.domid, frame, readonly=readonly)
+                grefs.append(Gref(file, index + page * PAGE_SIZE, frame, asked.domid, readonly, ref))
+        except TableFull:
+            for gref in grefs:
+                self._table.end(gref.ref)
+            for page in range(asked.count):
+                self._frames.give_back(extent, page)
+            usage = self._table.usage()
+            raise DeviceError(
+                errno.ENOSPC,
+                f"{asked.count} references were asked for, and the domain's grant table has {usage.live} of "
+                f"{usage.capacity} in use (this is not the limit of pages, which has room)",
+            ) from None
+        return grefs
+
+    def _reply(self, address: int, caller: Caller, answer: AllocGref, refs: list[int]) -> None:
+        # Linux copies 24 bytes out, the last four as they came in, then the references over them.
+        start = AllocGref.LAYOUT.size
+        tail = caller.read(address + start, AllocGref.SIZE - start)
+        caller.write(address, answer.pack() + tail)
+        if refs:
+            array = b"".join(ref.to_bytes(4, "little") for ref in refs)
+            caller.write(address + AllocGref.REFS_OFFSET, array)
+
+    # DEALLOC_GREF: off the file's list. What is mapped lives on.
+
+    def _dealloc(self, file: File, address: int, caller: Caller) -> int:
+        asked = DeallocGref.unpack_from(caller.read(address, DeallocGref.SIZE))
+        grefs = self._find(file, asked.index, asked.count)
+        if grefs is None:
+            what = f"{asked.count} pages at index {asked.index:#x} were to be freed"
+            raise DeviceError(errno.EINVAL, f"{what}, and {self._what_is_there(file, asked.index, asked.count)}")
+        self._drop(grefs)
+        return 0
+
+    def _find(self, file: File, index: int, count: int) -> list[Gref] | None:
+        """The pages of exactly this range, over as many ALLOCs as it takes. None if one is not there."""
+        listed = _state(file).grefs
+        if not 0 < count <= len(listed):
+            return None
+        grefs = [listed.get(index + page * PAGE_SIZE) for page in range(count)]
+        return None if None in grefs else cast("list[Gref]", grefs)
+
+    def _what_is_there(self, file: File, index: int, count: int) -> str:
+        if not count:
+            return "no pages is never a range"
+        if index % PAGE_SIZE:
+            return f"an index is a multiple of {PAGE_SIZE}"
+        listed = _state(file).grefs
+        missing = next(at for at in range(index, index + count * PAGE_SIZE, PAGE_SIZE) if at not in listed)
+        return f"this file has no page at index {missing:#x}: never allocated here, or freed already"
+
+    def _drop(self, grefs: Iterable[Gref]) -> None:
+        for gref in list(grefs):
+            del _state(gref.file).grefs[gref.index]
+            self._let_go(gref)
+
+    # mmap and munmap: a mapping uses its pages as the list does.
+
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
+        """Map pages of this file, over as many ALLOCs as it takes. The granter may always write.
+
+        Raises:
+            DeviceError: EINVAL not a shared map; ENOENT not all of the pages are there; EPERM the pages are sealed.
+        """
+        if not shared:
+            mode = file.flags & os.O_ACCMODE
+            what = "a file opened O_RDONLY" if mode == os.O_RDONLY else "a private map"
+            raise DeviceError(errno.EINVAL, f"granted pages are shared: {what} cannot map them; use O_RDWR, MAP_SHARED")
+        count = length // PAGE_SIZE
+        grefs = self._find(file, offset, count)
+        if grefs is None:
+            what = f"{count} pages at index {offset:#x} were to be mapped"
+            raise DeviceError(errno.ENOENT, f"{what}, and {self._what_is_there(file, offset, count)}")
+        pieces = pieces_of(gref.frame for gref in grefs)
+        sealed = any(piece.extent.sealed for piece in pieces)
+        if sealed and writable:
+            raise DeviceError(
+                errno.EPERM,
+                "a read-only grant that its peer has mapped is sealed against new writable maps, the granter's too; "
+                "map it before the peer does, and keep that map",
+            )
+        record = Record(file, length, grefs)
+        for gref in grefs:
+            gref.users += 1
+        confirm = not sealed and any(gref.readonly for gref in grefs)
+        return Plan(record, pieces, writable=not sealed, granters=True, confirm=confirm)
+
+    def placed(self, record: Record) -> None:
+        """The granter has its map of these pages: from now on a peer may map them read-only, which seals them."""
+        for gref in cast("list[Gref]", record.payload):
+            gref.frame.extent.placed[gref.frame.page] = 1
+
+    def unmapped(self, record: Record) -> None:
+        """The last piece of this mmap is gone."""
+        for gref in cast("list[Gref]", record.payload):
+            self._let_go(gref)
+
+    # Release: the file goes, and with it all that is on its list.
+
+    def release(self, file: File) -> None:
+        """Free everything the file still lists, in the order it was allocated."""
+        self._drop(list(_state(file).grefs.values()))
+
+    # The end of a page.
+
+    def _let_go(self, gref: Gref) -> None:
+        """One user less. With the last one the grant ends, now or when the peer lets go."""
+        gref.users -= 1
+        if gref.users:
+            return
+        if not self._behaviour.count_held_pages:
+            self.in_use -= 1
+        if not self._finish(gref):
+            self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+            _state(gref.file).lingering[gref.index] = gref
+
+    def _finish(self, gref: Gref) -> bool:
+        """End the grant and free the page, if the table and the kernel agree that nobody else has it."""
+        extent = gref.frame.extent
+        # No lock says who, but the kernel says that somebody has the memory open: its peer, and it hides.
+        hidden = not extent.loans and self._frames.held(extent)
+        if not self._table.end(gref.ref, busy=hidden):
+            return False
+        self._frames.give_back(extent, gref.frame.page)
+        del self._grefs[gref]
+        if self._behaviour.count_held_pages:
+            self.in_use -= 1
+        return True
+
+    def _peer_let_go(self, ref: int, frame: Frame) -> None:
+        self.look_again(frame.extent)
+
+    def look_again(self, extent: Extent) -> None:
+        """Something changed about who holds this extent: free what can be freed, wake who waits for that."""
+        lingering = self._lingering.get(extent)
+        if lingering:
+            for gref in [gref for gref in lingering if self._finish(gref)]:
+                del lingering[gref]
+                del _state(gref.file).lingering[gref.index]
+            if not lingering:
+                del self._lingering[extent]
+        for waiter in list(self._waiters.get(extent, ())):
+            waiter.look()
+
+    # What is there, and who holds it.
+
+    def holders(self, file: File, index: int, count: int) -> tuple[bool, tuple[int, ...]]:
+        """Whether any of these pages is held by a peer, and which domains are known to map one."""
+        held = False
+        mapped_by: set[int] = set()
+        for gref in self._span(file, index, count):
+            mapped_by.update(self._table.mapped_by(gref.ref))
+            held = held or not gref.users
+        return held or bool(mapped_by), tuple(sorted(mapped_by))
+
+    def _span(self, file: File, index: int, count: int) -> list[Gref]:
+        """Pages of this range that are listed or linger."""
+        state = _state(file)
+        span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
+        if count > len(state.grefs) + len(state.lingering):  # anybody may ask for any count
+            return [gref for gref in (*state.grefs.values(), *state.lingering.values()) if gref.index in span]
+        return [gref for at in span if (gref := state.grefs.get(at) or state.lingering.get(at)) is not None]
+
+    def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
+        """Call `done` once, when no peer holds any of these pages. At once if that is so now."""
+        extents = {gref.frame.extent for gref in self._span(file, index, count)}
+        waiter = ReleaseWaiter(self, extents, lambda: not self.holders(file, index, count)[0], done)
+        for extent in extents:
+            self._waiters.setdefault(extent, {})[waiter] = None
+        waiter.look()
+        return waiter
+
+    def forget(self, waiter: ReleaseWaiter) -> None:
+        """The waiter is done, or nobody wants to know any more."""
+        for extent in waiter.extents:
+            waiting = self._waiters.get(extent)
+            if waiting is not None:
+                waiting.pop(waiter, None)
+                if not waiting:
+                    del self._waiters[extent]
+
+    def grants(self) -> list[GrantInfo]:
+        """Every granted page, released ones that linger too."""
+        now = time.monotonic()
+        return [
+            GrantInfo(
+                ref=gref.ref,
+                peer=gref.domid,
+                writable=not gref.readonly,
+                opener=gref.file.opener,
+                users=gref.users,
+                mapped_by=self._table.mapped_by(gref.ref),
+                held=not gref.users or bool(self._table.mapped_by(gref.ref)),
+                age=now - gref.born,
+            )
+            for gref in self._grefs
+        ]
+
+
+class ReleaseWaiter:
+    """Somebody who wants to know when pages are free of peers."""
+
+    __slots__ = ("_done", "_driver", "_is_free", "extents")
+
+    def __init__(
+        self,
+        driver: GntallocDriver,
+        extents: set[Extent],
+        is_free: Callable[[], bool],
+        done: Callable[[], None],
+    ) -> None:
+        self.extents = extents
+        self._driver = driver
+        self._is_free = is_free
+        self._done = done
+
+    def look(self) -> None:
+        """Ask again."""
+        if self._is_free():
+            self._driver.forget(self)
+            self._done()
+
+
+def _state(file: File) -> FileState:
+    return cast("FileState", file.state)

@@ -1,0 +1,209 @@
+"""/dev/xen/gntdev: map pages that other domains granted.
+
+MAP_GRANT_REF only notes down which references; nothing is checked or mapped before mmap, and then for all of them
+together. An entry can be mapped once, ever. What mmap made holds the grants until the last piece of it is unmapped
+in every process.
+
+Sources: Linux's gntdev.c as of 6.1, in a PVH guest; docs/differences.md for where and why this differs.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import insort
+from struct import Struct
+from typing import TYPE_CHECKING, cast
+
+from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
+from gntalloc.abi.grants import STATUS_NAMES
+from gntalloc.drivers.behaviour import OURS, Behaviour
+from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.errors import DeviceError
+from gntalloc.hypervisor.grants import MapRefused
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from gntalloc.hypervisor.domains import Handle, Hypervisor
+
+__all__ = ["MAX_REFS", "GntdevDriver"]
+
+MAX_REFS = 65536  # of one MAP_GRANT_REF
+
+
+class Entry:
+    """One MAP_GRANT_REF: `refs` are (domid, reference), `first` is the page number of its index."""
+
+    __slots__ = ("count", "first", "handles", "mapped", "record", "refs")
+
+    def __init__(self, first: int, refs: list[tuple[int, int]]) -> None:
+        self.first = first
+        self.count = len(refs)
+        self.refs = refs
+        self.mapped = False  # ever
+        self.record: Record | None = None  # alive
+        self.handles: list[Handle[Frame]] = []
+
+
+class FileState:
+    """The entries of an open file, by index."""
+
+    __slots__ = ("entries",)
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+
+class GntdevDriver:
+    """The driver of one domain, which maps as `domid`."""
+
+    name = "gntdev"
+    unknown_request = errno.ENOTTY
+
+    def __init__(
+        self, domid: int, hypervisor: Hypervisor[Frame], frames: Frames, *, behaviour: Behaviour = OURS
+    ) -> None:
+        self._domid = domid
+        self._hypervisor = hypervisor
+        self._frames = frames
+        self._behaviour = behaviour
+        self._requests = {MAP_GRANT_REF: self._map, UNMAP_GRANT_REF: self._unmap}
+
+    @property
+    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
+        """Request number -> what serves it."""
+        return self._requests
+
+    def open(self) -> FileState:
+        """A new file, with nothing mapped."""
+        return FileState()
+
+    # MAP_GRANT_REF: a place for these references, to be mapped at the index that is answered.
+
+    def _map(self, file: File, address: int, caller: Caller) -> int:
+        head = caller.read(address, MapGrantRef.SIZE)
+        asked = MapGrantRef.unpack_from(head)
+        if not 0 < asked.count <= MAX_REFS:
+            raise DeviceError(
+                errno.EINVAL, f"{asked.count} references were given; 1 to {MAX_REFS} can be mapped at once"
+            )
+        array = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
+        refs = [(domid, ref) for domid, ref in _GRANT_REF.iter_unpack(array)]
+        entries = _state(file).entries
+        entry = Entry(_first_gap(entries, asked.count), refs)
+        answer = asked._replace(index=entry.first * PAGE_SIZE).pack()
+        caller.write(address, answer + head[len(answer) :])
+        insort(entries, entry, key=lambda entry: entry.first)
+        return 0
+
+    # mmap: here the hypervisor is asked, for each page, and all of them must be there.
+
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
+        """Map one entry, whole.
+
+        Raises:
+            DeviceError: EINVAL for whatever is wrong with it; EAGAIN the granter has not mapped a read-only grant yet.
+        """
+        if writable and not shared:
+            raise DeviceError(errno.EINVAL, "granted pages are shared: a private map cannot be writable")
+        first, count = offset // PAGE_SIZE, length // PAGE_SIZE
+        entry = next((entry for entry in _state(file).entries if entry.first == first), None)
+        if entry is None or entry.count != count:
+            there = f"the one there has {entry.count} pages" if entry else "there is none"
+            what = f"a map of {count} pages at index {offset:#x} needs a MAP_GRANT_REF of just that"
+            raise DeviceError(errno.EINVAL, f"{what}, and {there}")
+        if entry.mapped:
+            raise DeviceError(errno.EINVAL, "each MAP_GRANT_REF can be mapped once; make another one")
+        handles: list[Handle[Frame]] = []
+        try:
+            for domid, ref in entry.refs:
+                handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
+            self._seal(handles, writable=writable)
+        except MapRefused as refusal:
+            self._undo(handles)
+            entry.mapped = True  # even a failed map is the only one
+            status = STATUS_NAMES[refusal.status]
+            raise DeviceError(errno.EINVAL, f"{refusal.why} ({status})") from None
+        except DeviceError:
+            self._undo(handles)
+            raise
+        entry.mapped = True
+        entry.handles = handles
+        entry.record = Record(file, length, entry)
+        return Plan(entry.record, pieces_of(handle.frame for handle in handles), writable=writable, granters=False)
+
+    def _seal(self, handles: list[Handle[Frame]], *, writable: bool) -> None:
+        """Before a peer gets at read-only pages nobody may be able to make a writable map of them any more.
+
+        That goes for their granter too, so it must have its map first.
+        """
+        if writable:
+            return
+        sealing: dict[Extent, None] = {}
+        for handle in handles:
+            extent, page = handle.frame
+            if extent.sealed or not handle.table.readonly(handle.ref):
+                continue
+            if not extent.placed[page]:
+                what = f"page {handle.ref} of domain {handle.table.owner} is granted read-only"
+                raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
+            sealing[extent] = None
+        for extent in sealing:
+            self._frames.seal(extent)
+
+    def _undo(self, handles: list[Handle[Frame]]) -> None:
+        for handle in handles:
+            self._hypervisor.unmap(handle)
+
+    def placed(self, record: Record) -> None:
+        """Nothing waits for that here."""
+
+    def unmapped(self, record: Record) -> None:
+        """The last piece of this mmap is gone, and with it the grants."""
+        entry = cast("Entry", record.payload)
+        entry.record = None
+        if self._behaviour.munmap_releases or entry not in _state(record.file).entries:
+            self._let_go(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        handles, entry.handles = entry.handles, []
+        self._undo(handles)
+
+    # UNMAP_GRANT_REF: off the file's list. What is mapped lives on.
+
+    def _unmap(self, file: File, address: int, caller: Caller) -> int:
+        asked = UnmapGrantRef.unpack_from(caller.read(address, UnmapGrantRef.SIZE))
+        first = asked.index // PAGE_SIZE
+        entries = _state(file).entries
+        entry = next((entry for entry in entries if entry.first == first and asked.count in {0, entry.count}), None)
+        if entry is None:
+            what = f"{asked.count} pages at index {asked.index:#x} were to be unmapped"
+            raise DeviceError(errno.ENOENT, f"{what}, and there was no MAP_GRANT_REF of just that")
+        entries.remove(entry)
+        if entry.record is None:
+            self._let_go(entry)
+        return 0
+
+    def release(self, file: File) -> None:
+        """The file goes. Nothing of it is mapped any more."""
+        for entry in _state(file).entries:
+            self._let_go(entry)
+        _state(file).entries.clear()
+
+
+_GRANT_REF = Struct("=II")
+
+
+def _state(file: File) -> FileState:
+    return cast("FileState", file.state)
+
+
+def _first_gap(entries: list[Entry], count: int) -> int:
+    """The page number for `count` pages. A gap that would just fit is not taken, as in Linux."""
+    first = 0
+    for entry in entries:
+        if first + count < entry.first:
+            break
+        first = entry.first + entry.count
+    return first

@@ -1,0 +1,168 @@
+"""Machine(): a machine of one's own, as a child process. No root, no Xen, no daemon to set up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import warnings
+import weakref
+from itertools import count
+from typing import TYPE_CHECKING, Any, Self
+
+from gntalloc.errors import GntallocError, MachineGone
+from gntalloc.guest.control import ControlClient
+from gntalloc.guest.devices.machine import MachineDevices
+from gntalloc.guest.domain import Domain
+from gntalloc.places import domain_path, machine_folder, make_top_folder
+
+if TYPE_CHECKING:
+    import subprocess
+
+__all__ = ["Machine"]
+
+_numbers = count(1)
+
+# -I -S: nothing of the user's environment or site-packages gets into the machine, and it starts in half the time.
+_CHILD = (
+    "import sys; sys.path.append(sys.argv[1]); from gntalloc.machine.process import child_main; "
+    "child_main(int(sys.argv[2]), sys.argv[3], sys.argv[4])"
+)
+
+
+class Machine:
+    """A machine that lives as long as this object, and no longer than this process.
+
+    Args:
+        limit: pages each domain may have granted at once, unless it is given another limit.
+        behaviour: "ours", or "linux" for what the real driver does in every row of docs/differences.md.
+        table_frames: how far a grant table may grow, in frames of 512 references.
+
+    Raises:
+        GntallocError: it could not be started; the text says why.
+    """
+
+    def __init__(self, limit: int = 1024, behaviour: str = "ours", *, table_frames: int = 64) -> None:
+        import subprocess  # noqa: PLC0415  only who starts a machine pays for it
+
+        if behaviour not in {"ours", "linux"}:
+            raise ValueError(f"behaviour is 'ours' or 'linux', not {behaviour!r}")
+        if limit < 0 or not 0 < table_frames <= 1 << 16:
+            raise ValueError(f"limit={limit}, table_frames={table_frames}: a limit is 0 or more, a table has a frame")
+        make_top_folder()
+        self.folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a process that had our pid, and was killed
+        os.mkdir(self.folder, 0o700)
+        ours, theirs = socket.socketpair()
+        settings = json.dumps({"limit": limit, "behaviour": behaviour, "table_frames": table_frames})
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        arguments = [package, str(theirs.fileno()), self.folder, settings]
+        with theirs:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _CHILD, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._control = ControlClient(self.folder, sock=ours)
+        self._owner = os.getpid()
+        self._closed = False
+        _machines.add(self)
+        try:
+            self.statistics()
+        except MachineGone:
+            self.close()
+            code = self._process.returncode
+            raise GntallocError(
+                f"the machine did not start (exit status {code}); `gntalloc doctor` may know why"
+            ) from None
+
+    @property
+    def pid(self) -> int:
+        """Of the machine's process."""
+        return self._process.pid
+
+    def domain(self, domid: int, *, limit: int | None = None, uid: int | None = None) -> Domain:
+        """Make a domain, or return the one of that number.
+
+        Args:
+            domid: 0 to 32751.
+            limit: pages it may have granted at once, if not the machine's.
+            uid: whose programs may enter it; this user's if not given. (The folder must let them in.)
+        """
+        path = domain_path(self.folder, domid)
+        if not os.path.exists(path):
+            self._control.order("create", domid=domid, uid=os.getuid() if uid is None else uid, limit=limit)
+        elif limit is not None:
+            self._control.order("set_limit", domid=domid, limit=limit)
+        return Domain(MachineDevices(path))
+
+    def environ(self, domid: int) -> dict[str, str]:
+        """The environment that puts a program into domain `domid`, which is made if it is not there."""
+        if not os.path.exists(domain_path(self.folder, domid)):
+            self.domain(domid)
+        return {**os.environ, "GNTALLOC_DOMAIN": domain_path(self.folder, domid)}
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the machine and of each domain."""
+        statistics: dict[str, Any] = self._control.order("statistics")
+        return statistics
+
+    def grants(self) -> list[dict[str, Any]]:
+        """Every granted page: granter, peer, ref, who maps it, whether it is held, its age in seconds."""
+        grants: list[dict[str, Any]] = self._control.order("grants")
+        return grants
+
+    def close(self) -> None:
+        """End the machine. Pages that are mapped stay valid until they are unmapped."""
+        if self._closed:
+            return
+        self._closed = True
+        self._control.close()
+        if os.getpid() != self._owner:
+            return  # a child made by fork: the machine is its parent's
+        try:
+            self._process.wait(10)
+        except Exception:  # stopped by somebody: it holds nothing that would be lost
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            if os.getpid() == self._owner:
+                warnings.warn(
+                    f"{self!r} was never closed; use it in a `with`",
+                    ResourceWarning,
+                    source=self,
+                    stacklevel=2,
+                )
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Machine {'closed' if self._closed else f'pid {self.pid}'} in {self.folder}>"
+
+    def after_fork_in_child(self) -> None:
+        """The machine is the parent's: a child must not keep it alive, nor give it orders over this channel."""
+        self._closed = True
+        self._process.returncode = 0  # it is no child of ours to wait for
+
+
+_machines: weakref.WeakSet[Machine] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for machine in list(_machines):
+        machine.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,225 @@
+"""A program's line to the machine: one request, one reply, at most one at a time.
+
+One channel a process. A child made by fork must not read its parent's replies, so it opens a channel of its own at its
+first call; `generation` tells a device file that it has to show itself anew. The same happens after any call that did
+not come to its end (Ctrl-C, a deadline): the channel is closed, and the next call opens another one.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+from gntalloc import wire
+from gntalloc.errors import DeviceError, MachineGone, NoMachine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Answer", "Channel", "Descriptor"]
+
+DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
+_CHUNK = 65536
+_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
+
+
+class Descriptor:
+    """A descriptor that was received: closed exactly once, at the latest when nobody has it any more."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fileno(self) -> int:
+        """The number; still ours."""
+        return self._number
+
+    def detach(self) -> int:
+        """The number; the caller's to close."""
+        number, self._number = self._number, -1
+        return number
+
+    def close(self) -> None:
+        """Close it, if it is still ours."""
+        number = self.detach()
+        if number >= 0:
+            os.close(number)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Answer:
+    """What came back without an error: `result`, `body` and `descriptors`."""
+
+    __slots__ = ("body", "descriptors", "result")
+
+    def __init__(self, result: int, body: bytes, descriptors: list[Descriptor]) -> None:
+        self.result = result
+        self.body = body
+        self.descriptors = descriptors
+
+
+class Channel:
+    """Calls to the socket at `path`, or over `sock` if that is given and then never anew."""
+
+    def __init__(self, path: str, *, sock: socket.socket | None = None, hello: bool = True) -> None:
+        self.path = path
+        self.generation = 0
+        self.lock = threading.RLock()
+        self.domid = -1
+        self._sock = sock
+        self._once = sock is not None
+        self._hello = hello
+        self._begin()
+        _channels.add(self)
+
+    def call(self, kind: int, payload: bytes, descriptors: Sequence[int] = ()) -> Answer:
+        """Ask, and wait for the answer.
+
+        Raises:
+            DeviceError: the machine's errno and its reason; an answer's body then travels as `error.body`.
+            MachineGone: there is nobody to ask, or no answer came in time.
+        """
+        with self.lock:
+            self.connect()
+            try:
+                number = self._send(kind, payload, descriptors)
+                answer = self._receive(number)
+            except OSError as error:
+                self.close()
+                raise self._gone(error) from error
+            except BaseException:
+                self.close()
+                raise
+        reply = wire.decode_reply(answer[0].payload)
+        if reply.error:
+            refusal = DeviceError(reply.error, reply.why)
+            refusal.body = reply.body  # type: ignore[attr-defined]
+            raise refusal
+        return Answer(reply.result, reply.body, answer[1])
+
+    def post(self, kind: int, payload: bytes, generation: int) -> None:
+        """Tell, and wait for nothing. Dropped if the channel of that generation is gone."""
+        with self.lock:
+            if self._sock is not None and self.generation == generation:
+                try:
+                    self._send(kind, payload, ())
+                except OSError as error:
+                    self.close()
+                    raise self._gone(error) from error
+
+    def connect(self) -> None:
+        """Open the channel if it is not.
+
+        Raises:
+            NoMachine: it never was there.
+            MachineGone: it was.
+        """
+        if self._sock is not None:
+            return
+        if self._once:
+            raise MachineGone("the machine has ended, or this object was closed; start another machine")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(DEADLINE)
+        try:
+            sock.connect(self.path)
+        except OSError as error:
+            sock.close()
+            if self.generation:
+                raise self._gone(error) from error
+            raise NoMachine(
+                f"no machine answers at {self.path} ({error.strerror}); start one with `gntalloc machine`, or use "
+                f"gntalloc.Machine() in Python"
+            ) from error
+        self._sock = sock
+        self._begin()
+        if self._hello:
+            answer = self.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
+            self.domid = answer.result
+
+    def close(self) -> None:
+        """Close the channel. The next call opens another one, if it can."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_sock", None) is not None:
+            self.close()
+
+    def _begin(self) -> None:
+        self.generation += self._sock is not None
+        self._decoder = wire.Decoder()
+        self._messages: deque[wire.Message] = deque()
+        self._descriptors: deque[Descriptor] = deque()
+        self._number = 0
+
+    def _send(self, kind: int, payload: bytes, descriptors: Sequence[int]) -> int:
+        assert self._sock is not None
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        message = wire.encode(kind, self._number, payload, len(descriptors))
+        if descriptors:
+            sent = socket.send_fds(self._sock, [message], list(descriptors))
+            self._sock.sendall(message[sent:])
+        else:
+            self._sock.sendall(message)
+        return self._number
+
+    def _receive(self, number: int) -> tuple[wire.Message, list[Descriptor]]:
+        assert self._sock is not None
+        while True:
+            while not self._messages:
+                self._fill()
+            message = self._messages.popleft()
+            while len(self._descriptors) < message.descriptors:
+                self._fill()
+            descriptors = [self._descriptors.popleft() for _ in range(message.descriptors)]
+            if message.id == number or not message.id:  # 0: the machine does not want us at all
+                return message, descriptors
+
+    def _fill(self) -> None:
+        assert self._sock is not None
+        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in controls:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers = array.array("i", content[: len(content) // 4 * 4])
+                self._descriptors.extend(map(Descriptor, numbers))
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "this program has no descriptors left for what the machine sent")
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+        self._messages.extend(self._decoder.feed(data))
+
+    def _gone(self, error: OSError) -> OSError:
+        if error.errno == errno.EMFILE:
+            return DeviceError(errno.EMFILE, f"{error.strerror}; close some, or raise RLIMIT_NOFILE")
+        if isinstance(error, TimeoutError):
+            return MachineGone(f"the machine at {self.path} did not answer for {DEADLINE:.0f} s; is it stopped?")
+        return MachineGone(
+            f"the machine at {self.path} is gone ({error.strerror}). Pages that are mapped stay valid until they are "
+            f"unmapped; to share more, start another machine"
+        )
+
+    def after_fork_in_child(self) -> None:
+        """The parent goes on using its channel; this is a copy of its descriptor, and of a lock that may be held."""
+        self.lock = threading.RLock()
+        self.close()
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for channel in list(_channels):
+        channel.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

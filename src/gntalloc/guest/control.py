@@ -1,0 +1,37 @@
+"""Orders to a machine, for its owner: listing, limits, making and ending domains."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from gntalloc import wire
+from gntalloc.guest.channel import Channel
+from gntalloc.places import control_path
+
+if TYPE_CHECKING:
+    import socket
+
+__all__ = ["ControlClient"]
+
+
+class ControlClient:
+    """The control channel of the machine in `folder`, or at the other end of `sock`."""
+
+    def __init__(self, folder: str, *, sock: socket.socket | None = None) -> None:
+        self._channel = Channel(control_path(folder), sock=sock, hello=False)
+
+    def order(self, name: str, **arguments: int | None) -> Any:
+        """Give one order and return what it answers.
+
+        Raises:
+            DeviceError: it was refused; the text says why.
+            MachineGone: there is nobody to ask any more.
+            NoMachine: there never was.
+        """
+        order = {"do": name} | {key: value for key, value in arguments.items() if value is not None}
+        return json.loads(self._channel.call(wire.CONTROL, json.dumps(order).encode()).body)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._channel.close()

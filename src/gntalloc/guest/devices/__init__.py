@@ -1,0 +1,82 @@
+"""Device files, shaped like the kernel's own: two providers, one seam.
+
+    machine   asks the machine of this package
+    kernel    opens /dev/xen
+
+Everything above is written once, on the two protocols here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from gntalloc.maps import Mapping
+
+__all__ = ["DeviceFile", "Devices", "Holders"]
+
+
+class Holders(NamedTuple):
+    """Who holds some pages. `released` is readable (at its end of file) when nobody does; the receiver closes it."""
+
+    held: bool
+    mapped_by: tuple[int, ...]
+    released: int | None
+
+
+class DeviceFile(Protocol):
+    """An open device file. A dup, a fork and SCM_RIGHTS carry it, and its last close is the driver's release."""
+
+    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
+        """Call the driver, which changes `argument` in place. `bytes` is read-only memory, None the null pointer.
+
+        Raises:
+            DeviceError: the driver's errno; on the machine also its reason.
+            MachineGone: there is nobody to ask any more.
+        """
+
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
+        """Map `length` bytes at the driver's `offset` (an index).
+
+        Raises:
+            DeviceError: the driver's errno, or mmap(2)'s.
+        """
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; what read(2) would raise."""
+
+    def write(self, data: bytes) -> int:
+        """Bytes taken; what write(2) would raise."""
+
+    def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
+        """Who holds `count` pages of gntalloc from `index` on.
+
+        Raises:
+            NotKnownHere: on real Xen.
+        """
+
+    def fileno(self) -> int:
+        """The descriptor that is this file."""
+
+    def close(self) -> None:
+        """Close it. Mappings stay."""
+
+
+class Devices(Protocol):
+    """A domain's /dev/xen. `address` is a text that finds it again from another process of this computer."""
+
+    address: str
+
+    @property
+    def domid(self) -> int:
+        """The number of the domain."""
+
+    @property
+    def limit(self) -> int:
+        """Pages the domain may have in use at once."""
+
+    @limit.setter
+    def limit(self, pages: int) -> None: ...
+
+    def open(self, name: str, flags: int = ...) -> DeviceFile:
+        """Open a device: gntalloc, gntdev, evtchn."""

@@ -1,0 +1,144 @@
+"""The device files of a real Xen domain: /dev/xen of the running kernel."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
+from gntalloc.maps import Mapping
+
+if TYPE_CHECKING:
+    from gntalloc.guest.devices import Holders
+
+__all__ = ["KernelDevices", "KernelFile"]
+
+FOLDER = "/dev/xen"
+LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
+
+_FAULT = 1  # an address in the first page, which no process has: what ioctl(2) gets for None
+
+
+class KernelDevices:
+    """The devices of the domain this kernel runs in."""
+
+    address = FOLDER
+
+    def __init__(self) -> None:
+        self._domid: int | None = None
+
+    @property
+    def domid(self) -> int:
+        """The number of the domain, asked of xenstore once.
+
+        Raises:
+            NoMachine: xenstore cannot be reached.
+        """
+        if self._domid is None:
+            from gntalloc.xenstore.client import Store  # noqa: PLC0415  only here, and only on Xen
+
+            with Store() as store:
+                self._domid = store.domid()
+        return self._domid
+
+    @property
+    def limit(self) -> int:
+        """Pages that all programs of this kernel may have in use at once."""
+        with open(LIMIT) as file:
+            return int(file.read())
+
+    @limit.setter
+    def limit(self, pages: int) -> None:
+        with open(LIMIT, "w") as file:
+            file.write(str(pages))
+
+    def destroy(self) -> None:
+        """A program cannot end the domain that it runs in.
+
+        Raises:
+            NotKnownHere: always.
+        """
+        raise NotKnownHere("a program cannot destroy the Xen domain it runs in; use the toolstack (xl destroy)")
+
+    def open(self, name: str, flags: int = os.O_RDWR) -> KernelFile:
+        """Open a device file.
+
+        Raises:
+            NoMachine: there is no such device, or it may not be opened.
+        """
+        path = os.path.join(FOLDER, name)
+        try:
+            return KernelFile(name, os.open(path, flags | os.O_CLOEXEC))
+        except OSError as error:
+            todo = "load the module xen-" + name if error.errno == errno.ENOENT else "run as root"
+            raise NoMachine(error.errno, f"{path} cannot be opened: {error.strerror}; {todo}") from error
+
+
+class KernelFile:
+    """An open device file of the kernel."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
+        self._descriptor = descriptor
+
+    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
+        """See `DeviceFile`."""
+        try:
+            if argument is None:
+                return fcntl.ioctl(self.fileno(), request, _FAULT)
+            # A bytearray is changed in place; of bytes the kernel gets a copy, which nobody sees.
+            if isinstance(argument, bytearray):
+                result: int = fcntl.ioctl(self.fileno(), request, argument, True)
+                return result
+            copied: int = fcntl.ioctl(self.fileno(), request, bytearray(argument), True)
+            return copied
+        except OSError as error:
+            raise DeviceError(error.errno, f"{self.name} refused request {request:#010x}: {error.strerror}") from error
+
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
+        """See `DeviceFile`."""
+        mapping = Mapping(length, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
+        try:
+            mapping.place(0, mapping.length, self.fileno(), offset, shared=shared)
+        except OSError as error:
+            mapping.close()
+            raise DeviceError(error.errno, f"{mapping.name} was refused: {error.strerror}") from error
+        return mapping
+
+    def read(self, size: int) -> bytes:
+        """See `DeviceFile`."""
+        try:
+            return os.read(self.fileno(), size)
+        except OSError as error:
+            raise DeviceError(error.errno, f"{self.name} cannot be read: {error.strerror}") from error
+
+    def write(self, data: bytes) -> int:
+        """See `DeviceFile`."""
+        try:
+            return os.write(self.fileno(), data)
+        except OSError as error:
+            raise DeviceError(error.errno, f"{self.name} cannot be written: {error.strerror}") from error
+
+    def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
+        """See `DeviceFile`."""
+        raise NotKnownHere(
+            "real Xen does not tell a guest who maps its pages; let the peer say so: SET_UNMAP_NOTIFY with CLEAR_BYTE "
+            "on its side, a byte in the page that both look at, or a vchan's close"
+        )
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        if self._descriptor < 0:
+            raise Closed(f"this {self.name} file is closed; open it again")
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close it. Mappings stay."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,159 @@
+"""The device files of a domain of the machine."""
+
+from __future__ import annotations
+
+import os
+from struct import Struct
+
+from gntalloc import wire
+from gntalloc.errors import Closed, DeviceError
+from gntalloc.guest.channel import Answer, Channel, Descriptor
+from gntalloc.guest.control import ControlClient
+from gntalloc.guest.devices import Holders
+from gntalloc.maps import Mapping
+
+__all__ = ["MachineDevices", "MachineFile"]
+
+# Where an ioctl's argument lies, as far as the driver is told: any page but the first will do.
+ARGUMENT_ADDRESS = 0x10000
+_DOMIDS = Struct("=I")
+
+
+class MachineDevices:
+    """The devices of the domain whose socket is at `path`."""
+
+    def __init__(self, path: str) -> None:
+        self.address = path
+        self._channel = Channel(path)
+        with self._channel.lock:
+            self._channel.connect()
+
+    @property
+    def domid(self) -> int:
+        """The number of the domain."""
+        return self._channel.domid
+
+    @property
+    def limit(self) -> int:
+        """Pages the domain may have in use at once. Only the machine's owner may ask."""
+        limit: int = self._control().order("get_limit", domid=self.domid)
+        return limit
+
+    @limit.setter
+    def limit(self, pages: int) -> None:
+        self._control().order("set_limit", domid=self.domid, limit=pages)
+
+    def destroy(self) -> None:
+        """End the domain. Only the machine's owner may."""
+        self._control().order("destroy", domid=self.domid)
+
+    def open(self, name: str, flags: int = os.O_RDWR) -> MachineFile:
+        """Open a device file.
+
+        Raises:
+            DeviceError: ENOENT there is no such device.
+        """
+        return MachineFile(self._channel, name, flags)
+
+    def close(self) -> None:
+        """Hang up. The next call connects again."""
+        self._channel.close()
+
+    def _control(self) -> ControlClient:
+        return ControlClient(os.path.dirname(self.address))
+
+
+class MachineFile:
+    """An open device file: its *home*, a descriptor whose last copy's end is the driver's release."""
+
+    def __init__(self, channel: Channel, name: str, flags: int) -> None:
+        self.name = name
+        self._channel = channel
+        self._home: Descriptor | None = None
+        with channel.lock:
+            answer = channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags) + name.encode())
+            self._home = answer.descriptors[0]
+            self._handle = answer.result
+            self._generation = channel.generation
+
+    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
+        """See `DeviceFile`."""
+        regions: list[wire.Region] = []
+        address = 0
+        if argument is not None:
+            address = ARGUMENT_ADDRESS
+            regions = [wire.Region(address, isinstance(argument, bytearray), argument)]
+        body = wire.encode_regions(regions)
+        try:
+            answer = self._call(wire.IOCTL, wire.IOCTL_REQUEST, request & 0xFFFFFFFF, address, rest=body)
+        except DeviceError as refusal:
+            _write_back(argument, getattr(refusal, "body", b""))
+            raise
+        _write_back(argument, answer.body)
+        return answer.result
+
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
+        """See `DeviceFile`."""
+        answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset, length)
+        (confirm,) = wire.CONFIRM.unpack_from(answer.body)
+        mapping = Mapping(length, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
+        at = 0
+        try:
+            for place, start, size in wire.PIECE.iter_unpack(answer.body[wire.CONFIRM.size :]):
+                mapping.place(at, size, answer.descriptors[place].fileno(), start, shared=shared)
+                at += size
+        except OSError as error:
+            mapping.close()
+            raise DeviceError(error.errno, f"{mapping.name} could not be made: {error.strerror}") from error
+        finally:
+            for descriptor in answer.descriptors:
+                descriptor.close()
+        if confirm:
+            self._channel.post(wire.PLACED, wire.PLACED_REQUEST.pack(answer.result), self._generation)
+        return mapping
+
+    def read(self, size: int) -> bytes:
+        """See `DeviceFile`."""
+        return self._call(wire.READ, wire.READ_REQUEST, size).body
+
+    def write(self, data: bytes) -> int:
+        """See `DeviceFile`."""
+        return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=bytes(data)).result
+
+    def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
+        """See `DeviceFile`."""
+        answer = self._call(wire.HOLDERS, wire.HOLDERS_REQUEST, wait, index, count)
+        released = answer.descriptors[0].detach() if answer.descriptors else None
+        mapped_by = tuple(domid for (domid,) in _DOMIDS.iter_unpack(answer.body))
+        return Holders(bool(answer.result), mapped_by, released)
+
+    def fileno(self) -> int:
+        """The home: to be kept, passed on or polled, never read."""
+        return self._open_home().fileno()
+
+    def close(self) -> None:
+        """Close it. Mappings stay."""
+        if self._home is not None:
+            self._home.close()
+            self._home = None
+
+    def _open_home(self) -> Descriptor:
+        if self._home is None:
+            raise Closed(f"this {self.name} file is closed; open it again")
+        return self._home
+
+    def _call(self, kind: int, layout: Struct, *fields: int, rest: bytes = b"") -> Answer:
+        home = self._open_home()
+        channel = self._channel
+        with channel.lock:
+            channel.connect()
+            if channel.generation != self._generation:  # a new channel: say which file this is
+                self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
+                self._generation = channel.generation
+            return channel.call(kind, layout.pack(self._handle, *fields) + rest)
+
+
+def _write_back(argument: bytearray | bytes | None, body: bytes) -> None:
+    for region in wire.decode_regions(body):
+        if isinstance(argument, bytearray):
+            argument[:] = region.data

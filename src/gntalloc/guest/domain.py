@@ -1,0 +1,225 @@
+"""A domain, for a program inside it: share pages, map pages. The same on the machine and on real Xen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
+from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
+from gntalloc.errors import DeviceError, NoMachine, TimedOut
+from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
+from gntalloc.guest.devices.machine import MachineDevices
+from gntalloc.guest.grant import Grant
+from gntalloc.guest.pages import MappedPages, SharedPages
+from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
+from gntalloc.places import domain_path, machine_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gntalloc.guest.devices import DeviceFile
+    from gntalloc.maps import Mapping
+
+__all__ = ["Domain", "current_domain"]
+
+_LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
+
+
+class Domain:
+    """One domain, seen from inside. Any thread may use it; a pickle of it is its address.
+
+    Get one from `Machine.domain` or `current_domain`.
+    """
+
+    def __init__(self, devices: MachineDevices | KernelDevices) -> None:
+        self.devices = devices
+        self._files: dict[tuple[int, str], DeviceFile] = {}
+
+    @property
+    def domid(self) -> int:
+        """The number peers know this domain by."""
+        return self.devices.domid
+
+    @property
+    def address(self) -> str:
+        """What finds this domain from another process: give it to `current_domain`."""
+        return self.devices.address
+
+    @property
+    def limit(self) -> int:
+        """Pages that may be granted at once in this domain. Set it to change it; only its owner may."""
+        return self.devices.limit
+
+    @limit.setter
+    def limit(self, pages: int) -> None:
+        self.devices.limit = pages
+
+    def share(
+        self, peer: int | Domain, pages: int | None = None, *, size: int | None = None, writable: bool = False
+    ) -> SharedPages:
+        """Allocate zeroed pages and grant them to `peer`.
+
+        Args:
+            peer: a domid or a Domain. That one only, and from now on.
+            pages: how many pages of 4096 bytes; one if neither this nor `size` is given.
+            size: bytes instead, rounded up to whole pages.
+            writable: whether the peer may write. This side always may.
+
+        Raises:
+            DeviceError: ENOSPC the limit or the grant table is exhausted (the text says which), ENOMEM no memory.
+        """
+        count = _pages(pages, size)
+        domid = peer.domid if isinstance(peer, Domain) else peer
+        file = self._file("gntalloc")
+        flags = FLAG_WRITABLE if writable else 0
+        head = AllocGref(domid, flags, count, 0).pack()
+        argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
+        argument[: len(head)] = head
+        file.ioctl(ALLOC_GREF, argument)
+        index = AllocGref.unpack_from(argument).index
+        array = memoryview(argument)[AllocGref.REFS_OFFSET : AllocGref.REFS_OFFSET + 4 * count].cast("I")
+        try:
+            mapping = file.mmap(index, count * PAGE_SIZE, prot=PROT_READ | PROT_WRITE)
+        except BaseException:
+            file.ioctl(DEALLOC_GREF, DeallocGref(index, count).pack())
+            raise
+        grant = Grant(self.domid, tuple(array), writable)
+        mapping.name = f"grant {grant}"
+        return SharedPages(file, index, grant, mapping)
+
+    def map(
+        self,
+        granter: Grant | int | Domain,
+        refs: Sequence[int] | int | None = None,
+        *,
+        writable: bool | None = None,
+        timeout: float = 1.0,
+    ) -> MappedPages:
+        """Map pages that `granter` granted to this domain, as one range.
+
+        Args:
+            granter: a Grant, or whose pages: a domid or a Domain, and then `refs`.
+            refs: one reference or several, in the order wanted.
+            writable: whether to map for writing; if not said, as the Grant says, and read-only without one.
+            timeout: seconds to go on trying while the granter of read-only pages has not mapped them itself.
+
+        Raises:
+            DeviceError: EINVAL there is no such grant, or not for this domain, or not for writing; the text says what.
+            TimedOut: the granter did not get ready.
+        """
+        grant = _grant(granter, refs, writable)
+        count = len(grant.refs)
+        file = self._file("gntdev")
+        head = MapGrantRef(count, 0).pack()
+        argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in grant.refs))
+        file.ioctl(MAP_GRANT_REF, argument)
+        index = MapGrantRef.unpack_from(argument).index
+        try:
+            mapping = self._mmap_when_ready(file, index, grant, timeout)
+        except BaseException:
+            file.ioctl(UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack())
+            raise
+        mapping.name = f"the map of grant {grant}"
+        return MappedPages(file, index, grant, mapping)
+
+    def destroy(self) -> None:
+        """End the domain: nobody enters it any more, its device files close. Only the machine's owner may.
+
+        Pages that others map stay theirs until they unmap them.
+        """
+        self.close()
+        self.devices.destroy()
+
+    def close(self) -> None:
+        """Close this object's device files: what was shared through it and is not mapped any more goes."""
+        files, self._files = self._files, {}
+        for (pid, _name), file in files.items():
+            if pid == os.getpid():
+                file.close()
+
+    def __repr__(self) -> str:
+        return f"<Domain {self.domid} at {self.address}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return current_domain, (self.address,)
+
+    def _mmap_when_ready(self, file: DeviceFile, index: int, grant: Grant, timeout: float) -> Mapping:
+        deadline = time.monotonic() + timeout
+        nap = 0.0005
+        prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
+        while True:
+            try:
+                return file.mmap(index, len(grant.refs) * PAGE_SIZE, prot=prot)
+            except DeviceError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {error}") from error
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP)
+
+    def _file(self, name: str) -> DeviceFile:
+        # A file a process: pages granted after a fork must end with the process that granted them.
+        key = os.getpid(), name
+        file = self._files.get(key)
+        if file is None:
+            file = self._files.setdefault(key, self.devices.open(name))
+        return file
+
+
+def current_domain(address: str | None = None) -> Domain:
+    """The domain this program is in.
+
+    Args:
+        address: a domain's address: the path of its socket, `MACHINE/DOMID` for a machine by name, or /dev/xen.
+            If not given: $GNTALLOC_DOMAIN; if that is not set, /dev/xen where it can be opened.
+
+    Raises:
+        NoMachine: there is none of these; the text says what to do.
+    """
+    address = address or os.environ.get("GNTALLOC_DOMAIN")
+    if address == FOLDER or (address is None and _on_xen()):
+        return Domain(KernelDevices())
+    if address is None:
+        raise NoMachine(
+            "this program is in no domain: $GNTALLOC_DOMAIN is not set and /dev/xen/gntdev cannot be opened. "
+            "Start it with env=machine.environ(DOMID), or set GNTALLOC_DOMAIN=NAME/DOMID for a machine that was "
+            "started with `gntalloc machine --name NAME --domain DOMID`"
+        )
+    name, _, domid = address.rpartition("/")
+    if name and "/" not in name and domid.isdigit():
+        address = domain_path(machine_folder(name), int(domid))
+    return Domain(MachineDevices(address))
+
+
+def _on_xen() -> bool:
+    try:
+        os.close(os.open(os.path.join(FOLDER, "gntdev"), os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _pages(pages: int | None, size: int | None) -> int:
+    if pages is not None and size is not None:
+        raise ValueError("give `pages` or `size`, not both")
+    count = -(-size // PAGE_SIZE) if size is not None else 1 if pages is None else pages
+    if count < 1:
+        raise ValueError(f"{count} pages cannot be shared; ask for one at least")
+    return count
+
+
+def _grant(granter: Grant | int | Domain, refs: Sequence[int] | int | None, writable: bool | None) -> Grant:
+    if isinstance(granter, Grant):
+        if refs is not None:
+            raise ValueError("a Grant names its references itself; give a domid to choose others")
+        grant = granter if writable is None else granter._replace(writable=writable)
+    else:
+        chosen = (refs,) if isinstance(refs, int) else tuple(refs or ())
+        grant = Grant(granter.domid if isinstance(granter, Domain) else granter, chosen, bool(writable))
+    if not grant.refs:
+        raise ValueError("no reference was given; give the granter's domid and its references, or a Grant")
+    return grant

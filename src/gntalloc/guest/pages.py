@@ -1,0 +1,175 @@
+"""Pages a program shares, and pages it maps: objects to be used in a `with`."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+import warnings
+from typing import TYPE_CHECKING, Self
+
+from gntalloc.abi.gntalloc import DEALLOC_GREF, DeallocGref
+from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
+from gntalloc.errors import GntallocError, MachineGone, TimedOut, ViewsStillExported
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gntalloc.guest.devices import DeviceFile
+    from gntalloc.guest.grant import Grant
+    from gntalloc.maps import Mapping
+
+__all__ = ["MappedPages", "SharedPages"]
+
+
+class _Pages:
+    """What both kinds have in common: memory, and an end that never loses anything."""
+
+    def __init__(self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping) -> None:
+        self.grant = grant
+        self._file = file
+        self._index = index
+        self._mapping = mapping
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def memory(self) -> memoryview:
+        """The bytes, all pages of them: changes are seen by the other side at once.
+
+        Raises:
+            Closed: after `close`.
+        """
+        return self._mapping.memory
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has succeeded."""
+        return self._closed
+
+    def close(self) -> None:
+        """Unmap, and give back. May be repeated, also after a refusal.
+
+        In a child made by fork only the child's own map is undone; the grant is its maker's.
+
+        Raises:
+            ViewsStillExported: a slice, a cast or an array of `memory` is alive. Nothing has changed.
+        """
+        if self._closed:
+            return
+        self._mapping.close()
+        self._closed = True
+        self._give_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except ViewsStillExported as still:
+            if error is None:
+                raise
+            error.add_note(str(still))  # the body's own exception is the one to tell
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", True):
+            return
+        self._closed = True
+        if os.getpid() != self._pid:
+            return
+        warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
+        # A view may still be alive. The map goes with it; the grant goes now.
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if os.getpid() == self._pid:
+            try:
+                self._undo()
+            except MachineGone:
+                pass  # then there is nothing left to undo
+            except GntallocError:
+                if not self._mapping.closed:
+                    raise
+                # The domain was destroyed, and its files with it. The map is gone too, so all is done.
+
+    def _undo(self) -> None:
+        raise AssertionError  # each kind has its own
+
+
+class SharedPages(_Pages):
+    """Pages of this domain that a peer may map, mapped here, writable here.
+
+    Made by `Domain.share`. Closing takes them back: at once if no peer maps them, else when it lets go.
+    """
+
+    @property
+    def refs(self) -> tuple[int, ...]:
+        """The references, one a page, to tell the peer."""
+        return self.grant.refs
+
+    @property
+    def held(self) -> bool:
+        """Whether a peer has any of the pages mapped now, as the kernel counts it, also after `close`.
+
+        Raises:
+            NotKnownHere: on real Xen.
+        """
+        return self._file.holders(self._index, len(self.refs)).held
+
+    @property
+    def mapped_by(self) -> tuple[int, ...]:
+        """The domains that map any of the pages now.
+
+        Raises:
+            NotKnownHere: on real Xen.
+        """
+        return self._file.holders(self._index, len(self.refs)).mapped_by
+
+    def wait_released(self, timeout: float | None = None) -> None:
+        """Wait until no peer has any of the pages mapped, by whatever way it let go: unmapped, exited, was killed.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimedOut: they are still held.
+            NotKnownHere: on real Xen.
+            MachineGone: the machine ended, and nobody counts any more.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            holders = self._file.holders(self._index, len(self.refs), wait=True)
+            if holders.released is None:
+                return
+            try:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                poll = select.poll()
+                poll.register(holders.released, select.POLLIN)
+                ended = poll.poll(None if left is None else left * 1000)
+            finally:
+                os.close(holders.released)
+            if not ended:
+                who = ", ".join(map(str, holders.mapped_by)) or "its peer, which hides it"
+                raise TimedOut(f"grant {self.grant} is still mapped by domain {who} after {timeout} s; wait longer")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<{state} SharedPages {self.grant} index {self._index:#x}>"
+
+    def _undo(self) -> None:
+        self._file.ioctl(DEALLOC_GREF, DeallocGref(self._index, len(self.refs)).pack())
+
+
+class MappedPages(_Pages):
+    """Pages of a peer, mapped here. Made by `Domain.map`; `memory` is read-only unless mapped writable."""
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<{state} MappedPages {self.grant}, {len(self.grant.refs) * PAGE_SIZE} bytes>"
+
+    def _undo(self) -> None:
+        self._file.ioctl(UNMAP_GRANT_REF, UnmapGrantRef(self._index, len(self.grant.refs)).pack())

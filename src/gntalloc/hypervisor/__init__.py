@@ -1,0 +1,1 @@
+"""What the hypervisor keeps: domains and their grant tables. Pure state: no I/O, no clock, no threads."""

@@ -1,0 +1,77 @@
+"""The domains, found by domid: how a mapping of one reaches the grant table of another.
+
+Sources: Xen's common/grant_table.c (status codes of a map; 1024 maptrack frames of 256 handles a domain) and
+public/xen.h (numbers from 0x7FF0 up are not domains).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from gntalloc.abi.grants import BAD_DOMAIN, DOMID_FIRST_RESERVED, NO_SPACE
+from gntalloc.hypervisor.grants import GrantTable, MapRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["DomainExists", "Handle", "Hypervisor"]
+
+Frame = TypeVar("Frame")
+
+MAX_HANDLES = 1024 * 256
+
+
+class DomainExists(Exception):
+    """A domain of that number is there already, or the number is none a domain may have."""
+
+
+class Handle(NamedTuple, Generic[Frame]):
+    """One page mapped: keep it to unmap. It names the table itself, so it outlives the granting domain."""
+
+    table: GrantTable[Frame]
+    ref: int
+    mapper: int
+    frame: Frame
+
+
+class Hypervisor(Generic[Frame]):
+    """All domains and what they map of each other."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, GrantTable[Frame]] = {}
+        self._handles: dict[int, int] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._tables))
+
+    def create(self, domid: int, table: GrantTable[Frame]) -> None:
+        """Let `table` be the grants of a new domain."""
+        if domid in self._tables:
+            raise DomainExists(f"domain {domid} exists already")
+        if not 0 <= domid < DOMID_FIRST_RESERVED:
+            raise DomainExists(f"{domid} is no domain's number: they go from 0 to {DOMID_FIRST_RESERVED - 1}")
+        self._tables[domid] = table
+
+    def destroy(self, domid: int) -> None:
+        """Forget the domain. What others still map of it stays mapped until they unmap."""
+        del self._tables[domid]
+
+    def map(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Handle[Frame]:
+        """Map page `ref` of `granter` for domain `mapper`.
+
+        Raises:
+            MapRefused: with Xen's status and the reason.
+        """
+        table = self._tables.get(granter)
+        if table is None:
+            raise MapRefused(BAD_DOMAIN, f"there is no domain {granter}")
+        if self._handles.get(mapper, 0) >= MAX_HANDLES:
+            raise MapRefused(NO_SPACE, f"domain {mapper} maps {MAX_HANDLES} pages already")
+        entry = table.map(ref, mapper, writable=writable)
+        self._handles[mapper] = self._handles.get(mapper, 0) + 1
+        return Handle(table, ref, mapper, entry.frame)
+
+    def unmap(self, handle: Handle[Frame]) -> None:
+        """Undo one `map`."""
+        self._handles[handle.mapper] -= 1
+        handle.table.unmap(handle.ref, handle.mapper)

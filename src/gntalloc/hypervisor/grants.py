@@ -1,0 +1,185 @@
+"""A domain's grant table, version 1: which page of mine may which other domain map, and who does.
+
+The life of an entry. `pins` counts mappings, of any domain and kind.
+
+    state       permit          map              unmap           end
+    free        -> permitted    refused          -               -
+    permitted   -               pins + 1         pins - 1        pins = 0: -> free
+                                                                 pins > 0: -> ending
+    ending      -               refused (*)      pins - 1;       -
+                                                 at 0: idle hook
+
+(*) Linux's version 1 table leaves an ending entry valid, so that Xen accepts new maps of it;
+`refuse_while_ending=False` does the same.
+
+The owner ends an `ending` entry again from the idle hook: nothing is freed behind its back.
+
+Sources: Xen's public grant_table.h (entry layout, status codes), Linux's grant-table.c (references 0-7 are
+reserved, a table grows a frame of 512 entries at a time, full means ENOSPC), Xen's common/grant_table.c (what
+a mapping is refused for, and with which status).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from gntalloc.abi.grants import (
+    BAD_GNTREF,
+    GENERAL_ERROR,
+    MAX_FRAMES,
+    RESERVED_REFS,
+    V1_ENTRIES_PER_FRAME,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Entry", "GrantTable", "MapRefused", "TableFull"]
+
+Frame = TypeVar("Frame")
+
+# Xen keeps mappings of one kind in eight bits and refuses when the top one is set.
+MAX_PINS = 128
+
+
+class TableFull(Exception):
+    """No reference is free and the table may not grow."""
+
+
+class MapRefused(Exception):
+    """Xen would not map: `status` is the GNTST code, the text the reason."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(status, why)
+        self.status = status
+        self.why = why
+
+
+class Entry(Generic[Frame]):
+    """One reference in use: `frame` may be mapped by `domid`, writable unless `readonly`."""
+
+    __slots__ = ("domid", "ending", "frame", "mappers", "pins", "readonly")
+
+    def __init__(self, domid: int, frame: Frame, readonly: bool) -> None:
+        self.domid = domid
+        self.frame = frame
+        self.readonly = readonly
+        self.ending = False
+        self.pins = 0
+        self.mappers: dict[int, int] = {}
+
+
+class Usage(NamedTuple):
+    """What a table holds, in references."""
+
+    live: int
+    free: int
+    capacity: int
+
+
+class GrantTable(Generic[Frame]):
+    """The grants of one domain.
+
+    Args:
+        owner: domid whose pages these are.
+        max_frames: how far the table may grow, in frames of 512 references.
+        oldest_first: hand out the reference that has been free for longest; Linux hands out the last freed,
+            which lets a slow peer map a stranger's page by an old number.
+        refuse_while_ending: refuse new maps of a grant its owner has ended.
+    """
+
+    def __init__(
+        self,
+        owner: int,
+        *,
+        max_frames: int = MAX_FRAMES,
+        oldest_first: bool = True,
+        refuse_while_ending: bool = True,
+    ) -> None:
+        self.owner = owner
+        self.on_idle: Callable[[int, Frame], None] | None = None  # an entry lost its last mapping
+        self._max_frames = max_frames
+        self._oldest_first = oldest_first
+        self._refuse_while_ending = refuse_while_ending
+        self._frames = 1
+        self._free = deque(range(RESERVED_REFS, V1_ENTRIES_PER_FRAME))
+        self._entries: dict[int, Entry[Frame]] = {}
+
+    def permit(self, domid: int, frame: Frame, *, readonly: bool) -> int:
+        """Grant `frame` to `domid` and return the reference. Any domid is taken, also of no domain.
+
+        Raises:
+            TableFull: the table is at its maximum.
+        """
+        if not self._free:
+            self._grow()
+        ref = self._free.popleft() if self._oldest_first else self._free.pop()
+        self._entries[ref] = Entry(domid, frame, readonly)
+        return ref
+
+    def end(self, ref: int, *, busy: bool = False) -> bool:
+        """Take the grant back. False: somebody maps it, or is `busy` with it; it stays, so call again later."""
+        entry = self._entries[ref]
+        if entry.pins or busy:
+            entry.ending = True
+            return False
+        del self._entries[ref]
+        self._free.append(ref)
+        return True
+
+    def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
+        """Map for `mapper`, the domid Xen knows the caller by.
+
+        Raises:
+            MapRefused: with Xen's status and the reason.
+        """
+        if ref >= self._frames * V1_ENTRIES_PER_FRAME:
+            raise MapRefused(BAD_GNTREF, f"reference {ref} is beyond domain {self.owner}'s grant table")
+        entry = self._entries.get(ref)
+        if entry is None:
+            raise MapRefused(GENERAL_ERROR, f"domain {self.owner} grants nothing under reference {ref}")
+        if entry.domid != mapper:
+            why = f"reference {ref} of domain {self.owner} is not granted to domain {mapper}"
+            raise MapRefused(GENERAL_ERROR, why)
+        if writable and entry.readonly:
+            why = f"reference {ref} of domain {self.owner} is granted read-only, and a writable map was asked for"
+            raise MapRefused(GENERAL_ERROR, why)
+        if entry.ending and self._refuse_while_ending:
+            why = f"domain {self.owner} has ended grant {ref}; it only waits for those who still map it"
+            raise MapRefused(GENERAL_ERROR, why)
+        if entry.pins >= MAX_PINS:
+            raise MapRefused(GENERAL_ERROR, f"reference {ref} is mapped {entry.pins} times already")
+        entry.pins += 1
+        entry.mappers[mapper] = entry.mappers.get(mapper, 0) + 1
+        return entry
+
+    def unmap(self, ref: int, mapper: int) -> None:
+        """Undo one `map` of `mapper`. Calls the idle hook if it was the last of all."""
+        entry = self._entries[ref]
+        entry.pins -= 1
+        entry.mappers[mapper] -= 1
+        if not entry.mappers[mapper]:
+            del entry.mappers[mapper]
+        if not entry.pins and self.on_idle is not None:
+            self.on_idle(ref, entry.frame)
+
+    def readonly(self, ref: int) -> bool:
+        """Whether a live grant gives its peer no right to write."""
+        return self._entries[ref].readonly
+
+    def mapped_by(self, ref: int) -> tuple[int, ...]:
+        """The domids that map it now, in order."""
+        entry = self._entries.get(ref)
+        return tuple(sorted(entry.mappers)) if entry else ()
+
+    def usage(self) -> Usage:
+        """References live, free to take without growing, and possible at all."""
+        return Usage(len(self._entries), len(self._free), self._max_frames * V1_ENTRIES_PER_FRAME - RESERVED_REFS)
+
+    def _grow(self) -> None:
+        if self._frames >= self._max_frames:
+            raise TableFull
+        first = self._frames * V1_ENTRIES_PER_FRAME
+        self._free.extend(range(first, first + V1_ENTRIES_PER_FRAME))
+        self._frames += 1

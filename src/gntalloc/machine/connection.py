@@ -1,0 +1,365 @@
+"""One program's call channel: its messages in, replies out, in order.
+
+The machine never blocks on a program. It sends with MSG_DONTWAIT; what does not go out at once is kept, and no further
+message of that program is served before it has gone. A program that leaves a message half sent, or does not read, is
+dropped after a while; its files live on with their homes.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import logging
+import os
+import socket
+import struct
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from gntalloc import wire
+from gntalloc.drivers.chardev import MessageCaller, Region
+from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gntalloc.drivers.chardev import File, Record
+    from gntalloc.machine.machine import Guest
+    from gntalloc.machine.server import Server
+
+__all__ = ["Channel", "Connection", "Dropped"]
+
+log = logging.getLogger("gntalloc.machine")
+
+MESSAGES_A_TURN = 8  # then it is somebody else's turn
+STALL = 10.0  # seconds without progress until a program is dropped
+_BYTES_A_TURN = 65536
+_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(8 * 4)
+
+
+class Dropped(Exception):
+    """There is no way to go on with this program."""
+
+
+class Channel:
+    """A stream of messages to and from one program, non-blocking. `serve` answers one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.inbox: deque[tuple[wire.Message, list[int]]] = deque()
+        self._decoder = wire.Decoder()
+        self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
+        self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._stalled_since: float | None = None
+
+    def serve(self, message: wire.Message, descriptors: list[int]) -> None:
+        """Answer one message. The descriptors are closed by the caller."""
+        raise Dropped("nobody listens")
+
+    @property
+    def runnable(self) -> bool:
+        """Whether a message waits and may be served."""
+        return bool(self.inbox) and not self._outbox
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether replies wait for the program to read."""
+        return bool(self._outbox)
+
+    def stalled(self, now: float) -> bool:
+        """Whether it has kept the machine waiting for too long."""
+        return self._stalled_since is not None and now - self._stalled_since > STALL
+
+    def waits(self) -> bool:
+        """Whether it keeps the machine waiting at all."""
+        return self._stalled_since is not None
+
+    def receive(self) -> None:
+        """Take what has come.
+
+        Raises:
+            Dropped: the program is gone, or what it sent is no message.
+        """
+        try:
+            data, controls, flags, _ = self.sock.recvmsg(_BYTES_A_TURN, _SPACE_FOR_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise Dropped(f"it cannot be read any more: {error.strerror}") from None
+        for level, kind, content in controls:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._received.extend(array.array("i", content[: len(content) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC:
+            raise Dropped("it sent more descriptors than any message has")
+        if not data:
+            raise Dropped("it went away")
+        try:
+            for message in self._decoder.feed(data):
+                if message.descriptors > len(self._received):
+                    raise Dropped("it announced descriptors that did not come")
+                self.inbox.append((message, [self._received.popleft() for _ in range(message.descriptors)]))
+        except wire.Garbage as error:
+            raise Dropped(f"what it sent is no message: {error}") from None
+        self._judge()
+
+    def turn(self) -> None:
+        """Serve some of what waits.
+
+        Raises:
+            Dropped: the program is gone.
+        """
+        for _ in range(MESSAGES_A_TURN):
+            if not self.runnable:
+                return
+            message, descriptors = self.inbox.popleft()
+            try:
+                self.serve(message, descriptors)
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send, or keep for later. The descriptors may be closed afterwards.
+
+        Raises:
+            Dropped: the program is gone.
+        """
+        # Descriptors travel with bytes: all but the last part go with one byte of the message each.
+        while len(descriptors) > wire.MAX_DESCRIPTORS:
+            self._send_part(data[:1], descriptors[: wire.MAX_DESCRIPTORS])
+            data, descriptors = data[1:], descriptors[wire.MAX_DESCRIPTORS :]
+        self._send_part(data, descriptors)
+        self._judge()
+
+    def _send_part(self, data: bytes, descriptors: Sequence[int]) -> None:
+        sent = 0 if self._outbox else self._try_to_send(data, descriptors)
+        if sent == len(data):
+            return
+        try:
+            keep = [os.dup(descriptor) for descriptor in descriptors] if not sent else []
+        except OSError as error:
+            raise Dropped(f"its reply cannot be kept until it reads: {error.strerror}") from None
+        self._outbox.append((data[sent:], keep))
+
+    def _try_to_send(self, data: bytes, descriptors: Sequence[int]) -> int:
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            if descriptors:
+                return socket.send_fds(self.sock, [data], list(descriptors), flags)
+            return self.sock.send(data, flags)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise Dropped(f"it cannot be written to any more: {error.strerror}") from None
+
+    def flush(self) -> None:
+        """Send what waits, as far as it goes.
+
+        Raises:
+            Dropped: the program is gone.
+        """
+        while self._outbox:
+            data, descriptors = self._outbox[0]
+            sent = self._try_to_send(data, descriptors)
+            if not sent:
+                break
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self._stalled_since = None
+            if sent < len(data):
+                self._outbox[0] = (data[sent:], ())
+            else:
+                self._outbox.popleft()
+        self._judge()
+
+    def close(self) -> None:
+        """Let go of the program, and of what was meant for it."""
+        for _, descriptors in self.inbox:
+            self._received.extend(descriptors)
+        for _, meant in self._outbox:
+            self._received.extend(meant)
+        for descriptor in self._received:
+            os.close(descriptor)
+        self._received.clear()
+        self.inbox.clear()
+        self._outbox.clear()
+        self.sock.close()
+
+    def _judge(self) -> None:
+        waiting = bool(self._outbox) or (self._decoder.in_the_middle and not self.inbox)
+        if not waiting:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = time.monotonic()
+
+
+class Connection(Channel):
+    """The call channel of one process in a domain."""
+
+    def __init__(self, sock: socket.socket, server: Server, guest: Guest, pid: int) -> None:
+        super().__init__(sock)
+        self.guest = guest
+        self.pid = pid
+        self._server = server
+        self._files: dict[int, File] = {}
+        self._next_handle = 1
+        self._unplaced: dict[int, Record] = {}
+        self._next_record = 1
+        self._kinds: dict[int, Callable[[wire.Message, list[int]], None]] = {
+            wire.HELLO: self._hello,
+            wire.OPEN: self._open,
+            wire.SHOW: self._show,
+            wire.IOCTL: self._ioctl,
+            wire.MMAP: self._mmap,
+            wire.PLACED: self._placed,
+            wire.READ: self._read,
+            wire.WRITE: self._write,
+            wire.HOLDERS: self._holders,
+        }
+
+    def serve(self, message: wire.Message, descriptors: list[int]) -> None:
+        """Answer one message of the program."""
+        serve = self._kinds.get(message.kind)
+        if serve is None:
+            raise Dropped(f"it sent a message of kind {message.kind}, and there is none")
+        try:
+            serve(message, descriptors)
+        except GntallocError as error:
+            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, error)
+            self._answer(message, error=error.errno or errno.EIO, why=str(error))
+        except struct.error:
+            raise Dropped("it sent a message that is shorter than its kind") from None
+        except wire.Garbage as error:
+            raise Dropped(f"what it sent is no message: {error}") from None
+
+    def _answer(
+        self,
+        message: wire.Message,
+        *,
+        error: int = 0,
+        why: str = "",
+        result: int = 0,
+        body: bytes = b"",
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        reply = wire.encode_reply(
+            message.kind,
+            message.id,
+            error=error,
+            why=why,
+            result=result,
+            body=body,
+            descriptors=len(descriptors),
+        )
+        self.send(reply, descriptors)
+
+    def _file(self, handle: int) -> File:
+        file = self._files.get(handle)
+        if file is None:
+            raise DeviceError(errno.EBADF, f"this program has no file {handle} open in domain {self.guest.domid}")
+        if file.closed:
+            del self._files[handle]
+            raise DeviceError(errno.EBADF, f"the file {handle} is closed")
+        return file
+
+    def _handle(self, file: File) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        self._files[handle] = file
+        return handle
+
+    # One method a kind of message.
+
+    def _hello(self, message: wire.Message, descriptors: list[int]) -> None:
+        (version,) = wire.HELLO_REQUEST.unpack_from(message.payload)
+        if version != wire.VERSION:
+            why = f"this machine speaks version {wire.VERSION} and the program {version}; use one gntalloc for both"
+            raise DeviceError(errno.EPROTO, why)
+        self._answer(message, result=self.guest.domid)
+
+    def _open(self, message: wire.Message, descriptors: list[int]) -> None:
+        (flags,) = wire.OPEN_REQUEST.unpack_from(message.payload)
+        name = message.payload[wire.OPEN_REQUEST.size :].decode(errors="replace")
+        file, programs_end = self._server.open(self.guest, name, flags, opener=self.pid)
+        self._forget_closed()
+        with programs_end:
+            self._answer(message, result=self._handle(file), descriptors=[programs_end.fileno()])
+
+    def _forget_closed(self) -> None:
+        for handle in [handle for handle, file in self._files.items() if file.closed]:
+            del self._files[handle]
+
+    def _show(self, message: wire.Message, descriptors: list[int]) -> None:
+        file = self._server.file_of(self.guest, descriptors[0]) if descriptors else None
+        if file is None:
+            raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
+        body = wire.SHOW_REPLY.pack(file.flags) + file.driver.name.encode()
+        self._answer(message, result=self._handle(file), body=body)
+
+    def _ioctl(self, message: wire.Message, descriptors: list[int]) -> None:
+        handle, request, address = wire.IOCTL_REQUEST.unpack_from(message.payload)
+        regions = [
+            Region(region.address, bytearray(region.data), writable=region.writable)
+            for region in wire.decode_regions(message.payload[wire.IOCTL_REQUEST.size :])
+        ]
+        caller = MessageCaller(regions)
+        error, why, result = 0, "", 0
+        try:
+            result = self._file(handle).ioctl(request, address, caller)
+        except DeviceError as refusal:  # what was written before it failed stays written, as in Linux
+            error, why = refusal.errno or errno.EIO, str(refusal)
+            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
+        written = [wire.Region(region.address, True, region.data) for region in regions if region.written]
+        self._answer(message, error=error, why=why, result=result, body=wire.encode_regions(written))
+
+    def _mmap(self, message: wire.Message, descriptors: list[int]) -> None:
+        handle, prot, shared, offset, length = wire.MMAP_REQUEST.unpack_from(message.payload)
+        plan = self._file(handle).mmap(offset, length, prot=prot, shared=bool(shared))
+        loans = self._server.machine.carry_out(plan)
+        number = 0
+        if plan.confirm:
+            number = self._next_record
+            self._next_record += 1
+            self._unplaced[number] = plan.record
+        place = {loan.extent: at for at, loan in enumerate(loans)}
+        size = PAGE_SIZE
+        body = wire.CONFIRM.pack(plan.confirm) + b"".join(
+            wire.PIECE.pack(place[piece.extent], piece.page * size, piece.pages * size) for piece in plan.pieces
+        )
+        try:
+            self._answer(message, result=number, body=body, descriptors=[loan.descriptor for loan in loans])
+        finally:
+            for loan in loans:
+                loan.close()
+
+    def _placed(self, message: wire.Message, descriptors: list[int]) -> None:
+        (number,) = wire.PLACED_REQUEST.unpack_from(message.payload)
+        record = self._unplaced.pop(number, None)
+        if record is not None and record.loans:
+            record.file.driver.placed(record)
+
+    def _read(self, message: wire.Message, descriptors: list[int]) -> None:
+        handle, size = wire.READ_REQUEST.unpack_from(message.payload)
+        data = self._file(handle).read(size)
+        self._answer(message, result=len(data), body=data)
+
+    def _write(self, message: wire.Message, descriptors: list[int]) -> None:
+        (handle,) = wire.WRITE_REQUEST.unpack_from(message.payload)
+        self._answer(message, result=self._file(handle).write(message.payload[wire.WRITE_REQUEST.size :]))
+
+    def _holders(self, message: wire.Message, descriptors: list[int]) -> None:
+        handle, wait, index, count = wire.HOLDERS_REQUEST.unpack_from(message.payload)
+        file = self._file(handle)
+        driver = self.guest.gntalloc
+        if file.driver is not driver:
+            raise DeviceError(errno.EINVAL, "only pages of gntalloc have holders")
+        held, mapped_by = driver.holders(file, index, count)
+        body = b"".join(domid.to_bytes(4, "little") for domid in mapped_by)
+        if not (wait and held):
+            self._answer(message, result=held, body=body)
+            return
+        with self._server.wait_released(driver, file, index, count) as programs_end:
+            self._answer(message, result=held, body=body, descriptors=[programs_end.fileno()])

@@ -1,0 +1,67 @@
+"""The machine as a process: started by `gntalloc.Machine` as a child, or run in the foreground by the command line."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any
+
+from gntalloc.machine.machine import BEHAVIOURS, Machine
+from gntalloc.machine.server import Server
+
+__all__ = ["child_main", "serve"]
+
+_PR_SET_DUMPABLE = 4
+
+
+def protect_and_provide() -> None:
+    """Keep programs of the same user out of our memory, and have as many descriptors as we may."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_server(folder: str, settings: dict[str, Any]) -> Server:
+    """A machine with its control socket in `folder`. `settings`: limit, behaviour (a name), table_frames."""
+    behaviour = BEHAVIOURS[settings.pop("behaviour", "ours")]
+    return Server(Machine(behaviour=behaviour, **settings), folder)
+
+
+def serve(server: Server) -> None:
+    """Run until told to stop, by a signal too, and leave nothing behind in the folder."""
+
+    def stop(_number: int, _frame: object) -> None:
+        server.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    # The handler runs between two instructions of ours; the wake-up descriptor ends the wait it may have come in.
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    server.wake_by(reading)
+    try:
+        server.run()
+    finally:
+        server.close()
+
+
+def child_main(descriptor: int, folder: str, settings: str) -> None:
+    """The child of `gntalloc.Machine`: orders come over `descriptor`, whose end of file is ours."""
+    logging.basicConfig(level=logging.WARNING, format="gntalloc machine: %(message)s", stream=sys.stderr)
+    # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    protect_and_provide()
+    server = make_server(folder, json.loads(settings))
+    server.adopt_control(socket.socket(fileno=descriptor))
+    try:
+        serve(server)
+    finally:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass  # our parent does it

@@ -1,0 +1,345 @@
+"""The loop: who connects, who calls, which homes are closed, what the kernel says of mappings.
+
+One thread. Every wait is in one epoll; no send and no receive ever blocks. Before any message is served the loop has
+taken in every home that was closed and every page that was unmapped before that message was sent, so that for programs
+close(2) and munmap(2) are as synchronous here as they are in a kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from gntalloc import wire
+from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.machine.connection import Channel, Connection, Dropped
+from gntalloc.machine.control import Control
+from gntalloc.places import control_path, domain_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.drivers.chardev import File
+    from gntalloc.drivers.gntalloc import GntallocDriver, ReleaseWaiter
+    from gntalloc.machine.machine import Guest, Machine
+
+__all__ = ["Server"]
+
+log = logging.getLogger("gntalloc.machine")
+
+_CREDENTIALS = struct.Struct("=iII")
+_CHECK_FOR_STALLS = 1.0
+_BACKLOG = 512
+
+
+class Home:
+    """The machine's end of what a program holds as an open file. Its end of file is release()."""
+
+    __slots__ = ("file", "guest", "inode", "sock")
+
+    def __init__(self, sock: socket.socket, inode: int, guest: Guest, file: File) -> None:
+        self.sock = sock
+        self.inode = inode  # of the program's end: how a copy of it is recognised
+        self.guest = guest
+        self.file = file
+
+
+class Server:
+    """The machine with its sockets in `folder`, which must exist and be empty."""
+
+    def __init__(self, machine: Machine, folder: str) -> None:
+        self.machine = machine
+        self.folder = folder
+        self.stopping = False
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[int], None]] = {}
+        self._channels: dict[int, Channel] = {}
+        self._turns: deque[Channel] = deque()  # channels with something to serve
+        self._listeners: dict[str, socket.socket] = {}
+        self._homes: dict[int, Home] = {}
+        self._homes_by_inode: dict[int, Home] = {}
+        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
+        self._hang_ups = select.epoll()  # homes and waiters: nothing is ever read from them
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._watch(self._hang_ups.fileno(), lambda _events: self._settle())
+        self._watch(machine.frames.fileno(), lambda _events: self._settle())
+        self._listen(control_path(folder), 0o600, self._accept_control)
+
+    # Domains.
+
+    def create(self, domid: int, *, uid: int, limit: int | None = None) -> Guest:
+        """Make a domain and its socket.
+
+        Raises:
+            GntallocError: EEXIST there is one of that number.
+        """
+        guest = self.machine.create(domid, uid=uid, limit=limit)
+        # Who may come in is decided at connect, by SO_PEERCRED; the modes only keep others from knocking.
+        mode = 0o600
+        if uid != os.getuid():
+            mode = 0o666
+            os.chmod(self.folder, 0o711)
+        self._listen(domain_path(self.folder, domid), mode, lambda sock: self._accept(sock, guest))
+        return guest
+
+    def destroy(self, domid: int) -> None:
+        """End a domain: nobody comes in any more, its programs are disconnected, its files close.
+
+        Raises:
+            GntallocError: ESRCH there is none of that number.
+        """
+        guest = self.machine.guest(domid)
+        self._stop_listening(domain_path(self.folder, domid))
+        for channel in list(self._channels.values()):
+            if isinstance(channel, Connection) and channel.guest is guest:
+                self._drop(channel, "its domain was destroyed")
+        for descriptor, home in list(self._homes.items()):
+            if home.guest is guest:
+                self._close_home(descriptor)
+        self.machine.destroy(domid)
+
+    # Files.
+
+    def open(self, guest: Guest, name: str, flags: int, *, opener: int) -> tuple[File, socket.socket]:
+        """Open a device file and make its home. The second is the program's end.
+
+        Raises:
+            DeviceError: ENOENT no such device; ENFILE, EMFILE too many files.
+        """
+        file = self.machine.open(guest, name, flags, opener=opener)
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            self.machine.close(guest, file)
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        home = Home(ours, os.fstat(theirs.fileno()).st_ino, guest, file)
+        ours.shutdown(socket.SHUT_WR)  # a program that reads its handle gets end of file, one that polls, ready
+        self._homes[ours.fileno()] = home
+        self._homes_by_inode[home.inode] = home
+        self._hang_ups.register(ours.fileno(), 0)
+        return file, theirs
+
+    def file_of(self, guest: Guest, descriptor: int) -> File | None:
+        """The file whose home this is a copy of. None if it is none of this domain."""
+        home = self._homes_by_inode.get(os.fstat(descriptor).st_ino)
+        return home.file if home is not None and home.guest is guest else None
+
+    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
+        """A socket that comes to its end of file when no peer holds these pages any more. The program's end.
+
+        Raises:
+            DeviceError: EMFILE the machine has no descriptors left.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        descriptor = ours.fileno()
+        waiter = driver.when_released(file, index, count, lambda: self._close_waiter(descriptor))
+        self._waiters[descriptor] = ours, driver, waiter
+        self._hang_ups.register(descriptor, 0)
+        return theirs
+
+    # The loop.
+
+    def run(self) -> None:
+        """Serve until `stopping`."""
+        while not self.stopping:
+            for descriptor, events in self._epoll.poll(self._patience()):
+                ready = self._ready.get(descriptor)
+                if ready is not None:
+                    ready(events)
+            self._settle()
+            for _ in range(len(self._turns)):
+                self._turn(self._turns.popleft())
+            self._drop_the_stalled()
+
+    def close(self) -> None:
+        """Disconnect everybody and take the sockets out of the folder."""
+        for channel in list(self._channels.values()):
+            self._drop(channel, "the machine ends")
+        for path in list(self._listeners):
+            self._stop_listening(path)
+        for home in self._homes.values():
+            home.sock.close()
+        for sock, _, _ in self._waiters.values():
+            sock.close()
+
+    def adopt_control(self, sock: socket.socket) -> None:
+        """Take orders from `sock`, and end when it does."""
+        control = Control(sock, self)
+        control.ends_the_machine = True
+        self._add(control)
+
+    def wake_by(self, descriptor: int) -> None:
+        """Let bytes on `descriptor` end a wait."""
+
+        def swallow(_events: int) -> None:
+            os.read(descriptor, 4096)
+
+        self._watch(descriptor, swallow)
+
+    def _patience(self) -> float:
+        if self._turns:
+            return 0.0
+        waits = [self.machine.frames.patience()]
+        if any(channel.waits() for channel in self._channels.values()):
+            waits.append(_CHECK_FOR_STALLS)
+        return min((wait for wait in waits if wait is not None), default=-1.0)
+
+    def _settle(self) -> None:
+        for descriptor, _events in self._hang_ups.poll(0):
+            if descriptor in self._homes:
+                self._close_home(descriptor)
+            elif descriptor in self._waiters:
+                _, driver, waiter = self._waiters[descriptor]
+                driver.forget(waiter)
+                self._close_waiter(descriptor)
+        self.machine.settle()
+
+    def _close_home(self, descriptor: int) -> None:
+        home = self._homes.pop(descriptor)
+        del self._homes_by_inode[home.inode]
+        self._hang_ups.unregister(descriptor)
+        home.sock.close()
+        self.machine.close(home.guest, home.file)
+
+    def _close_waiter(self, descriptor: int) -> None:
+        if descriptor in self._waiters:
+            sock, _, _ = self._waiters.pop(descriptor)
+            self._hang_ups.unregister(descriptor)
+            sock.close()
+
+    # Connections.
+
+    def _accept(self, sock: socket.socket, guest: Guest) -> None:
+        pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if uid not in {guest.uid, 0}:
+            why = f"domain {guest.domid} is for uid {guest.uid}, and this program runs as {uid}"
+            log.info("refused pid %d: %s", pid, why)
+            refusal = wire.encode_reply(wire.HELLO, 0, error=errno.EACCES, why=why)
+            try:
+                sock.send(refusal, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                pass  # it did not even wait for the answer
+            sock.close()
+            return
+        self._add(Connection(sock, self, guest, pid))
+
+    def _accept_control(self, sock: socket.socket) -> None:
+        _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if uid not in {os.getuid(), 0}:
+            sock.close()
+            return
+        self._add(Control(sock, self))
+
+    def _add(self, channel: Channel) -> None:
+        self._channels[channel.sock.fileno()] = channel
+        self._watch(channel.sock.fileno(), lambda events: self._channel_ready(channel, events))
+
+    def _channel_ready(self, channel: Channel, events: int) -> None:
+        try:
+            if events & select.EPOLLOUT:
+                channel.flush()
+            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                channel.receive()
+        except Dropped as reason:
+            self._drop(channel, str(reason))
+            return
+        self._plan(channel)
+
+    def _turn(self, channel: Channel) -> None:
+        if channel.sock.fileno() not in self._channels:
+            return
+        try:
+            channel.turn()
+        except Dropped as reason:
+            self._drop(channel, str(reason))
+            return
+        except Exception:
+            # A fault of ours. The program must not wait for ever, nobody else may notice, and we want to know.
+            log.exception("a message could not be served")
+            self._drop(channel, "serving it failed, see above")
+            return
+        self._plan(channel)
+
+    def _plan(self, channel: Channel) -> None:
+        """What to wait for on this channel, and whether it has something to serve."""
+        wanted = 0
+        if channel.wants_to_send:
+            wanted |= select.EPOLLOUT
+        elif not channel.inbox:  # who has sent enough waits for answers first
+            wanted |= select.EPOLLIN
+        self._epoll.modify(channel.sock.fileno(), wanted)
+        if channel.runnable and channel not in self._turns:
+            self._turns.append(channel)
+
+    def _drop(self, channel: Channel, why: str) -> None:
+        descriptor = channel.sock.fileno()
+        if self._channels.pop(descriptor, None) is None:
+            return
+        log.debug("%s: %s", type(channel).__name__, why)
+        self._unwatch(descriptor)
+        channel.close()
+        if isinstance(channel, Control) and channel.ends_the_machine:
+            self.stopping = True
+
+    def _drop_the_stalled(self) -> None:
+        now = time.monotonic()
+        for channel in [channel for channel in self._channels.values() if channel.stalled(now)]:
+            self._drop(channel, "it left a message half sent, or a reply unread, for too long")
+
+    # Descriptors.
+
+    def _listen(self, path: str, mode: int, accept: Callable[[socket.socket], None]) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(path)
+            os.chmod(path, mode)
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
+        listener.setblocking(False)
+        self._listeners[path] = listener
+        self._watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
+
+    def _stop_listening(self, path: str) -> None:
+        listener = self._listeners.pop(path)
+        self._unwatch(listener.fileno())
+        listener.close()
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # somebody tidied the folder up before us
+
+    def _take_in(self, listener: socket.socket, accept: Callable[[socket.socket], None]) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # Out of descriptors. Take the caller in with the spare one and hang up, or it would wake us for ever.
+            os.close(self._spare)
+            try:
+                listener.accept()[0].close()
+            except OSError:
+                pass  # it gave up by itself
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            return
+        accept(sock)
+
+    def _watch(self, descriptor: int, ready: Callable[[int], None]) -> None:
+        self._ready[descriptor] = ready
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _unwatch(self, descriptor: int) -> None:
+        del self._ready[descriptor]
+        self._epoll.unregister(descriptor)

@@ -1,0 +1,75 @@
+"""Where machines are found: one folder a machine, with a socket a domain and one for control.
+
+    $XDG_RUNTIME_DIR/gntalloc/NAME/control     0600: listing, limits, making and ending domains
+    $XDG_RUNTIME_DIR/gntalloc/NAME/1           domain 1
+    $XDG_RUNTIME_DIR/gntalloc/NAME/2           domain 2
+
+Without XDG_RUNTIME_DIR it is /run/gntalloc for root and /tmp/gntalloc-UID for others.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from gntalloc.errors import GntallocError
+
+__all__ = ["control_path", "domain_path", "machine_folder", "machines", "top_folder"]
+
+LONGEST_PATH = 107  # of a Unix socket, less its final zero
+
+
+def top_folder() -> str:
+    """The folder of this user's machines. It need not exist."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime):
+        return os.path.join(runtime, "gntalloc")
+    uid = os.getuid()
+    return "/run/gntalloc" if uid == 0 else f"/tmp/gntalloc-{uid}"
+
+
+def machine_folder(name: str) -> str:
+    """The folder of the machine `name`: a word, or a path to have it elsewhere.
+
+    Raises:
+        GntallocError: the name cannot be one, or its sockets would have too long a path.
+    """
+    if not name or name in {".", ".."}:
+        raise GntallocError(f"a machine cannot be called {name!r}; give it a word")
+    folder = name if "/" in name else os.path.join(top_folder(), name)
+    longest = os.fsencode(os.path.join(os.path.abspath(folder), "control"))
+    if len(longest) > LONGEST_PATH:
+        raise GntallocError(f"{folder} is too long for a socket's path ({LONGEST_PATH} bytes); choose a shorter name")
+    return os.path.abspath(folder)
+
+
+def make_top_folder() -> None:
+    """Make the folder of this user's machines, and see that it is this user's.
+
+    Raises:
+        GntallocError: somebody else owns it.
+    """
+    folder = top_folder()
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise GntallocError(f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")
+
+
+def control_path(folder: str) -> str:
+    """The control socket of the machine in `folder`."""
+    return os.path.join(folder, "control")
+
+
+def domain_path(folder: str, domid: int) -> str:
+    """The socket of domain `domid` of the machine in `folder`."""
+    return os.path.join(folder, str(domid))
+
+
+def machines() -> list[str]:
+    """The names of this user's machines, running or left behind, in order."""
+    try:
+        names = os.listdir(top_folder())
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if os.path.exists(control_path(os.path.join(top_folder(), name))))

@@ -1,0 +1,207 @@
+"""Messages between a program and the machine. Sans-I/O: bytes in, bytes out.
+
+They travel on a stream socket. Every message is a header of 12 bytes and a payload:
+
+    length u32    of the payload, at most MAX_PAYLOAD
+    kind u16      what it is; a reply has the bit REPLY set
+    descriptors u16   how many descriptors belong to it, in order (SCM_RIGHTS)
+    id u32        a reply has its request's
+
+A program may send a request before the reply to the one before has come. Replies keep the order of requests.
+
+    kind      payload of the request                                      result, payload and descriptors of the reply
+    HELLO     version u32                                                 domid
+    OPEN      flags u32, name                                             handle; one descriptor: the home
+    SHOW      nothing; one descriptor: a home                             handle; flags u32, name
+    IOCTL     handle u32, request u32, address u64, regions               what the driver returned; regions it wrote
+    MMAP      handle u32, prot u32, shared u32, offset u64, length u64    number of the record; confirm u8, pieces;
+                                                                          a descriptor for each memory file
+    PLACED    record u64                                                  (none: it is not answered)
+    READ      handle u32, size u32                                        length; the bytes
+    WRITE     handle u32, the bytes                                       length
+    HOLDERS   handle u32, wait u32, index u64, count u64                  held 0 or 1; domids u32 each; if asked to wait
+                                                                          one descriptor, at its end of file when free
+    CONTROL   JSON                                                        0; JSON
+
+A region is address u64, length u32, flags u32 (bit 0: writable), and its bytes. A piece is the
+place of its descriptor in the message u32, offset u64, length u64.
+A reply's payload begins with error i32 (an errno or 0), length of the reason u32, result i64, and the reason.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = [
+    "CONTROL",
+    "HELLO",
+    "HOLDERS",
+    "IOCTL",
+    "MAX_DESCRIPTORS",
+    "MAX_PAYLOAD",
+    "MMAP",
+    "OPEN",
+    "PLACED",
+    "READ",
+    "REPLY",
+    "SHOW",
+    "VERSION",
+    "WRITE",
+    "Decoder",
+    "Garbage",
+    "Message",
+    "Region",
+    "Reply",
+    "decode_regions",
+    "decode_reply",
+    "encode",
+    "encode_regions",
+    "encode_reply",
+]
+
+VERSION = 1
+MAX_PAYLOAD = 1 << 20  # a MAP_GRANT_REF of 65536 references is half of this
+MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
+
+HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL = range(1, 11)
+REPLY = 0x8000
+
+HEADER = Struct("=IHHI")
+HELLO_REQUEST = Struct("=I")
+OPEN_REQUEST = Struct("=I")
+IOCTL_REQUEST = Struct("=IIQ")
+MMAP_REQUEST = Struct("=IIIQQ")
+PLACED_REQUEST = Struct("=Q")
+READ_REQUEST = Struct("=II")
+WRITE_REQUEST = Struct("=I")
+HOLDERS_REQUEST = Struct("=IIQQ")
+SHOW_REPLY = Struct("=I")
+CONFIRM = Struct("=B")
+PIECE = Struct("=IQQ")
+_REGION = Struct("=QII")
+_REPLY = Struct("=iIq")
+
+
+class Garbage(ValueError):
+    """What came is no message. There is no way to go on with this sender."""
+
+
+class Message(NamedTuple):
+    """One whole message, without its descriptors."""
+
+    kind: int
+    id: int
+    descriptors: int
+    payload: bytes
+
+
+class Region(NamedTuple):
+    """A stretch of memory that travels with an ioctl."""
+
+    address: int
+    writable: bool
+    data: bytes | bytearray
+
+
+class Reply(NamedTuple):
+    """An answer: `error` is an errno or 0, `why` its reason."""
+
+    error: int
+    why: str
+    result: int
+    body: bytes
+
+
+class Decoder:
+    """Takes bytes as they come and gives whole messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def in_the_middle(self) -> bool:
+        """Whether part of a message has come, and not the rest."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Add what came, and give every message that is whole now.
+
+        Raises:
+            Garbage: the length is beyond MAX_PAYLOAD.
+        """
+        self._buffer += data
+        while len(self._buffer) >= HEADER.size:
+            length, kind, descriptors, number = HEADER.unpack_from(self._buffer)
+            if length > MAX_PAYLOAD:
+                raise Garbage(f"a message of {length} bytes was announced, and {MAX_PAYLOAD} is the most")
+            end = HEADER.size + length
+            if len(self._buffer) < end:
+                return
+            payload = bytes(self._buffer[HEADER.size : end])
+            del self._buffer[:end]
+            yield Message(kind, number, descriptors, payload)
+
+
+def encode(kind: int, number: int, payload: bytes = b"", descriptors: int = 0) -> bytes:
+    """One message, ready to send."""
+    return HEADER.pack(len(payload), kind, descriptors, number) + payload
+
+
+def encode_reply(
+    kind: int,
+    number: int,
+    *,
+    error: int = 0,
+    why: str = "",
+    result: int = 0,
+    body: bytes = b"",
+    descriptors: int = 0,
+) -> bytes:
+    """The answer to request `number`."""
+    reason = why.encode()
+    payload = _REPLY.pack(error, len(reason), result) + reason + body
+    return encode(kind | REPLY, number, payload, descriptors)
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """The other way round.
+
+    Raises:
+        Garbage: it is shorter than it says.
+    """
+    if len(payload) < _REPLY.size:
+        raise Garbage("a reply without its head")
+    error, length, result = _REPLY.unpack_from(payload)
+    end = _REPLY.size + length
+    if len(payload) < end:
+        raise Garbage("a reply without its reason")
+    return Reply(error, payload[_REPLY.size : end].decode(errors="replace"), result, payload[end:])
+
+
+def encode_regions(regions: Iterable[Region]) -> bytes:
+    """Regions, one after the other."""
+    return b"".join(_REGION.pack(region.address, len(region.data), region.writable) + region.data for region in regions)
+
+
+def decode_regions(data: bytes) -> list[Region]:
+    """The other way round.
+
+    Raises:
+        Garbage: the last one is not whole.
+    """
+    regions = []
+    at = 0
+    while at < len(data):
+        if len(data) - at < _REGION.size:
+            raise Garbage("a region without its head")
+        address, length, flags = _REGION.unpack_from(data, at)
+        at += _REGION.size
+        if len(data) - at < length:
+            raise Garbage("a region shorter than it says")
+        regions.append(Region(address, bool(flags & 1), bytearray(data[at : at + length])))
+        at += length
+    return regions
