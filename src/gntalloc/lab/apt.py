@@ -22,7 +22,9 @@ __all__ = ["DEFAULT_KEYRING", "Apt", "Mirrors", "Package", "machine_mirrors", "p
 
 DEFAULT_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)")
+_LINE = re.compile(
+    r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)"
+)
 
 # The last folder of a Debian mirror, whoever runs it, a snapshot's date aside.
 _DEBIAN = re.compile(r"/debian(?P<security>-security)?(/\d{8}T\d{6}Z)?/?$")
@@ -104,10 +106,17 @@ class Apt:
             )
         if mirrors is None:
             targets = subprocess.run(
-                [self._get, "indextargets", "--format", "$(REPO_URI)"], capture_output=True, text=True, check=False
+                [self._get, "indextargets", "--format", "$(REPO_URI)"],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             mirrors = machine_mirrors(targets.stdout)
-        for needed in (self._folder / "lists" / "partial", self.archives / "partial"):
+        for needed in (
+            self._folder / "lists" / "partial",
+            self.archives / "partial",
+            self._folder / "nowhere" / "partial",
+        ):
             needed.mkdir(parents=True, exist_ok=True)
         (self._folder / "status").touch()
         (self._folder / "sources.list").write_text(mirrors.sources(release, keyring))
@@ -119,7 +128,9 @@ class Apt:
 
     def plan(self, packages: list[str]) -> list[Package]:
         """Resolve the packages and all they depend on."""
-        wanted = [self._get, "install", "--print-uris", "-qq", "-y", *packages]
+        # Files that are there already are left out of the answer, so for this question none are.
+        nowhere = ["-o", f"Dir::Cache::archives={self._folder / 'nowhere'}"]
+        wanted = [self._get, *nowhere, "install", "--print-uris", "-qq", "-y", *packages]
         return parse_plan(self._run(wanted, f"resolve {' '.join(packages)}"))
 
     def fetch(self, packages: list[str], report: Callable[[float], None]) -> None:

@@ -110,9 +110,7 @@ class Lab:
             on_output: Gets the output as it comes.
         """
         domain = guest or "dom0"
-        outcomes = self._run(
-            {domain: command}, guest, files, {domain: fetch}, timeout, memory, on_output
-        )
+        outcomes = self._run({domain: command}, guest, files, {domain: fetch}, timeout, memory, on_output)
         return outcomes[domain]
 
     def run_pair(

@@ -18,6 +18,7 @@ from gntalloc.lab.apt import DEFAULT_KEYRING, Apt, Mirrors, Package
 from gntalloc.lab.cpio import Archive
 from gntalloc.lab.errors import BuildFailed, explain
 from gntalloc.lab.images import FORMAT, Images, Manifest, build_lock, cache_folder, make_current
+from gntalloc.lab.kernel import unwrapped
 
 __all__ = ["RELEASE", "Report", "build", "choose_packages"]
 
@@ -77,7 +78,11 @@ def choose_packages(hypervisors: list[str], extra: list[str]) -> list[str]:
     versions = [match[1] for match in map(_HYPERVISOR.match, hypervisors) if match]
     if not versions:
         raise BuildFailed(
-            explain("find a hypervisor", "this release has no package xen-hypervisor-*-amd64", "Try --release bookworm")
+            explain(
+                "find a hypervisor",
+                "this release has no package xen-hypervisor-*-amd64",
+                "Try --release bookworm",
+            )
         )
     newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
     of_xen = [f"xen-hypervisor-{newest}-amd64", f"xen-utils-{newest}", f"libxenmisc{newest}"]
@@ -252,14 +257,14 @@ def _boot_files(unpacked: _Unpacked, manifest: Manifest, made: Path) -> None:
     hypervisor = next((unpacked.hypervisor / "boot").glob("xen-*.gz"))
     # QEMU's loader takes the ELF file that is inside.
     (made / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
-    kernel = unpacked.kernel / "boot" / f"vmlinuz-{manifest.kernel}"
-    shutil.copyfile(kernel, made / "vmlinuz")
+    kernel = unwrapped((unpacked.kernel / "boot" / f"vmlinuz-{manifest.kernel}").read_bytes())
+    (made / "vmlinux").write_bytes(kernel)
     files = modules.load_order(unpacked.kernel / "lib/modules" / manifest.kernel)
     for pruned in _PRUNED:
         shutil.rmtree(unpacked.root / pruned, ignore_errors=True)
     # The guests' kernel and everyone's modules: for `xl create`, and for loading them again with other settings.
     (unpacked.root / "boot").mkdir()
-    shutil.copyfile(kernel, unpacked.root / "boot" / "vmlinuz")
+    (unpacked.root / "boot" / "vmlinux").write_bytes(kernel)
     library = unpacked.root / "usr/lib/modules" / manifest.kernel
     library.mkdir(parents=True)
     for file in files:
@@ -277,12 +282,26 @@ def _disk(root: Path, disk: Path, mke2fs: str) -> None:
     size = sum(path.lstat().st_size + 4096 for path in root.rglob("*"))
     megabytes = size * 5 // 4 // 1024**2 + 16
     # No journal and no reserve: the disk is never written to again.
-    options = ["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(root), str(disk), f"{megabytes}M"]
+    options = [
+        "-q",
+        "-t",
+        "ext4",
+        "-O",
+        "^has_journal",
+        "-m",
+        "0",
+        "-d",
+        str(root),
+        str(disk),
+        f"{megabytes}M",
+    ]
     _call([mke2fs, *options], "make the disk")
 
 
 def _call(command: list[str], asked: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode:
         raise BuildFailed(
             explain(

@@ -1,10 +1,10 @@
 """The images: what they are made of, where they are kept, and which are the ones to use.
 
-    ~/.cache/gntalloc/lab/
-    ├── apt/                     the lab's own apt
-    ├── current -> images/NAME   what `lab run` boots
-    ├── images/NAME/             one set, complete or not there at all
-    └── lock                     held by a build
+~/.cache/gntalloc/lab/
+├── apt/                     the lab's own apt
+├── current -> images/NAME   what `lab run` boots
+├── images/NAME/             one set, complete or not there at all
+└── lock                     held by a build
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gntalloc.lab.errors import BuildFailed, NothingToRunOn, explain
 __all__ = ["Images", "Manifest", "cache_folder"]
 
 # Raised when images of an older lab can no longer be booted by this one.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Images:
     manifest: Manifest
 
     hypervisor = property(lambda self: self.folder / "xen")
-    kernel = property(lambda self: self.folder / "vmlinuz")
+    kernel = property(lambda self: self.folder / "vmlinux")
     initramfs = property(lambda self: self.folder / "initramfs.gz")
     root = property(lambda self: self.folder / "root.ext4")
 
@@ -78,13 +78,21 @@ class Images:
             manifest = Manifest.read(folder / "manifest.json")
         except FileNotFoundError:
             raise NothingToRunOn(
-                explain(asked, f"there are no images in {cache_folder()}", "Make them once with: gntalloc lab build")
+                explain(
+                    asked,
+                    f"there are no images in {cache_folder()}",
+                    "Make them once with: gntalloc lab build",
+                )
             ) from None
         except (TypeError, ValueError):
             manifest = None
         if manifest is None or manifest.format != FORMAT:
             raise NothingToRunOn(
-                explain(asked, "the images are of another version of gntalloc", "Make new ones with: gntalloc lab build")
+                explain(
+                    asked,
+                    "the images are of another version of gntalloc",
+                    "Make new ones with: gntalloc lab build",
+                )
             )
         return cls(folder.resolve(), manifest)
 
@@ -113,6 +121,8 @@ def build_lock() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BuildFailed(
-                explain("build the images", "another build is at work in the same cache", "Wait until it is done")
+                explain(
+                    "build the images", "another build is at work in the same cache", "Wait until it is done"
+                )
             ) from None
         yield

@@ -43,6 +43,10 @@ def need(asked: str, *programs: str) -> dict[str, str]:
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGES.get(program, program) for program in missing))
         raise NothingToRunOn(
-            explain(asked, f"this machine has no {', '.join(missing)}", f"On Debian or Ubuntu: apt install {packages}")
+            explain(
+                asked,
+                f"this machine has no {', '.join(missing)}",
+                f"On Debian or Ubuntu: apt install {packages}",
+            )
         )
     return {program: path for program, path in found.items() if path is not None}

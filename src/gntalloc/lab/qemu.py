@@ -48,7 +48,7 @@ def arguments(
         "-display", "none", "-net", "none", "-monitor", "none",
         "-kernel", "xen", "-append", xen,
         # Multiboot modules: the first is dom0's kernel with its arguments, the second its initramfs.
-        "-initrd", f"vmlinuz {_DOM0},initramfs",
+        "-initrd", f"vmlinux {_DOM0},initramfs",
         "-drive", "file=root,if=virtio,format=raw,readonly=on",
         "-drive", "file=initramfs,if=virtio,format=raw,readonly=on",
         "-serial", "file:serial.log",
@@ -75,7 +75,7 @@ class Qemu:
     ) -> None:
         self._folder = folder
         # Links, because a comma or a space in a path would mean something to QEMU.
-        for name, path in (("xen", images.hypervisor), ("vmlinuz", images.kernel), ("root", images.root)):
+        for name, path in (("xen", images.hypervisor), ("vmlinux", images.kernel), ("root", images.root)):
             (folder / name).symlink_to(path)
         base = images.initramfs.read_bytes()
         (folder / "initramfs").write_bytes(base + bytes(-len(base) % 512) + payload)

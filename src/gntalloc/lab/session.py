@@ -117,7 +117,9 @@ class Session:
             for source, name in _files_below(path):
                 self._put(source, name, domain)
 
-    def fetch(self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60) -> dict[str, bytes]:
+    def fetch(
+        self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60
+    ) -> dict[str, bytes]:
         """Bring files out of a domain.
 
         Args:
@@ -197,7 +199,12 @@ class Session:
             jobs[domain] = self._start(command, domain, surroundings, on_output or _ignore, terminal)
         asked = " and ".join(f"run {command[0]} in {domain}" for domain, command in commands.items())
         self._pump(
-            asked, lambda: all(job.status is not None for job in jobs.values()), deadline, list(jobs), terminal, jobs
+            asked,
+            lambda: all(job.status is not None for job in jobs.values()),
+            deadline,
+            list(jobs),
+            terminal,
+            jobs,
         )
         outcomes = {}
         for domain, job in sorted(jobs.items(), key=lambda item: item[1].ended):
@@ -353,9 +360,17 @@ class Session:
         )
 
     def _timed_out(self, asked: str, domains: list[str]) -> LabTimedOut:
-        logs = "\n".join(f"console of {domain}:\n{_tail(self.console(domain))}" for domain in {"dom0": 0} | dict.fromkeys(domains, 0))
+        logs = "\n".join(
+            f"console of {domain}:\n{_tail(self.console(domain))}"
+            for domain in {"dom0": 0} | dict.fromkeys(domains, 0)
+        )
         return LabTimedOut(
-            explain(asked, "the time limit passed", "Raise it with --timeout, or look below for what hangs", log=logs)
+            explain(
+                asked,
+                "the time limit passed",
+                "Raise it with --timeout, or look below for what hangs",
+                log=logs,
+            )
         )
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import platform
+import sys
 
 from .commands import WORK, Commands
 from .guests import Guests
 from .link import Link, console, port
 from .messages import Message
 
-_PORT = "/dev/vport*p1"
+# The kernel counts the virtio serial devices from nought or from one, depending on its version.
+_PORTS = ("/dev/vport0p1", "/dev/vport1p1")
 
 
 def main() -> None:
     """Be dom0's agent or a guest's, until the other side is gone."""
     os.makedirs(WORK, exist_ok=True)
-    ports = glob.glob(_PORT)
+    ports = [path for path in _PORTS if os.path.exists(path)]
     if ports:
         _dom0(port(ports[0]))
     else:
@@ -51,7 +51,7 @@ def _guest(dom0: Link) -> None:
 
 
 def _say_up(name: str, link: Link) -> None:
-    versions = {"linux": platform.release(), "python": platform.python_version()}
+    versions = {"kernel": os.uname().release, "python": sys.version.split()[0]}
     link.send(Message({"from": name, "is": "up", "versions": versions}))
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
-import pty
 import struct
 import subprocess
 import termios
 import threading
-from typing import Any
 
 from .link import Link
 from .messages import CHUNK, Message
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["WORK", "Commands"]
 
@@ -135,7 +136,7 @@ class _Running:
             self.process.stdout.close()
             self.process.stderr.close()
             return
-        self.terminal, slave = pty.openpty()
+        self.terminal, slave = os.openpty()
         _resize(slave, terminal)
         # A terminal becomes a session's own by being opened by the leader, which a small shell does for us.
         opened = ["/bin/sh", "-c", f'exec "$@" <>{os.ttyname(slave)} 1>&0 2>&0', "sh", *command]
@@ -158,6 +159,8 @@ def _put(head: dict[str, Any], data: bytes) -> None:
 
 def _files(pattern: str) -> list[str]:
     """List the files a pattern stands for, with all that is below a folder."""
+    import glob  # noqa: PLC0415  # late: see messages.py
+
     found = []
     for path in sorted(glob.glob(pattern, root_dir=WORK)):
         whole = os.path.join(WORK, path)
@@ -168,5 +171,3 @@ def _files(pattern: str) -> list[str]:
             below = os.path.join(path, os.path.relpath(folder, whole))
             found += [os.path.normpath(os.path.join(below, name)) for name in sorted(names)]
     return found
-
-

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import threading
 import time
-from typing import Any
 
 from .link import Link, console
 from .messages import Message
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["Guests"]
 
@@ -22,7 +24,7 @@ _INITRAMFS_DISK = "/dev/vdb"
 _SETTINGS = """\
 name = "{name}"
 type = "{kind}"
-kernel = "/boot/vmlinuz"
+kernel = "/boot/vmlinux"
 ramdisk = "{initramfs}"
 cmdline = "console=hvc0 oops=panic panic=1 LAB_DOMAIN={name}"
 memory = {memory}
@@ -79,9 +81,11 @@ def _create(name: str, memory: int) -> int:
     settings = f"/run/lab/{name}.cfg"
     with _preparing:
         if not os.path.exists(_INITRAMFS):
-            shutil.copyfile(_INITRAMFS_DISK, _INITRAMFS)
+            _ask("cp", _INITRAMFS_DISK, _INITRAMFS)
     with open(settings, "w", encoding="utf-8") as file:
-        file.write(_SETTINGS.format(name=name, kind=name, initramfs=_INITRAMFS, memory=memory) + _SETTINGS_OF[name])
+        file.write(
+            _SETTINGS.format(name=name, kind=name, initramfs=_INITRAMFS, memory=memory) + _SETTINGS_OF[name]
+        )
     _ask("xl", "create", "-q", settings)
     return int(_ask("xl", "domid", name))
 

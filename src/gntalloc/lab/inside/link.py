@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import tty
-from collections.abc import Callable, Iterator
 
 from .messages import LineDecoder, Message, StreamDecoder, to_line, to_stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Link", "console", "port"]
 
