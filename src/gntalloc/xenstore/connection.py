@@ -1,0 +1,300 @@
+"""One connection to xenstore, shared by any number of threads.
+
+Nobody owns the reading: a thread that waits for something becomes the reader if there is none, and hands what
+arrives to whom it belongs. Thus there is no thread of our own, and a program with one thread pays for none.
+
+Two kinds of descriptor carry the same messages, a Unix socket of the daemon and the kernel's device, and the
+device has ways of its own:
+  * poll() never says that it is writable, so we write first and wait only if that fails;
+  * a request can be refused by write() itself, and then has no answer;
+  * answers to WATCH and UNWATCH may carry request id 0, and are then matched by type, oldest first;
+  * the ids of watch events mean nothing, and the first event of a watch can come before the answer to WATCH.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
+from gntalloc.xenstore import wire
+from gntalloc.xenstore.wire import Message, Type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Connection", "Watcher", "deadline_after"]
+
+Found = TypeVar("Found")
+
+_READ_SIZE = 8192
+_MATCHED_BY_TYPE = (Type.WATCH, Type.UNWATCH)
+
+
+class Watcher(Protocol):
+    """Who gets the events of one token. Called under the connection's lock: must not block or call back."""
+
+    def deliver(self, path: str) -> None:
+        """Something happened at this path."""
+
+    def end(self) -> None:
+        """This end closed the connection."""
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The moment, on the monotonic clock, `timeout` seconds from now. None is never."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+class _Request:
+    """A request until its answer is here. `abandoned`: nobody waits any more, but the answer will come."""
+
+    __slots__ = ("abandoned", "answer", "type")
+
+    def __init__(self, kind: Type) -> None:
+        self.type = kind
+        self.answer: Message | None = None
+        self.abandoned = False
+
+
+class Connection:
+    """Requests, answers and watch events over one descriptor, which it owns.
+
+    Args:
+        fd: a connected socket or an open device. It is made non-blocking.
+        name: what to call it in errors.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self.name = name
+        self.changed = threading.Condition(threading.Lock())  # guards everything below
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # readable from the moment of close()
+        self._process = os.getpid()
+        self._writing = threading.Lock()
+        self._reading = False
+        self._decoder = wire.Decoder()
+        self._requests: dict[int, _Request] = {}
+        self._watchers: dict[str, Watcher] = {}
+        self._last_id = 0
+        self._failure: GntallocError | None = None  # why this connection is of no use any more
+
+    def request(self, kind: Type, body: bytes, *, tx_id: int = 0, deadline: float | None = None) -> Message:
+        """Send a request and wait for its answer, which may be an ERROR.
+
+        Raises:
+            ValueError: the body is too long.
+            TimedOut: no answer by the deadline. The request may still be carried out.
+            MachineGone: the daemon closed the connection.
+            Closed: this end did, or it belongs to the process that forked this one.
+        """
+        self._check_process()
+        request = _Request(kind)
+        with self.changed:
+            self._check_alive()
+            req_id = self._new_id()
+            data = wire.encode(Message(kind, req_id, tx_id, body))
+            self._requests[req_id] = request
+        answer_will_come = False
+        try:
+            if refusal := self._write(data, deadline):
+                return Message(Type.ERROR, req_id, tx_id, wire.join(wire.error_name(refusal)))
+            answer_will_come = True
+            answer = self.wait(lambda: request.answer, deadline)
+            if answer is None:
+                raise TimedOut(f"{self.name} has not answered {kind.name} in time; try again")
+            return answer
+        finally:
+            with self.changed:
+                if answer_will_come and request.answer is None and self._failure is None:
+                    request.abandoned = True
+                else:
+                    self._requests.pop(req_id, None)
+
+    def wait(self, look: Callable[[], Found | None], deadline: float | None) -> Found | None:
+        """Read, or let another thread read, until `look()` finds something; None if the deadline comes first.
+
+        `look` is called with the lock held. Even with a deadline in the past, what has arrived is read.
+        """
+        self._check_process()
+        tried = False
+        while True:
+            with self.changed:
+                if (found := look()) is not None:
+                    return found
+                self._check_alive()
+                left = _left(deadline)
+                if tried and left == 0:
+                    return None
+                tried = True
+                if self._reading:
+                    self.changed.wait(left)
+                    continue
+                self._reading = True
+            try:
+                self._read(left)
+            finally:
+                with self.changed:
+                    self._reading = False
+                    self.changed.notify_all()
+
+    def add_watcher(self, watcher: Watcher) -> str:
+        """Give events to this watcher, and get the token that says so. No token is used twice."""
+        self._check_process()
+        with self.changed:
+            token = f"gntalloc-{self._new_id()}"
+            self._watchers[token] = watcher
+            return token
+
+    def remove_watcher(self, token: str) -> None:
+        """Drop the events with this token."""
+        self._check_process()
+        with self.changed:
+            self._watchers.pop(token, None)
+
+    def close(self) -> None:
+        """Give the descriptor back; who waits gets Closed. Can be repeated, and called in a forked child."""
+        if self.fd < 0 or os.getpid() != self._process:
+            self._close_descriptors()
+            return
+        with self.changed:
+            self._failure = Closed(f"{self.name}: this store was closed; open another one")
+            os.eventfd_write(self._wake, 1)
+            self.changed.notify_all()
+            while self._reading:
+                self.changed.wait()
+            for watcher in self._watchers.values():
+                watcher.end()
+        with self._writing:
+            self._close_descriptors()
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            if os.getpid() == self._process:
+                warnings.warn(f"unclosed {self.name}", ResourceWarning, source=self, stacklevel=2)
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+            os.close(self._wake)
+
+    def _check_process(self) -> None:
+        # Before any lock: after a fork, a lock may be held by a thread that does not exist here.
+        if os.getpid() != self._process:
+            raise Closed(
+                f"{self.name}: opened by process {self._process} and used in its child {os.getpid()}; they "
+                "would take each other's answers: open a Store of its own in the child"
+            )
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(*self._failure.args)
+
+    def _new_id(self) -> int:
+        while True:
+            self._last_id = self._last_id % 0xFFFFFFFF + 1  # 1 to 2**32 - 1: 0 is the kernel's
+            if self._last_id not in self._requests:
+                return self._last_id
+
+    def _write(self, data: bytes, deadline: float | None) -> int:
+        """Write a whole message. Returns 0, or the errno with which the device refused it.
+
+        A message that is cut off in the middle makes the connection useless.
+        """
+        left = _left(deadline)
+        if not self._writing.acquire(timeout=-1 if left is None else left):
+            raise TimedOut(f"{self.name} takes no requests; try again")
+        sent = 0
+        try:
+            while sent < len(data):
+                with self.changed:
+                    self._check_alive()
+                try:
+                    sent += os.write(self.fd, data[sent:])
+                except BlockingIOError:
+                    if not self._poll(select.POLLOUT, left := _left(deadline)) and left == 0:
+                        raise TimedOut(f"{self.name} takes no requests; try again") from None
+                except ConnectionError as error:
+                    self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
+                except OSError as error:
+                    return error.errno or 0
+        finally:
+            if 0 < sent < len(data):
+                self._fail(MachineGone(f"{self.name}: a request was cut off; open the store again"))
+            self._writing.release()
+        return 0
+
+    def _read(self, left: float | None) -> None:
+        """Wait at most `left` seconds for something to read, and hand it out. Failures are kept."""
+        if not self._poll(select.POLLIN, left):
+            return
+        try:
+            data = os.read(self.fd, _READ_SIZE)
+            if not data:
+                raise MachineGone(f"{self.name} closed the connection; open the store again")
+            while messages := self._decoder.feed(data):
+                with self.changed:
+                    for message in messages:
+                        self._hand_out(message)
+                data = b""
+        except BlockingIOError:
+            pass  # poll() was wrong, which it may be
+        except GntallocError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
+
+    def _fail(self, failure: GntallocError) -> None:
+        with self.changed:
+            self._failure = self._failure or failure
+            self.changed.notify_all()
+
+    def _poll(self, event: int, left: float | None) -> bool:
+        """Whether the descriptor is ready; False at the deadline and while closing."""
+        poll = select.poll()
+        poll.register(self.fd, event)
+        poll.register(self._wake, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(None if left is None else left * 1000)]
+        return ready == [self.fd]
+
+    def _hand_out(self, message: Message) -> None:
+        if message.type == Type.WATCH_EVENT:
+            strings = wire.split(message.body)
+            if len(strings) < 2:
+                raise PeerBroke(f"{self.name} sent a watch event without a token")
+            # Events of a watch that was just removed have no watcher.
+            if watcher := self._watchers.get(strings[1]):
+                watcher.deliver(strings[0])
+            return
+        req_id = message.req_id or self._oldest_by_type(message.type)
+        request = self._requests.get(req_id)
+        if request is None or request.answer is not None:
+            raise PeerBroke(f"{self.name} answered {wire.type_name(message.type)}, which nobody asked")
+        if message.type not in (request.type, Type.ERROR):
+            raise PeerBroke(f"{self.name} answered {request.type.name} with {wire.type_name(message.type)}")
+        if request.abandoned:
+            del self._requests[req_id]
+        else:
+            request.answer = message
+
+    def _oldest_by_type(self, kind: int) -> int:
+        """The id of the request that an answer without id belongs to; 0 if there is none."""
+        for req_id, request in self._requests.items():
+            if (
+                request.answer is None
+                and request.type in _MATCHED_BY_TYPE
+                and kind in (request.type, Type.ERROR)
+            ):
+                return req_id
+        return 0
