@@ -12,19 +12,20 @@ import os
 import re
 import subprocess
 import urllib.parse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gntalloc.lab.errors import BuildFailed, NothingToRunOn, explain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["DEFAULT_KEYRING", "Apt", "Mirrors", "Package", "machine_mirrors", "parse_plan"]
 
 DEFAULT_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-_LINE = re.compile(
-    r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)"
-)
+_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)")
 
 # The last folder of a Debian mirror, whoever runs it, a snapshot's date aside.
 _DEBIAN = re.compile(r"/debian(?P<security>-security)?(/\d{8}T\d{6}Z)?/?$")
@@ -154,9 +155,7 @@ class Apt:
 
     def _run(self, command: list[str], asked: str) -> str:
         program, *arguments = command
-        done = subprocess.run(
-            [program, *self._options(), *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([program, *self._options(), *arguments], capture_output=True, text=True, check=False)
         # apt-get update calls it success when a list could not be fetched, and only warns.
         if done.returncode or "W: Failed to fetch" in done.stderr:
             raise _failed(asked, done.stderr)
@@ -188,7 +187,7 @@ def _failed(asked: str, problems: str) -> BuildFailed:
         explain(
             asked,
             "apt failed",
-            "Check the network and the mirror (--mirror URL, or GNTALLOC_LAB_MIRROR), and that Debian still has the package",
+            "Check the network, the mirror (--mirror URL or GNTALLOC_LAB_MIRROR) and the packages' names",
             log=tail,
         )
     )

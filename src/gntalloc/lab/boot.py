@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gntalloc.lab import machine_tools
 from gntalloc.lab.errors import LabError, explain
@@ -15,6 +15,9 @@ from gntalloc.lab.images import Images
 from gntalloc.lab.payload import payload
 from gntalloc.lab.qemu import Qemu
 from gntalloc.lab.session import GUESTS, OnOutput, Outcome, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["DOM0_MEMORY", "GUEST_MEMORY", "TIMEOUT", "Lab"]
 
@@ -110,7 +113,9 @@ class Lab:
             on_output: Gets the output as it comes.
         """
         domain = guest or "dom0"
-        outcomes = self._run({domain: command}, guest, files, {domain: fetch}, timeout, memory, on_output)
+        outcomes = self.run_together(
+            {domain: command}, files=files, fetch=fetch, timeout=timeout, memory=memory, on_output=on_output
+        )
         return outcomes[domain]
 
     def run_pair(
@@ -131,21 +136,32 @@ class Lab:
         looked for in both. The outcomes come in the order in which the commands ended.
         """
         commands = {guest: in_guest, "dom0": in_dom0}
-        return self._run(commands, guest, files, dict.fromkeys(commands, fetch), timeout, memory, on_output)
+        return self.run_together(
+            commands, files=files, fetch=fetch, timeout=timeout, memory=memory, on_output=on_output
+        )
 
-    def _run(
+    def run_together(
         self,
-        commands: dict[str, Sequence[str]],
-        guest: str | None,
-        files: Sequence[str | Path],
-        fetch: dict[str, Sequence[str]],
-        timeout: float,
-        memory: int,
-        on_output: OnOutput | None,
+        commands: Mapping[str, Sequence[str]],
+        *,
+        files: Sequence[str | Path] = (),
+        fetch: Sequence[str] = (),
+        timeout: float = TIMEOUT,
+        memory: int = GUEST_MEMORY,
+        on_output: OnOutput | None = None,
     ) -> dict[str, Outcome]:
+        """Boot the domains that are named and run a command in each at the same time.
+
+        The other arguments are those of `run`; the order of the outcomes is that of `run_pair`.
+        """
         deadline = time.monotonic() + timeout
-        with self.boot([guest] if guest else [], timeout=timeout, memory=memory) as session:
+        guests = [domain for domain in commands if domain != "dom0"]
+        with self.boot(guests, timeout=timeout, memory=memory) as session:
             for domain in commands:
                 session.put(files, domain)
-            left = deadline - time.monotonic()
-            return session.run_together(commands, fetch=fetch, timeout=left, on_output=on_output)
+            return session.run_together(
+                commands,
+                fetch=dict.fromkeys(commands, fetch),
+                timeout=deadline - time.monotonic(),
+                on_output=on_output,
+            )

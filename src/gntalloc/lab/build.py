@@ -54,7 +54,9 @@ _PRUNED = (
     "usr/share/man",
 )
 
-_PASSWD = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+_PASSWD = (
+    "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+)
 _GROUP = "root:x:0:\ntty:x:5:\nuser:x:1000:\nnogroup:x:65534:\n"
 _HOSTS = "127.0.0.1 localhost dom0 pv pvh\n"
 
@@ -178,9 +180,7 @@ def _assemble(
         made.rename(folder)
 
 
-def _unpack(
-    temporary: Path, apt: Apt, plan: list[Package], manifest: Manifest, dpkg: str, report: Report
-) -> _Unpacked:
+def _unpack(temporary: Path, apt: Apt, plan: list[Package], manifest: Manifest, dpkg: str, report: Report) -> _Unpacked:
     places = _Unpacked(temporary / "root", temporary / "kernel", temporary / "hypervisor")
     for done, package in enumerate(plan):
         report("Unpacking", done / len(plan))
@@ -299,9 +299,7 @@ def _disk(root: Path, disk: Path, mke2fs: str) -> None:
 
 
 def _call(command: list[str], asked: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     if done.returncode:
         raise BuildFailed(
             explain(

@@ -59,9 +59,7 @@ class Archive:
                 self._directories.add(directory)
                 self._add(directory, stat.S_IFDIR | 0o755, b"")
 
-    def _add(
-        self, path: str, mode: int, content: bytes, *, mtime: int = 0, device: tuple[int, int] = (0, 0)
-    ) -> None:
+    def _add(self, path: str, mode: int, content: bytes, *, mtime: int = 0, device: tuple[int, int] = (0, 0)) -> None:
         self._entries += 1
         name = path.strip("/").encode() + b"\0"
         links = 2 if stat.S_ISDIR(mode) else 1

@@ -13,12 +13,14 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gntalloc.lab.errors import BuildFailed, NothingToRunOn, explain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Images", "Manifest", "cache_folder"]
 
@@ -121,8 +123,6 @@ def build_lock() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BuildFailed(
-                explain(
-                    "build the images", "another build is at work in the same cache", "Wait until it is done"
-                )
+                explain("build the images", "another build is at work in the same cache", "Wait until it is done")
             ) from None
         yield

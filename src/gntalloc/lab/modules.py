@@ -41,9 +41,7 @@ def load_order(folder: Path, wanted: tuple[str, ...] = WANTED) -> list[Path]:
         wanted: Names of modules. One that is built into the kernel has no file, and is left out.
     """
     files = {_key(path.name.removesuffix(".ko")): path for path in folder.rglob("*.ko")}
-    built_in = {
-        _key(Path(line).name.removesuffix(".ko")) for line in (folder / "modules.builtin").read_text().split()
-    }
+    built_in = {_key(Path(line).name.removesuffix(".ko")) for line in (folder / "modules.builtin").read_text().split()}
     order: dict[str, Path] = {}
 
     def visit(name: str) -> None:

@@ -21,8 +21,8 @@ _SITE = "lab/site"
 def payload() -> bytes:
     """Make the archive that is appended to the initramfs."""
     archive = Archive()
-    for script, path in (("init.sh", "init"), ("start.sh", "lab/start"), ("attach.sh", "lab/attach")):
-        archive.file(path, (_INSIDE / script).read_bytes(), mode=0o755)
+    for script, name in (("init.sh", "init"), ("start.sh", "lab/start"), ("attach.sh", "lab/attach")):
+        archive.file(name, (_INSIDE / script).read_bytes(), mode=0o755)
     for module in sorted(_INSIDE.glob("*.py")):
         archive.file(f"lab/agent/inside/{module.name}", module.read_bytes())
     package = Path(gntalloc.__file__).parent

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gntalloc.lab.images import Images
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gntalloc.lab.images import Images
 
 __all__ = ["Qemu", "arguments"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import stat
@@ -9,12 +10,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.lab.errors import Crashed, LabError, LabTimedOut, explain
 from gntalloc.lab.inside.messages import CHUNK, Message, StreamDecoder, to_stream
-from gntalloc.lab.qemu import Qemu
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gntalloc.lab.qemu import Qemu
 
 __all__ = ["GUESTS", "OnOutput", "Outcome", "Session", "Terminal"]
 
@@ -24,7 +28,10 @@ GUESTS = ("pv", "pvh")
 OnOutput = Callable[[str, int, bytes], None]
 
 _READ = 256 * 1024
-_TAIL = 100
+# A console that takes nothing for this long will never take anything.
+_STUCK = 60.0
+
+_TAIL = 25
 
 
 @dataclass(frozen=True)
@@ -40,26 +47,29 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal on this side of a command: what is typed, and how many rows and columns it has."""
+
+    descriptor: int
+    size: Callable[[], tuple[int, int]]
+
+
 @dataclass
 class _Job:
     """A command under way, or files on their way out."""
 
+    number: int
     domain: str
     on_output: OnOutput
+    terminal: Terminal | None = None
+    size: tuple[int, int] = (0, 0)
     started: float = field(default_factory=time.monotonic)
     streams: dict[int, bytearray] = field(default_factory=lambda: {1: bytearray(), 2: bytearray()})
     files: dict[str, bytearray] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     status: int | None = None
-    ended: float = 0.0
-
-
-@dataclass(frozen=True)
-class Terminal:
-    """A terminal on this side of a command: what is typed, and how big the window is."""
-
-    descriptor: int
-    size: Callable[[], tuple[int, int]]
+    ended: float = math.inf
 
 
 class Session:
@@ -68,6 +78,7 @@ class Session:
     def __init__(self, qemu: Qemu, versions: dict[str, str], clean_up: Callable[[], None]) -> None:
         self.versions = versions
         self._qemu = qemu
+        self._qemu.socket.settimeout(_STUCK)
         self._clean_up = clean_up
         self._decoder = StreamDecoder()
         self._up: dict[str, dict[str, Any]] = {}
@@ -117,13 +128,12 @@ class Session:
             for source, name in _files_below(path):
                 self._put(source, name, domain)
 
-    def fetch(
-        self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60
-    ) -> dict[str, bytes]:
+    def fetch(self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60) -> dict[str, bytes]:
         """Bring files out of a domain.
 
         Args:
-            patterns: Paths, with * and ? if need be, from the working directory or from /; a folder brings all below it.
+            patterns: Paths, with * and ? if need be, from the working directory or from /. A folder brings
+                all that is below it.
             domain: dom0, pv or pvh.
             timeout: Seconds.
 
@@ -198,14 +208,7 @@ class Session:
             surroundings.update(environment or {})
             jobs[domain] = self._start(command, domain, surroundings, on_output or _ignore, terminal)
         asked = " and ".join(f"run {command[0]} in {domain}" for domain, command in commands.items())
-        self._pump(
-            asked,
-            lambda: all(job.status is not None for job in jobs.values()),
-            deadline,
-            list(jobs),
-            terminal,
-            jobs,
-        )
+        self._pump(asked, lambda: all(job.status is not None for job in jobs.values()), deadline, list(jobs))
         outcomes = {}
         for domain, job in sorted(jobs.items(), key=lambda item: item[1].ended):
             wanted = (fetch or {}).get(domain, ())
@@ -235,15 +238,15 @@ class Session:
         on_output: OnOutput,
         terminal: Terminal | None,
     ) -> _Job:
-        number, job = self._new_job(domain, on_output)
+        job = self._new_job(domain, on_output, terminal)
         self._send(
             {
                 "to": domain,
                 "do": "run",
-                "id": number,
+                "id": job.number,
                 "command": list(command),
                 "environment": dict(environment),
-                "terminal": list(terminal.size()) if terminal else None,
+                "terminal": list(job.size) if terminal else None,
             }
         )
         return job
@@ -257,12 +260,12 @@ class Session:
                 first = False
 
     def _fetch(self, patterns: Sequence[str], domain: str, deadline: float) -> _Job:
-        number, job = self._new_job(domain, _ignore)
-        self._send({"to": domain, "do": "get", "id": number, "paths": list(patterns)})
+        job = self._new_job(domain, _ignore)
+        self._send({"to": domain, "do": "get", "id": job.number, "paths": list(patterns)})
         self._pump(f"fetch files from {domain}", lambda: job.status is not None, deadline, [domain])
         return job
 
-    def _new_job(self, domain: str, on_output: OnOutput) -> tuple[int, _Job]:
+    def _new_job(self, domain: str, on_output: OnOutput, terminal: Terminal | None = None) -> _Job:
         if domain not in self._up:
             raise LabError(
                 explain(
@@ -272,27 +275,20 @@ class Session:
                 )
             )
         self._number += 1
-        self._jobs[self._number] = job = _Job(domain, on_output)
-        return self._number, job
+        size = terminal.size() if terminal else (0, 0)
+        self._jobs[self._number] = job = _Job(self._number, domain, on_output, terminal, size)
+        return job
 
     def _send(self, head: dict[str, Any], body: bytes = b"") -> None:
         try:
             self._qemu.socket.sendall(to_stream(Message(head, body)))
+        except TimeoutError:
+            raise self._timed_out("talk to the lab", [head.get("to", "dom0")]) from None
         except OSError:
             raise self._crashed("talk to the lab") from None
 
-    def _pump(
-        self,
-        asked: str,
-        done: Callable[[], bool],
-        deadline: float,
-        domains: list[str],
-        terminal: Terminal | None = None,
-        jobs: Mapping[str, _Job] | None = None,
-    ) -> None:
+    def _pump(self, asked: str, done: Callable[[], bool], deadline: float, domains: list[str]) -> None:
         """Take in what the lab sends until `done`, the deadline, or the end of a domain that is needed."""
-        sources: list[Any] = [self._qemu.socket, *([terminal.descriptor] if terminal else [])]
-        size = terminal.size() if terminal else (0, 0)
         while not done():
             for domain in domains:
                 if domain in self._lost:
@@ -300,22 +296,30 @@ class Session:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._timed_out(asked, domains)
-            ready, _, _ = select.select(sources, [], [], min(left, 1.0))
-            if self._qemu.socket in ready:
+            typing = {
+                job.terminal.descriptor: job
+                for job in self._jobs.values()
+                if job.terminal is not None and job.status is None
+            }
+            agent = self._qemu.socket.fileno()
+            ready, _, _ = select.select([agent, *typing], [], [], min(left, 1.0))
+            if agent in ready:
                 data = self._qemu.socket.recv(_READ)
                 if not data:
                     raise self._crashed(asked)
                 for message in self._decoder.feed(data):
                     self._take(message)
-            if terminal and jobs:
-                number = next(number for number, job in self._jobs.items() if job in jobs.values())
-                domain = self._jobs[number].domain
-                if terminal.descriptor in ready:
-                    typed = os.read(terminal.descriptor, CHUNK)
-                    self._send({"to": domain, "do": "input", "id": number}, typed)
-                if terminal.size() != size:
-                    size = terminal.size()
-                    self._send({"to": domain, "do": "resize", "id": number, "terminal": list(size)})
+            for descriptor, job in typing.items():
+                self._type(job, descriptor in ready)
+
+    def _type(self, job: _Job, ready: bool) -> None:
+        assert job.terminal is not None
+        if ready:
+            typed = os.read(job.terminal.descriptor, CHUNK)
+            self._send({"to": job.domain, "do": "input", "id": job.number}, typed)
+        if (size := job.terminal.size()) != job.size:
+            job.size = size
+            self._send({"to": job.domain, "do": "resize", "id": job.number, "terminal": list(size)})
 
     def _take(self, message: Message) -> None:
         head, domain = message.head, message.head["from"]
@@ -326,6 +330,10 @@ class Session:
                 self._logs.setdefault(domain, bytearray()).extend(message.body)
             case "lost":
                 self._lost[domain] = head["why"]
+            case "failed":
+                raise LabError(
+                    explain(f"{head['asked']} in {domain}", head["why"], "Check the path, and the room in its memory")
+                )
             case "output":
                 job = self._jobs[head["id"]]
                 job.streams[head["stream"]] += message.body
@@ -361,8 +369,7 @@ class Session:
 
     def _timed_out(self, asked: str, domains: list[str]) -> LabTimedOut:
         logs = "\n".join(
-            f"console of {domain}:\n{_tail(self.console(domain))}"
-            for domain in {"dom0": 0} | dict.fromkeys(domains, 0)
+            f"console of {domain}:\n{_tail(self.console(domain))}" for domain in {"dom0": 0} | dict.fromkeys(domains, 0)
         )
         return LabTimedOut(
             explain(

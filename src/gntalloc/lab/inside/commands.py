@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 import subprocess
 import termios
 import threading
 
-from .link import Link
 from .messages import CHUNK, Message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from .link import Link
 
 __all__ = ["WORK", "Commands"]
 
@@ -33,7 +35,13 @@ class Commands:
 
     def carry_out(self, message: Message) -> None:
         """Do what one message asks for; what takes long goes on in threads."""
-        head = message.head
+        try:
+            self._carry_out(message.head, message)
+        except OSError as error:
+            # Nobody waits for the answer to a file, or to a key that is pressed; the host must hear of it all the same.
+            self._tell("failed", asked=message.head["do"], why=str(error))
+
+    def _carry_out(self, head: dict[str, Any], message: Message) -> None:
         match head["do"]:
             case "run":
                 self._run(head)
@@ -64,20 +72,24 @@ class Commands:
 
     def _follow(self, number: int, running: _Running) -> None:
         readers = [
-            threading.Thread(target=self._forward, args=(number, stream, descriptor), daemon=True)
+            threading.Thread(target=self._forward, args=(number, stream, descriptor, running), daemon=True)
             for stream, descriptor in running.outputs.items()
         ]
         for reader in readers:
             reader.start()
         status = running.process.wait()
         for reader in readers:
-            # A child left in the background may hold the pipe for ever; the command itself has ended.
-            reader.join(timeout=2)
+            reader.join()
         del self._running[number]
         self._tell("ended", id=number, status=status if status >= 0 else 128 - status)
 
-    def _forward(self, number: int, stream: int, descriptor: int) -> None:
+    def _forward(self, number: int, stream: int, descriptor: int, running: _Running) -> None:
         while True:
+            if not select.select([descriptor], [], [], 1.0)[0]:
+                # A child left in the background may hold the pipe for ever; the command itself has ended.
+                if running.process.poll() is not None:
+                    break
+                continue
             try:
                 data = os.read(descriptor, _READ)
             except OSError:  # EIO: the last program on this terminal has ended
@@ -166,8 +178,7 @@ def _files(pattern: str) -> list[str]:
         whole = os.path.join(WORK, path)
         if not os.path.isdir(whole):
             found.append(path)
-            continue
         for folder, _, names in os.walk(whole):
             below = os.path.join(path, os.path.relpath(folder, whole))
             found += [os.path.normpath(os.path.join(below, name)) for name in sorted(names)]
-    return found
+    return [path for path in found if os.path.isfile(os.path.join(WORK, path))]

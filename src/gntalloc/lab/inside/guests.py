@@ -83,9 +83,7 @@ def _create(name: str, memory: int) -> int:
         if not os.path.exists(_INITRAMFS):
             _ask("cp", _INITRAMFS_DISK, _INITRAMFS)
     with open(settings, "w", encoding="utf-8") as file:
-        file.write(
-            _SETTINGS.format(name=name, kind=name, initramfs=_INITRAMFS, memory=memory) + _SETTINGS_OF[name]
-        )
+        file.write(_SETTINGS.format(name=name, kind=name, initramfs=_INITRAMFS, memory=memory) + _SETTINGS_OF[name])
     _ask("xl", "create", "-q", settings)
     return int(_ask("xl", "domid", name))
 
