@@ -429,7 +429,7 @@ def test_a_late_answer_to_watch_is_not_the_next_ones(daemon: Daemon, monkeypatch
 def test_a_daemon_that_takes_nothing() -> None:
     ours, theirs = socket.socketpair()
     with ours, Store(theirs.detach(), timeout=0) as store:
-        texts = []
+        texts: list[str] = []
         while not texts or "answered" in texts[-1]:
             with pytest.raises(TimedOut) as caught:
                 store.write("x", bytes(4000))
