@@ -17,6 +17,11 @@ __all__ = ["main"]
 
 # Name of the command -> one line for `gntalloc --help`, kept here so that help imports no command.
 COMMANDS = {
+    "demo": "Two domains share pages here and now: a file goes across, and a peer misbehaves.",
+    "machine": "Run a machine in the foreground, for programs to join by name.",
+    "list": "Every machine, domain and grant: who granted, who maps, what is still held.",
+    "limit": "Show or set how many pages a domain may have granted at once.",
+    "doctor": "What this computer has and lacks, and what to do about it.",
     "lab": "Boot a real Xen in QEMU and run a command in it.",
 }
 

@@ -43,10 +43,10 @@ class DeviceFile(Protocol):
         """
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; what read(2) would raise."""
+        """Up to `size` bytes, as the system call gives them."""
 
     def write(self, data: bytes) -> int:
-        """Bytes taken; what write(2) would raise."""
+        """How many bytes were taken, as the system call tells."""
 
     def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
         """Who holds `count` pages of gntalloc from `index` on.

@@ -40,7 +40,7 @@ class KernelDevices:
             from gntalloc.xenstore.client import Store  # noqa: PLC0415  only here, and only on Xen
 
             with Store() as store:
-                self._domid = store.domid()
+                self._domid = store.domid
         return self._domid
 
     @property
@@ -53,6 +53,9 @@ class KernelDevices:
     def limit(self, pages: int) -> None:
         with open(LIMIT, "w") as file:
             file.write(str(pages))
+
+    def close(self) -> None:
+        """There is no line to the kernel to hang up."""
 
     def destroy(self) -> None:
         """A program cannot end the domain that it runs in.

@@ -1,0 +1,98 @@
+"""`gntalloc machine`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import shutil
+import signal
+import sys
+
+import click
+
+from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.guest.control import ControlClient
+from gntalloc.machine.process import make_server, protect_and_provide, serve
+from gntalloc.places import domain_path, machine_folder, make_top_folder
+
+__all__ = ["command"]
+
+
+def _domains(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    """`2`, or `2:uid=bob` -> (domid, uid)."""
+    return [_domain(value) for value in values]
+
+
+def _domain(value: str) -> tuple[int, int]:
+    domid, _, rest = value.partition(":")
+    key, _, user = rest.partition("=")
+    if not domid.isdigit() or (rest and (key != "uid" or not user)):
+        raise click.BadParameter(f"{value!r} is no domain; write 2, or 2:uid=bob")
+    if not rest:
+        return int(domid), os.getuid()
+    try:
+        return int(domid), int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise click.BadParameter(f"there is no user {user!r} on this computer") from None
+
+
+@click.command()
+@click.option("--name", default="default", show_default=True, help="What programs call it.")
+@click.option(
+    "--domain",
+    "domains",
+    multiple=True,
+    callback=_domains,
+    metavar="DOMID[:uid=USER]",
+    help="Make it; may be repeated.",
+)
+@click.option("--limit", default=1024, show_default=True, type=click.IntRange(0), help="Pages, of each domain.")
+@click.option("--behaviour", type=click.Choice(["ours", "linux"]), default="ours", show_default=True)
+@click.option("-v", "--verbose", is_flag=True, help="Say why each request that fails does.")
+def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: str, verbose: bool) -> None:
+    """Run a machine in the foreground until Ctrl-C.
+
+    Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment.
+    """
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
+    folder = _fresh_folder(name)
+    protect_and_provide()
+    server = make_server(folder, {"limit": limit, "behaviour": behaviour})
+    for domid, uid in domains or ((1, os.getuid()), (2, os.getuid())):
+        server.create(domid, uid=uid)
+        print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
+    print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)
+    interrupted = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal interrupted
+        interrupted = server.stopping = True
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        serve(server)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if interrupted:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fresh_folder(name: str) -> str:
+    folder = machine_folder(name)
+    if "/" not in name:
+        make_top_folder()
+    try:
+        os.makedirs(folder, mode=0o700)
+    except FileExistsError:
+        try:
+            pid = ControlClient(folder).order("statistics")["pid"]
+        except NoMachine:
+            shutil.rmtree(folder)  # of one that was killed
+            os.makedirs(folder, mode=0o700)
+        else:
+            raise GntallocError(
+                f"a machine {name!r} runs already, as pid {pid}; use it, or choose another --name"
+            ) from None
+    return folder

@@ -1,0 +1,74 @@
+"""How results are shown: tables and progress on a terminal, plain lines elsewhere. rich is imported only if needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["bytes_text", "progress", "table"]
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print rows of cells: a rich table on a terminal, columns of plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich import box  # noqa: PLC0415
+        from rich.console import Console  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(headings))
+        for heading in headings:
+            shown.add_column(heading, overflow="fold")
+        for row in rows:
+            shown.add_row(*map(Text, row))
+        Console(highlight=False).print(shown)
+        return
+    if title:
+        print(title)
+    lines = [list(headings), *map(list, rows)] if any(headings) else [list(row) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes of `total` are done, on standard error if that is a terminal. Gives what to call."""
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    from rich import progress as bars  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(binary_units=True),
+        bars.TransferSpeedColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        shown = time.monotonic()
+
+        def update(done: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown >= 0.1 or done == total:  # drawing costs more than moving
+                bar.update(task, completed=done)
+                shown = now
+
+        yield update
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
