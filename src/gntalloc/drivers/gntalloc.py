@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -121,7 +122,8 @@ class GntallocDriver:
 
     def _alloc(self, file: File, address: int, caller: Caller) -> int:
         state = _state(file)
-        asked = AllocGref.unpack_from(caller.read(address, AllocGref.SIZE))
+        head = caller.read(address, AllocGref.SIZE)
+        asked = AllocGref.unpack_from(head)
         self._check_limit(asked.count)
         index = state.next_index
         try:
@@ -135,7 +137,12 @@ class GntallocDriver:
         state.grefs.update((gref.index, gref) for gref in grefs)
         self._grefs.update(dict.fromkeys(grefs))
         try:
-            self._reply(address, caller, asked._replace(index=index), [gref.ref for gref in grefs])
+            # Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
+            answer = asked._replace(index=index).pack()
+            caller.write(address, answer + head[len(answer) :])
+            if grefs:
+                array = b"".join(gref.ref.to_bytes(4, sys.byteorder) for gref in grefs)
+                caller.write(address + AllocGref.REFS_OFFSET, array)
         except DeviceError:
             # Nobody knows the index, so nobody could free them.
             if self._behaviour.undo_unwritable_reply:
@@ -156,8 +163,8 @@ class GntallocDriver:
             held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
             raise DeviceError(
                 errno.ENOSPC,
-                f"{count} pages were asked for, and {self.in_use} of the domain's limit of {self.limit} are in use{held}"
-                f"; free some, or raise the limit",
+                f"{count} pages were asked for, and {self.in_use} of the domain's limit of {self.limit} are in "
+                f"use{held}; free some, or raise the limit",
             )
 
     def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
@@ -184,15 +191,6 @@ class GntallocDriver:
                 f"{usage.capacity} in use (this is not the limit of pages, which has room)",
             ) from None
         return grefs
-
-    def _reply(self, address: int, caller: Caller, answer: AllocGref, refs: list[int]) -> None:
-        # Linux copies 24 bytes out, the last four as they came in, then the references over them.
-        start = AllocGref.LAYOUT.size
-        tail = caller.read(address + start, AllocGref.SIZE - start)
-        caller.write(address, answer.pack() + tail)
-        if refs:
-            array = b"".join(ref.to_bytes(4, "little") for ref in refs)
-            caller.write(address + AllocGref.REFS_OFFSET, array)
 
     # DEALLOC_GREF: off the file's list. What is mapped lives on.
 

@@ -1,0 +1,13 @@
+"""What test suites import, yours and ours: standard library only, and no test framework.
+
+    before = Snapshot.of(machine)
+    ...                                  # what is to be tested
+    assert_cleaned_up(machine, before)   # no descriptor, no map, no grant, no page is left over
+
+`FakeMemory` is a program's memory with holes, for whoever tests a driver.
+"""
+
+from gntalloc.testing.cleanup import Snapshot, assert_cleaned_up
+from gntalloc.testing.memory import FakeMemory
+
+__all__ = ["FakeMemory", "Snapshot", "assert_cleaned_up"]

@@ -1,0 +1,140 @@
+"""Fixtures for the core: a machine in this process for its drivers, and machines that are processes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+import gntalloc
+from gntalloc.machine.machine import BEHAVIOURS
+from gntalloc.machine.machine import Machine as Core
+from gntalloc.testing import Snapshot, assert_cleaned_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gntalloc import Domain, Machine
+
+
+@pytest.fixture(params=["ours", "linux"])
+def behaviour(request: pytest.FixtureRequest) -> str:
+    """Both, for what is the same in both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_core() -> Iterator[Callable[..., Core]]:
+    """In-process machines of domains 1 and 2. What they held must be given back when the test ends."""
+    before = Snapshot.of(None)
+    cores: list[Core] = []
+
+    def make(behaviour: str = "ours", *, limit: int = 64, table_frames: int = 1) -> Core:
+        core = Core(limit=limit, behaviour=BEHAVIOURS[behaviour], table_frames=table_frames)
+        for domid in (1, 2):
+            core.create(domid, uid=os.getuid())
+        cores.append(core)
+        return core
+
+    yield make
+    for core in cores:
+        for guest in core.guests.values():
+            for file in list(guest.files):
+                core.close(guest, file)
+        core.settle()
+        statistics = core.statistics()
+        assert (statistics["pages"], statistics["extents"]) == (0, 0)
+        for domain in statistics["domains"]:
+            assert (domain["pages_in_use"], domain["references"], domain["files"]) == (0, 0, 0)
+        core.frames.close()
+    assert_cleaned_up(None, before)
+
+
+@pytest.fixture
+def core(make_core: Callable[..., Core], behaviour: str) -> Core:
+    """One of each behaviour."""
+    return make_core(behaviour)
+
+
+class _Quiet:
+    """A machine's standard error: a file, which must stay empty."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by check
+
+    def start(self, *args: int | str, **settings: int | str) -> Machine:
+        saved = os.dup(2)
+        os.dup2(self._log.fileno(), 2)
+        try:
+            return gntalloc.Machine(*args, **settings)  # type: ignore[arg-type]
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+    def check(self) -> None:
+        """Nothing may have been written."""
+        with self._log:
+            self._log.seek(0)
+            assert self._log.read().decode(errors="replace") == ""
+
+
+@pytest.fixture
+def make_machine() -> Iterator[Callable[..., Machine]]:
+    """Machines of any settings, closed at the end. They must have been silent, and left nothing behind."""
+    before = Snapshot.of(None)
+    started: list[tuple[Machine, _Quiet]] = []
+
+    def make(*args: int | str, **settings: int | str) -> Machine:
+        quiet = _Quiet()
+        machine = quiet.start(*args, **settings)
+        started.append((machine, quiet))
+        return machine
+
+    yield make
+    for machine, quiet in started:
+        machine.close()
+        quiet.check()
+    del machine, quiet
+    started.clear()
+    assert_cleaned_up(None, before)
+
+
+@pytest.fixture(scope="module")
+def _machine_of_the_module() -> Iterator[Machine]:
+    quiet = _Quiet()
+    with quiet.start(limit=64) as machine:
+        for domid in (1, 2, 3):
+            domain = machine.domain(domid)
+            domain.close()
+            domain.devices.close()
+        yield machine
+    quiet.check()
+
+
+@pytest.fixture
+def machine(_machine_of_the_module: Machine) -> Iterator[Machine]:
+    """A machine with domains 1, 2 and 3. The test must give back what it takes, here and there."""
+    before = Snapshot.of(_machine_of_the_module)
+    yield _machine_of_the_module
+    assert_cleaned_up(_machine_of_the_module, before)
+
+
+def _domain(machine: Machine, domid: int) -> Iterator[Domain]:
+    domain = machine.domain(domid)
+    yield domain
+    domain.close()
+    domain.devices.close()
+
+
+@pytest.fixture
+def alice(machine: Machine) -> Iterator[Domain]:
+    """Domain 1."""
+    yield from _domain(machine, 1)
+
+
+@pytest.fixture
+def bob(machine: Machine) -> Iterator[Domain]:
+    """Domain 2."""
+    yield from _domain(machine, 2)
