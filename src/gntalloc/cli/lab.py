@@ -152,10 +152,10 @@ def run_command(
     commands = _commands(guest, pair, in_guest, in_dom0, arguments)
     labelled = Labelled(list(commands))
     show = _silent if as_json else labelled if pair else plain
-    lab = Lab.find()
-    _announce(commands)
     started = time.monotonic()
     try:
+        lab = Lab.find()
+        _announce(commands)
         outcomes = lab.run_together(commands, files=files, fetch=fetch, timeout=timeout, memory=memory, on_output=show)
     except LabError as error:
         if as_json:

@@ -49,6 +49,7 @@ class Lab:
         self,
         guests: Sequence[str] = (),
         *,
+        files: Sequence[str | Path] = (),
         timeout: float = TIMEOUT,
         memory: int = GUEST_MEMORY,
         dom0_memory: int = DOM0_MEMORY,
@@ -57,6 +58,7 @@ class Lab:
 
         Args:
             guests: Any of "pv" and "pvh".
+            files: Files and folders to bring into the working directory of every domain.
             timeout: Seconds until all of them have to be up.
             memory: MiB for each guest.
             dom0_memory: MiB for dom0.
@@ -72,7 +74,7 @@ class Lab:
         qemu = Qemu(
             self.emulator,
             self.images,
-            payload(),
+            payload(files),
             Path(folder.name),
             dom0_memory=dom0_memory,
             guests_memory=memory * len(guests),
@@ -156,9 +158,7 @@ class Lab:
         """
         deadline = time.monotonic() + timeout
         guests = [domain for domain in commands if domain != "dom0"]
-        with self.boot(guests, timeout=timeout, memory=memory) as session:
-            for domain in commands:
-                session.put(files, domain)
+        with self.boot(guests, files=files, timeout=timeout, memory=memory) as session:
             return session.run_together(
                 commands,
                 fetch=dict.fromkeys(commands, fetch),

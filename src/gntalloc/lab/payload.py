@@ -7,19 +7,28 @@ is always the code that is here now.
 from __future__ import annotations
 
 import importlib.metadata
+import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gntalloc
 from gntalloc.lab.cpio import Archive
 
-__all__ = ["payload"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["files_below", "payload"]
 
 _INSIDE = Path(__file__).with_name("inside")
 _SITE = "lab/site"
 
 
-def payload() -> bytes:
-    """Make the archive that is appended to the initramfs."""
+def payload(files: Iterable[str | Path] = ()) -> bytes:
+    """Make the archive that is appended to the initramfs.
+
+    Args:
+        files: Files and folders of the user's, for the working directory of every domain.
+    """
     archive = Archive()
     for script, name in (("init.sh", "init"), ("start.sh", "lab/start"), ("attach.sh", "lab/attach")):
         archive.file(name, (_INSIDE / script).read_bytes(), mode=0o755)
@@ -32,7 +41,24 @@ def payload() -> bytes:
             archive.file(name, path.read_bytes(), mtime=int(path.stat().st_mtime))
     archive.file(f"{_SITE}/gntalloc.dist-info/METADATA", _metadata().encode())
     archive.directory("lab/work")
+    for source, name in files_below(files):
+        status = source.stat()
+        archive.file(
+            f"lab/work/{name}", source.read_bytes(), mode=stat.S_IMODE(status.st_mode), mtime=int(status.st_mtime)
+        )
     return archive.finish()
+
+
+def files_below(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """Yield the files among the paths and below them, and the names they have in the lab."""
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield path, path.name
+            continue
+        top = path.resolve()
+        for file in sorted(top.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                yield file, str(file.relative_to(top.parent))
 
 
 def _metadata() -> str:

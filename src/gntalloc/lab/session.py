@@ -9,16 +9,18 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.lab.errors import Crashed, LabError, LabTimedOut, explain
 from gntalloc.lab.inside.messages import CHUNK, Message, StreamDecoder, to_stream
+from gntalloc.lab.payload import files_below
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from gntalloc.lab.qemu import Qemu
+
 
 __all__ = ["GUESTS", "OnOutput", "Outcome", "Session", "Terminal"]
 
@@ -123,10 +125,12 @@ class Session:
     # Files
 
     def put(self, paths: Iterable[str | Path], domain: str = "dom0") -> None:
-        """Bring files and folders into a domain's working directory, under the names they have here."""
-        for path in map(Path, paths):
-            for source, name in _files_below(path):
-                self._put(source, name, domain)
+        """Bring files and folders into a domain's working directory, under the names they have here.
+
+        A guest gets them through its console, some 40 KB/s: what is big belongs into `Lab.boot(files=…)`.
+        """
+        for source, name in files_below(paths):
+            self._put(source, name, domain)
 
     def fetch(self, patterns: Sequence[str], domain: str = "dom0", *, timeout: float = 60) -> dict[str, bytes]:
         """Bring files out of a domain.
@@ -379,14 +383,6 @@ class Session:
                 log=logs,
             )
         )
-
-
-def _files_below(path: Path) -> Iterable[tuple[Path, str]]:
-    if not path.is_dir():
-        return [(path, path.name)]
-    top = path.resolve()
-    below = sorted(file for file in top.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return [(file, str(file.relative_to(top.parent))) for file in below]
 
 
 def _tail(log: str) -> str:
