@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import select
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BASE = "data/gntalloc-probe"
+HANGS_AFTER = 60  # seconds for one point; then every thread's traceback goes to stderr, and that is the end
 POINTS: list[Callable[[Store], Any]] = []
 
 
@@ -447,12 +449,15 @@ def main() -> int:
             store.remove(BASE)
         for check in POINTS:
             entry: dict[str, Any] = {"point": check.__name__, "ok": True}
+            print(f"... {check.__name__}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
             try:
                 if (note := check(store)) is not None:
                     entry["note"] = note
             except Exception as error:
                 entry |= {"ok": False, "error": f"{type(error).__name__}: {error}", "at": traceback.format_exc()}
             report.append(entry)
+    faulthandler.cancel_dump_traceback_later()
     failed = [entry["point"] for entry in report if not entry["ok"]]
     print(json.dumps({"points": len(report), "failed": failed, "report": report}, indent=1))
     return 1 if failed else 0

@@ -207,9 +207,7 @@ class Store(_Tree):
                     return work(transaction)
             except Conflict as conflict:
                 if deadline is not None and time.monotonic() >= deadline:
-                    raise TimedOut(
-                        f"{attempts} attempts at a transaction met a conflict; try later"
-                    ) from conflict
+                    raise TimedOut(f"{attempts} attempts at a transaction met a conflict; try later") from conflict
 
     def close(self) -> None:
         """Close the connection; xenstored forgets its watches and transactions. Can be repeated."""

@@ -3,16 +3,21 @@
 Nobody owns the reading: a thread that waits for something becomes the reader if there is none, and hands what
 arrives to whom it belongs. Thus there is no thread of our own, and a program with one thread pays for none.
 
-Two kinds of descriptor carry the same messages, a Unix socket of the daemon and the kernel's device, and the
-device has ways of its own:
+One request at a time, and none while an answer is still to come that nobody waits for any more. xenstored serves a
+connection in order anyway; and on the kernel's device anything else is dangerous: Linux (6.1, and later as far as
+read) holds the file's buffer lock while it carries out a WATCH or UNWATCH, and wants the same lock to deliver the
+answer to any other request of that file. If both happen at once, xenstore hangs for the whole domain (seen).
+
+The device carries the same messages as the daemon's Unix socket, and has other ways of its own:
   * poll() never says that it is writable, so we write first and wait only if that fails;
   * a request can be refused by write() itself, and then has no answer;
-  * answers to WATCH and UNWATCH may carry request id 0, and are then matched by type, oldest first;
+  * answers to WATCH and UNWATCH may carry request id 0;
   * the ids of watch events mean nothing, and the first event of a watch can come before the answer to WATCH.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -32,7 +37,7 @@ __all__ = ["Connection", "Watcher", "deadline_after"]
 Found = TypeVar("Found")
 
 _READ_SIZE = 8192
-_MATCHED_BY_TYPE = (Type.WATCH, Type.UNWATCH)
+_MAY_LACK_AN_ID = (Type.WATCH, Type.UNWATCH)
 
 
 class Watcher(Protocol):
@@ -54,17 +59,6 @@ def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-class _Request:
-    """A request until its answer is here. `abandoned`: nobody waits any more, but the answer will come."""
-
-    __slots__ = ("abandoned", "answer", "type")
-
-    def __init__(self, kind: Type) -> None:
-        self.type = kind
-        self.answer: Message | None = None
-        self.abandoned = False
-
-
 class Connection:
     """Requests, answers and watch events over one descriptor, which it owns.
 
@@ -80,10 +74,11 @@ class Connection:
         self.changed = threading.Condition(threading.Lock())  # guards everything below
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # readable from the moment of close()
         self._process = os.getpid()
-        self._writing = threading.Lock()
+        self._asking = threading.Lock()  # held by the thread whose request it is
         self._reading = False
         self._decoder = wire.Decoder()
-        self._requests: dict[int, _Request] = {}
+        self._awaited: tuple[int, Type] | None = None  # id and type of the request that has no answer yet
+        self._answer: Message | None = None
         self._watchers: dict[str, Watcher] = {}
         self._last_id = 0
         self._failure: GntallocError | None = None  # why this connection is of no use any more
@@ -98,27 +93,26 @@ class Connection:
             Closed: this end did, or it belongs to the process that forked this one.
         """
         self._check_process()
-        request = _Request(kind)
-        with self.changed:
-            self._check_alive()
-            req_id = self._new_id()
-            data = wire.encode(Message(kind, req_id, tx_id, body))
-            self._requests[req_id] = request
-        answer_will_come = False
+        busy = f"{self.name} has not answered in time, neither {kind.name} nor what came before; try again"
+        left = _left(deadline)
+        if not self._asking.acquire(timeout=-1 if left is None else left):
+            raise TimedOut(busy)
         try:
+            if not self.wait(lambda: True if self._awaited is None else None, deadline):
+                raise TimedOut(busy)
+            with self.changed:
+                self._check_alive()
+                req_id = self._new_id()
+                data = wire.encode(Message(kind, req_id, tx_id, body))
+                self._awaited, self._answer = (req_id, kind), None
             if refusal := self._write(data, deadline):
                 return Message(Type.ERROR, req_id, tx_id, wire.join(wire.error_name(refusal)))
-            answer_will_come = True
-            answer = self.wait(lambda: request.answer, deadline)
-            if answer is None:
-                raise TimedOut(f"{self.name} has not answered {kind.name} in time; try again")
-            return answer
+            answer = self.wait(lambda: self._answer, deadline)
         finally:
-            with self.changed:
-                if answer_will_come and request.answer is None and self._failure is None:
-                    request.abandoned = True
-                else:
-                    self._requests.pop(req_id, None)
+            self._asking.release()
+        if answer is None:
+            raise TimedOut(f"{self.name} has not answered {kind.name} in time; try again")
+        return answer
 
     def wait(self, look: Callable[[], Found | None], deadline: float | None) -> Found | None:
         """Read, or let another thread read, until `look()` finds something; None if the deadline comes first.
@@ -174,7 +168,7 @@ class Connection:
                 self.changed.wait()
             for watcher in self._watchers.values():
                 watcher.end()
-        with self._writing:
+        with self._asking:
             self._close_descriptors()
 
     def __del__(self) -> None:
@@ -202,38 +196,45 @@ class Connection:
             raise type(self._failure)(*self._failure.args)
 
     def _new_id(self) -> int:
-        while True:
-            self._last_id = self._last_id % 0xFFFFFFFF + 1  # 1 to 2**32 - 1: 0 is the kernel's
-            if self._last_id not in self._requests:
-                return self._last_id
+        self._last_id = self._last_id % 0xFFFFFFFF + 1  # 1 to 2**32 - 1: 0 is the kernel's
+        return self._last_id
 
     def _write(self, data: bytes, deadline: float | None) -> int:
-        """Write a whole message. Returns 0, or the errno with which the device refused it.
-
-        A message that is cut off in the middle makes the connection useless.
-        """
-        left = _left(deadline)
-        if not self._writing.acquire(timeout=-1 if left is None else left):
-            raise TimedOut(f"{self.name} takes no requests; try again")
+        """Write the awaited request. Returns 0, or the errno with which the device refused it."""
+        cut_off = MachineGone(f"{self.name}: a request was cut off in the middle; open the store again")
         sent = 0
         try:
             while sent < len(data):
-                with self.changed:
-                    self._check_alive()
-                try:
-                    sent += os.write(self.fd, data[sent:])
-                except BlockingIOError:
-                    if not self._poll(select.POLLOUT, left := _left(deadline)) and left == 0:
-                        raise TimedOut(f"{self.name} takes no requests; try again") from None
-                except ConnectionError as error:
-                    self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
-                except OSError as error:
-                    return error.errno or 0
-        finally:
-            if 0 < sent < len(data):
-                self._fail(MachineGone(f"{self.name}: a request was cut off; open the store again"))
-            self._writing.release()
+                sent += self._write_some(data[sent:], deadline)
+        except GntallocError:  # the deadline, or close()
+            if sent:
+                self._fail(cut_off)
+            self._forget()
+            raise
+        except ConnectionError as error:
+            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
+        except OSError as error:
+            self._forget()
+            return error.errno or errno.EIO
+        except BaseException:  # Ctrl-C, say: nobody knows how much went out
+            self._fail(cut_off)
+            raise
         return 0
+
+    def _write_some(self, data: bytes, deadline: float | None) -> int:
+        while True:
+            try:
+                return os.write(self.fd, data)
+            except BlockingIOError:
+                if not self._poll(select.POLLOUT, _left(deadline)):
+                    with self.changed:
+                        self._check_alive()
+                    raise TimedOut(f"{self.name} takes no requests; try again") from None
+
+    def _forget(self) -> None:
+        """The request was not sent: there will be no answer."""
+        with self.changed:
+            self._awaited = None
 
     def _read(self, left: float | None) -> None:
         """Wait at most `left` seconds for something to read, and hand it out. Failures are kept."""
@@ -277,24 +278,11 @@ class Connection:
             if watcher := self._watchers.get(strings[1]):
                 watcher.deliver(strings[0])
             return
-        req_id = message.req_id or self._oldest_by_type(message.type)
-        request = self._requests.get(req_id)
-        if request is None or request.answer is not None:
-            raise PeerBroke(f"{self.name} answered {wire.type_name(message.type)}, which nobody asked")
-        if message.type not in (request.type, Type.ERROR):
-            raise PeerBroke(f"{self.name} answered {request.type.name} with {wire.type_name(message.type)}")
-        if request.abandoned:
-            del self._requests[req_id]
-        else:
-            request.answer = message
-
-    def _oldest_by_type(self, kind: int) -> int:
-        """The id of the request that an answer without id belongs to; 0 if there is none."""
-        for req_id, request in self._requests.items():
-            if (
-                request.answer is None
-                and request.type in _MATCHED_BY_TYPE
-                and kind in (request.type, Type.ERROR)
-            ):
-                return req_id
-        return 0
+        if self._awaited is None:
+            raise PeerBroke(f"{self.name} sent an answer ({wire.type_name(message.type)}) that nobody asked for")
+        req_id, kind = self._awaited
+        if message.req_id != req_id and not (message.req_id == 0 and kind in _MAY_LACK_AN_ID):
+            raise PeerBroke(f"{self.name} answered request {message.req_id} instead of {req_id} ({kind.name})")
+        if message.type not in (kind, Type.ERROR):
+            raise PeerBroke(f"{self.name} answered {kind.name} with {wire.type_name(message.type)}")
+        self._awaited, self._answer = None, message

@@ -102,9 +102,7 @@ class Watch:
         body = wire.join(self.path, self.token)
         answer = self._connection.request(kind, body, deadline=deadline_after(self._timeout))
         if answer.type == Type.ERROR:
-            raise error_for(
-                wire.error_code(answer.body), operation, self.path, problem(self.path, watch=True)
-            )
+            raise error_for(wire.error_code(answer.body), operation, self.path, problem(self.path, watch=True))
 
     # What follows runs with the connection's lock held.
 

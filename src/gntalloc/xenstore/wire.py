@@ -120,9 +120,7 @@ class Decoder:
             if length > PAYLOAD_MAX:
                 if messages:
                     break  # what came before it is good; the next call finds it at the front
-                raise PeerBroke(
-                    f"a xenstore message ({type_name(kind)}) announces {length} bytes, over {PAYLOAD_MAX}"
-                )
+                raise PeerBroke(f"a xenstore message ({type_name(kind)}) announces {length} bytes, over {PAYLOAD_MAX}")
             end = start + HEADER.size + length
             if end > len(buffer):
                 break
