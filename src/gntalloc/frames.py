@@ -20,7 +20,11 @@ it would by keeping the page mapped.)
 
 Read-only means read-only: a descriptor opened O_RDONLY alone can be opened again for writing by whoever gets it.
 So before a read-only grant goes to a peer the file is sealed against all future writable maps; the granter's
-earlier map goes on writing, and so does the machine's own `window`, which is made before the seal.
+earlier map goes on writing, and so does the machine's own `window`, which is made before the seal. A peer that may
+write gets a file to which no seal can be added: one of its own would shut out the granter, and the machine.
+
+A descriptor opened with O_PATH is counted by nothing, and can be opened again at any time. So freed pages are emptied,
+each when it is freed: whoever kept a way to them finds zeros.
 
 Sources: fcntl(2), memfd_create(2), inotify(7).
 """
@@ -143,8 +147,12 @@ class Frames(Generic[Holder]):
 
     # Making and giving back.
 
-    def allocate(self, pages: int, changed: Callable[[Extent[Holder]], None]) -> Extent[Holder]:
+    def allocate(
+        self, pages: int, changed: Callable[[Extent[Holder]], None], *, writable: bool = True
+    ) -> Extent[Holder]:
         """Make `pages` zeroed pages, all of them present, so that a lack of memory is an error now and no SIGBUS later.
+
+        If peers shall only read them, not `writable`, `seal` can be called later on.
 
         Raises:
             DeviceError: ENOMEM, with the reason.
@@ -155,7 +163,8 @@ class Frames(Generic[Holder]):
             raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}") from error
         try:
             os.posix_fallocate(first, 0, pages * PAGE_SIZE)
-            fcntl.fcntl(first, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
+            fcntl.fcntl(first, fcntl.F_ADD_SEALS, seals)
             # memfd_create's own description is not counted among the writers a lease looks at; this one is.
             master = _open_again(first, os.O_RDWR)
         except OSError as error:
@@ -170,14 +179,15 @@ class Frames(Generic[Holder]):
     def give_back(self, extent: Extent[Holder], page: int) -> None:
         """One page is free. Its contents go at once; the extent goes with its last page."""
         extent.in_use -= 1
+        if extent.next_byte:  # else nobody has ever had it
+            offset = page * PAGE_SIZE
+            if extent.window is not None:
+                extent.window.memory[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
+            else:
+                # Refused (EPERM) if the granter itself has sealed its read-only pages. Then no peer has ever had them.
+                _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, PAGE_SIZE)
         if not extent.in_use:
             self._discard(extent)
-        elif extent.sealed:
-            assert extent.window is not None
-            extent.window.memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = bytes(PAGE_SIZE)
-        else:
-            offset = page * PAGE_SIZE
-            _check(_libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, PAGE_SIZE))
 
     def _discard(self, extent: Extent[Holder]) -> None:
         if extent.watch >= 0:  # a watch keeps the memory alive
@@ -226,12 +236,15 @@ class Frames(Generic[Holder]):
         """
         if extent.sealed:
             return
-        window = Mapping(extent.pages * PAGE_SIZE, name="the machine's window")
         try:
-            window.place(0, window.length, extent.master, 0)
-            fcntl.fcntl(extent.master, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+            window = Mapping(extent.pages * PAGE_SIZE, name="the machine's window")
+            try:
+                window.place(0, window.length, extent.master, 0)
+                fcntl.fcntl(extent.master, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+            except OSError:
+                window.close()
+                raise
         except OSError as error:
-            window.close()
             raise DeviceError(errno.ENOMEM, f"a read-only grant could not be sealed: {error.strerror}") from error
         extent.window = window
         extent.sealed = True

@@ -172,7 +172,7 @@ class GntallocDriver:
         if not asked.count:
             return []
         readonly = not asked.flags & FLAG_WRITABLE
-        extent = self._frames.allocate(asked.count, self.look_again)
+        extent = self._frames.allocate(asked.count, self.look_again, writable=not readonly)
         grefs: list[Gref] = []
         try:
             for page in range(asked.count):

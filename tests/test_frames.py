@@ -1,0 +1,461 @@
+"""Memory files as the kernel counts them: real descriptors, real maps, real processes; and peers that cheat."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import signal
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gntalloc.errors import DeviceError
+from gntalloc.frames import Extent, Frames, Loan
+from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
+from gntalloc.testing import Snapshot, assert_cleaned_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RW = mmap.PROT_READ | mmap.PROT_WRITE
+FLOCK = struct.Struct("=hh4xqqi4x")
+
+
+class Bench:
+    """Frames, with a note of every loan that died."""
+
+    def __init__(self) -> None:
+        self.frames: Frames[str] = Frames()
+        self.died: list[str] = []
+
+    def allocate(self, pages: int = 1, *, writable: bool = True) -> Extent[str]:
+        return self.frames.allocate(pages, lambda _extent: None, writable=writable)
+
+    def lend(self, extent: Extent[str], holder: str = "peer", *, writable: bool = True) -> Loan[str]:
+        return self.frames.lend(extent, holder, writable=writable, granters=holder.startswith("granter"))
+
+    def map(self, extent: Extent[str], holder: str = "peer", *, writable: bool = True) -> Mapping:
+        """What a process does with a loan: map it all, keep no descriptor."""
+        loan = self.lend(extent, holder, writable=writable)
+        mapping = Mapping(extent.pages * PAGE_SIZE, prot=RW if writable else PROT_READ)
+        try:
+            mapping.place(0, mapping.length, loan.descriptor, 0)
+        finally:
+            loan.close()
+        return mapping
+
+    def look(self) -> list[str]:
+        """Take in the news; who died since the last look."""
+        died = [loan.holder for loan in self.frames.news().died]
+        self.died += died
+        return died
+
+    def look_until(self, holder: str) -> None:
+        """For the end of another process, which is a little later than its wait(2)."""
+        import select
+
+        while holder not in self.died:
+            self.look()
+            if holder not in self.died:
+                select.select([self.frames], [], [], self.frames.patience())
+
+    def give_back(self, extent: Extent[str]) -> None:
+        for page in range(extent.in_use):
+            self.frames.give_back(extent, page)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    before = Snapshot.of(None)
+    bench = Bench()
+    yield bench
+    assert (bench.frames.pages, bench.frames.extents) == (0, 0)
+    bench.frames.close()
+    assert_cleaned_up(None, before)
+
+
+@contextlib.contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """So many more can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """fork; the child does this and then waits to be killed. Its pid, once it has done it."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os.write(writing, b"!")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    assert os.read(reading, 1) == b"!"
+    os.close(reading)
+    return pid
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+# Making and giving back.
+
+
+def test_pages_are_present_zero_and_cannot_be_made_fewer(bench: Bench) -> None:
+    extent = bench.allocate(3)
+    status = os.fstat(extent.master)
+    assert (status.st_size, status.st_blocks * 512) == (3 * PAGE_SIZE, 3 * PAGE_SIZE)
+    assert os.pread(extent.master, 3 * PAGE_SIZE, 0) == bytes(3 * PAGE_SIZE)
+    loan = bench.lend(extent)
+    for size in (0, 2 * PAGE_SIZE, 4 * PAGE_SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(loan.descriptor, size)
+    loan.close()
+    assert bench.look() == ["peer"]
+    assert (bench.frames.pages, bench.frames.extents) == (3, 1)
+    bench.give_back(extent)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_no_descriptors_is_enomem_and_leaves_nothing(bench: Bench, left: int) -> None:
+    with descriptors_left(left), pytest.raises(DeviceError) as caught:
+        bench.allocate()
+    assert caught.value.errno == errno.ENOMEM
+    assert "Too many open files" in str(caught.value)
+
+
+def test_no_memory_is_enomem_and_leaves_nothing(bench: Bench) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, limits[1]))
+    try:
+        with pytest.raises(DeviceError) as caught:
+            bench.allocate(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOMEM
+    assert "2 pages" in str(caught.value)
+
+
+def test_no_descriptor_for_a_loan_is_enomem(bench: Bench) -> None:
+    extent = bench.allocate()
+    with descriptors_left(0), pytest.raises(DeviceError) as caught:
+        bench.lend(extent)
+    assert caught.value.errno == errno.ENOMEM
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+def test_no_address_space_for_the_window_is_enomem_and_seals_nothing(bench: Bench) -> None:
+    extent = bench.allocate(writable=False)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r".") as caught:
+            bench.frames.seal(extent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert isinstance(caught.value, DeviceError)
+    assert caught.value.errno == errno.ENOMEM
+    assert not extent.sealed
+    bench.give_back(extent)
+
+
+# Loans live as their mappings do.
+
+
+def test_a_loan_lives_until_its_last_piece_is_unmapped(bench: Bench) -> None:
+    extent = bench.allocate(3)
+    mapping = bench.map(extent)
+    assert bench.look() == []
+    mapping.unmap(0, PAGE_SIZE)
+    mapping.unmap(2 * PAGE_SIZE, PAGE_SIZE)
+    assert bench.look() == []
+    assert bench.frames.held(extent)
+    mapping.unmap(PAGE_SIZE, PAGE_SIZE)
+    assert bench.look() == ["peer"]
+    assert not bench.frames.held(extent)
+    mapping.close()
+    bench.give_back(extent)
+
+
+def test_munmap_is_synchronous(bench: Bench) -> None:
+    """Not once in a thousand is the news later than the call that made it."""
+    extent = bench.allocate()
+    for _ in range(1000):
+        mapping = bench.map(extent)
+        mapping.close()
+        assert bench.look() == ["peer"]
+    bench.give_back(extent)
+
+
+def test_each_loan_dies_for_itself(bench: Bench) -> None:
+    extent = bench.allocate()
+    maps = {name: bench.map(extent, name) for name in ("granter", "a", "b", "granter two", "c")}
+    for name in ("b", "granter", "c", "granter two"):
+        maps.pop(name).close()
+        assert bench.look() == [name]
+    maps["a"].close()
+    bench.look()
+    bench.give_back(extent)
+
+
+def test_a_loan_survives_fork_and_dies_with_sigkill(bench: Bench) -> None:
+    extent = bench.allocate(2)
+    mapping = bench.map(extent)
+    child = in_child(lambda: None)
+    grandchild_too = in_child(lambda: mapping.unmap(0, PAGE_SIZE))
+    mapping.close()
+    assert bench.look() == []
+    kill(child)
+    bench.look()
+    assert bench.died == []
+    assert bench.frames.held(extent)
+    kill(grandchild_too)
+    bench.look_until("peer")
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+def test_a_descriptor_that_was_never_mapped_is_a_loan_too(bench: Bench) -> None:
+    extent = bench.allocate()
+    loan = bench.lend(extent)
+    copy = os.dup(loan.descriptor)
+    loan.close()
+    assert bench.look() == []
+    os.close(copy)
+    assert bench.look() == ["peer"]
+    bench.give_back(extent)
+
+
+# Peers that cheat.
+
+
+def test_a_peer_that_takes_its_lock_off_still_holds(bench: Bench) -> None:
+    extent = bench.allocate()
+    loan = bench.lend(extent)
+    spare = bench.lend(extent, "spare")
+    fcntl.fcntl(loan.descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+    spare.close()
+    assert sorted(bench.look()) == ["peer", "spare"]
+    assert bench.frames.held(extent)
+    loan.close()
+    bench.look()
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY])
+def test_a_peer_that_opens_the_file_again_still_holds(bench: Bench, flags: int) -> None:
+    extent = bench.allocate()
+    loan = bench.lend(extent)
+    again = os.open(f"/proc/self/fd/{loan.descriptor}", flags)
+    loan.close()
+    assert bench.look() == ["peer"]
+    assert bench.frames.held(extent)
+    os.close(again)
+    bench.look()
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+@pytest.mark.parametrize("kind", [fcntl.F_RDLCK, fcntl.F_WRLCK])
+def test_a_peer_that_locks_everything_gains_what_a_map_would_give_it(bench: Bench, kind: int) -> None:
+    extent = bench.allocate()
+    loan = bench.lend(extent)
+    fcntl.fcntl(loan.descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    mine, theirs = bench.map(extent, "granter"), bench.map(extent, "second")
+    mine.close()
+    theirs.close()
+    bench.look()
+    assert bench.frames.held(extent)
+    loan.close()
+    bench.look()
+    assert sorted(bench.died) == ["granter", "peer", "second"]
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+def test_a_reader_cannot_keep_the_granters_dead_map_alive(bench: Bench) -> None:
+    extent = bench.allocate()
+    mine = bench.map(extent, "granter")
+    loan = bench.lend(extent, writable=False)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.fcntl(loan.descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+    mine.close()
+    for byte in range(4):
+        fcntl.fcntl(loan.descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    assert bench.look() == ["granter"]
+    loan.close()
+    assert bench.look() == ["peer"]
+    bench.give_back(extent)
+
+
+def test_a_peer_that_opens_and_closes_without_end_fills_no_queue(bench: Bench) -> None:
+    extent, other = bench.allocate(), bench.allocate()
+    loan, quiet = bench.lend(extent), bench.lend(other, "quiet")
+    for flags in (os.O_RDONLY, os.O_RDWR) * 1000:  # two kinds of event, or the queue makes one of them all
+        os.close(os.open(f"/proc/self/fd/{loan.descriptor}", flags))
+    events = [mask for _, mask in bench.frames._events()]
+    assert len(events) <= 2  # the one it was told of, and that the watch is spent
+    extent.watch = -1  # these events are read now: as if the look had come
+    bench.frames._watches.clear()
+    quiet.close()
+    loan.close()
+    other.watch = -1
+    for each in (extent, other):
+        bench.frames._suspects[each] = (0, 0.0)
+    assert sorted(bench.look()) == ["peer", "quiet"]
+    bench.give_back(extent)
+    bench.give_back(other)
+
+
+def test_a_peer_that_may_write_cannot_add_seals(bench: Bench) -> None:
+    """With F_SEAL_FUTURE_WRITE of a peer's the granter could not map again, nor the machine empty a page."""
+    extent = bench.allocate(2)
+    loan = bench.lend(extent)
+    for seal in (0x0010, fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SEAL):
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(loan.descriptor, fcntl.F_ADD_SEALS, seal)
+    bench.frames.give_back(extent, 0)
+    loan.close()
+    bench.look()
+    bench.frames.give_back(extent, 1)
+
+
+def test_a_granter_that_seals_its_read_only_pages_itself_harms_itself(bench: Bench) -> None:
+    extent = bench.allocate(2, writable=False)
+    loan = bench.lend(extent, "granter")
+    fcntl.fcntl(loan.descriptor, fcntl.F_ADD_SEALS, 0x0010 | fcntl.F_SEAL_SEAL)
+    with pytest.raises(DeviceError, match="could not be sealed"):
+        bench.frames.seal(extent)
+    loan.close()
+    bench.look()
+    bench.give_back(extent)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_was_freed_is_empty_whoever_kept_a_way_to_it(bench: Bench, writable: bool) -> None:
+    """A descriptor opened with O_PATH counts for no lease, and can be opened again at any time."""
+    extent = bench.allocate(2, writable=writable)
+    mine = bench.map(extent, "granter")
+    mine.memory[:6] = mine.memory[PAGE_SIZE : PAGE_SIZE + 6] = b"secret"
+    if not writable:
+        bench.frames.seal(extent)
+    loan = bench.lend(extent, writable=writable)
+    path = os.open(f"/proc/self/fd/{loan.descriptor}", os.O_PATH)
+    loan.close()
+    mine.close()
+    bench.look()
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+    again = os.open(f"/proc/self/fd/{path}", os.O_RDONLY)
+    assert os.pread(again, 2 * PAGE_SIZE, 0) == bytes(2 * PAGE_SIZE)
+    os.close(again)
+    os.close(path)
+
+
+def test_an_open_during_the_look_does_not_kill(bench: Bench) -> None:
+    """Opening breaks a lease, and the kernel tells with SIGIO, whose default is death."""
+    assert signal.getsignal(signal.SIGIO) == signal.SIG_IGN
+    extent = bench.allocate()
+    loan = bench.lend(extent)
+
+    child = os.fork()
+    if not child:
+        while True:
+            os.close(os.open(f"/proc/self/fd/{loan.descriptor}", os.O_RDONLY))
+    loan.close()
+    for _ in range(2000):
+        extent.loans.clear()
+        assert bench.frames.held(extent)
+        bench.look()
+    kill(child)
+    while bench.frames.held(extent):
+        bench.look()
+    bench.give_back(extent)
+
+
+# Seals and the window.
+
+
+def test_sealed_pages_can_be_written_by_maps_that_exist_and_by_the_machine(bench: Bench) -> None:
+    extent = bench.allocate(2, writable=False)
+    mine = bench.map(extent, "granter")
+    bench.frames.seal(extent)
+    bench.frames.seal(extent)  # once is enough
+    theirs = bench.map(extent, writable=False)
+    mine.memory[:4] = b"mine"
+    assert bytes(theirs.memory[:4]) == b"mine"
+    with pytest.raises(PermissionError):
+        bench.map(extent, "late")
+    assert extent.window is not None
+    mine.memory[PAGE_SIZE] = 1
+    bench.frames.give_back(extent, 1)
+    assert (theirs.memory[0], theirs.memory[PAGE_SIZE]) == (ord("m"), 0)
+    theirs.close()
+    mine.close()
+    bench.look()
+    bench.frames.give_back(extent, 0)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_page_freed_among_others_is_empty_at_once(bench: Bench, writable: bool) -> None:
+    extent = bench.allocate(3, writable=writable)
+    mine = bench.map(extent, "granter")
+    mine.memory[:] = b"\xff" * (3 * PAGE_SIZE)
+    if not writable:
+        bench.frames.seal(extent)
+    theirs = bench.map(extent, writable=writable)
+    bench.frames.give_back(extent, 1)
+    assert bytes(theirs.memory[PAGE_SIZE : 2 * PAGE_SIZE]) == bytes(PAGE_SIZE)
+    assert theirs.memory[PAGE_SIZE - 1] == theirs.memory[2 * PAGE_SIZE] == 0xFF
+    theirs.close()
+    mine.close()
+    bench.look()
+    bench.frames.give_back(extent, 0)
+    bench.frames.give_back(extent, 2)
+
+
+# News that was lost.
+
+
+def test_an_overflow_of_the_queue_means_looking_everywhere(bench: Bench) -> None:
+    most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = most // 2 + 200
+    if hard != resource.RLIM_INFINITY and hard < enough + 200:
+        pytest.skip(f"{enough} descriptors are needed to fill the queue, and {hard} can be had")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough + 200, hard))
+    try:
+        extents = [bench.allocate() for _ in range(enough)]
+        for number, extent in enumerate(extents):
+            bench.lend(extent, str(number)).close()
+        assert len(bench.look()) == enough
+        for extent in extents:
+            assert not bench.frames.held(extent)
+            bench.give_back(extent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
