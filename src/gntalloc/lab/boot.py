@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ class Lab:
 
     images: Images
     emulator: str
-    accelerator: str = "tcg"
 
     @classmethod
     def find(cls) -> Lab:
@@ -42,8 +40,7 @@ class Lab:
             NothingToRunOn: QEMU is missing, or there are no images yet.
         """
         programs = machine_tools.need("boot the lab", machine_tools.EMULATOR)
-        accelerator = os.environ.get("GNTALLOC_LAB_ACCEL", "tcg")
-        return cls(Images.current(), programs[machine_tools.EMULATOR], accelerator)
+        return cls(Images.current(), programs[machine_tools.EMULATOR])
 
     def boot(
         self,
@@ -78,7 +75,6 @@ class Lab:
             Path(folder.name),
             dom0_memory=dom0_memory,
             guests_memory=memory * len(guests),
-            accelerator=self.accelerator,
         )
         session = Session(qemu, self.images.manifest.versions, folder.cleanup)
         try:

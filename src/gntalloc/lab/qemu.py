@@ -32,9 +32,7 @@ _CPU = (
 _DOM0 = "console=hvc0 earlyprintk=xen oops=panic panic=1 LAB_DOMAIN=dom0"
 
 
-def arguments(
-    program: str, *, dom0_memory: int, guests_memory: int, descriptor: int, accelerator: str = "tcg"
-) -> list[str]:
+def arguments(program: str, *, dom0_memory: int, guests_memory: int, descriptor: int) -> list[str]:
     """Write QEMU's command line. The files are those of the folder it is started in.
 
     Args:
@@ -42,15 +40,12 @@ def arguments(
         dom0_memory: MiB for dom0.
         guests_memory: MiB for all guests together.
         descriptor: The socket to the agent in dom0.
-        accelerator: tcg, or kvm where that is allowed.
     """
-    # Emulated, one processor that the domains take turns on is faster than two that wait for each other.
-    speed = "tcg,thread=multi" if accelerator == "tcg" else accelerator
     xen = f"console=com1 com1=115200 dom0_mem={dom0_memory}M,max:{dom0_memory}M sched=credit bootscrub=0"
     # fmt: off
     return [
         program,
-        "-accel", speed,
+        "-accel", "tcg,thread=multi",
         "-cpu", _CPU,
         "-smp", "1",
         "-m", str(_XEN_MEMORY + dom0_memory + guests_memory),
@@ -84,7 +79,6 @@ class Qemu:
         *,
         dom0_memory: int,
         guests_memory: int,
-        accelerator: str,
     ) -> None:
         self._folder = folder
         # Links, because a comma or a space in a path would mean something to QEMU.
@@ -98,7 +92,6 @@ class Qemu:
             dom0_memory=dom0_memory,
             guests_memory=guests_memory,
             descriptor=theirs.fileno(),
-            accelerator=accelerator,
         )
         prctl = ctypes.CDLL(None).prctl
         with theirs, open(folder / "qemu.log", "wb") as log:

@@ -33,7 +33,8 @@ _READ = 256 * 1024
 # A console that takes nothing for this long will never take anything.
 _STUCK = 60.0
 
-_TAIL = 25
+# Enough for a panic with its call trace.
+_TAIL = 50
 
 
 @dataclass(frozen=True)
