@@ -164,8 +164,16 @@ def lists(store: Store) -> Any:
 @point
 def lists_beyond_one_message(store: Store) -> Any:
     names = sorted(f"a-rather-long-name-of-a-child-{number:03}" for number in range(300))
-    for name in names:
-        store.write(f"{BASE}/long/{name}", "")
+    try:
+        for name in names:
+            store.write(f"{BASE}/long/{name}", "")
+    except StoreError as error:
+        # A guest's nodes may hold 2048 bytes, names of children included.
+        expect(error.errno, errno.ENOSPC)
+        here = store.list(f"{BASE}/long")
+        expect(sorted(here), names[: len(here)])
+        store.remove(f"{BASE}/long")
+        return f"the quota ends it after {len(here)}"
     expect(sorted(store.list(f"{BASE}/long")), names)
     with store.transaction() as transaction:
         expect(sorted(transaction.list(f"{BASE}/long")), names)

@@ -47,6 +47,11 @@ def test_not_permissions(text: str) -> None:
         Permission.parse(text)
 
 
+def test_a_refusal_without_a_path_is_about_privilege() -> None:
+    assert "privileged domain" in str(error_for(errno.EACCES, "is domain introduced: 3"))
+    assert "permissions" in str(error_for(errno.EACCES, "read", "/a"))
+
+
 @pytest.mark.parametrize(
     ("code", "kinds"),
     [

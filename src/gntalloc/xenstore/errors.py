@@ -45,7 +45,7 @@ _CLASSES: dict[int, type[StoreError]] = {
 _REASONS = {
     errno.ENOENT: "there is no such node",
     errno.EACCES: "the node's permissions do not let this domain do that; its owner can change them",
-    errno.EPERM: "only a privileged domain may do that",
+    errno.EPERM: "only a privileged domain may ask that",
     errno.EAGAIN: "somebody changed the same nodes meanwhile; run the transaction again",
     errno.ENOSPC: "this domain's quota is used up; remove nodes, or close watches or transactions",
     errno.E2BIG: "too much for one message or one node",
@@ -66,6 +66,8 @@ def error_for(code: int, operation: str, path: str | None = None, reason: str | 
         reason: what stood in the way, if more is known than the errno says.
     """
     asked = f"xenstore {operation} {path}" if path is not None else f"xenstore {operation}"
+    if code == errno.EACCES and path is None:
+        reason = reason or _REASONS[errno.EPERM]
     why = reason or _REASONS.get(code, "xenstored refused")
     error = _CLASSES.get(code, StoreError)(code, f"{asked}: {why} ({errno.errorcode.get(code, code)})")
     error.operation = operation

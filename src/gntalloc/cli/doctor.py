@@ -1,0 +1,51 @@
+"""`gntalloc doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from gntalloc.cli.show import table
+from gntalloc.probes import Finding, look_at_everything
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: `ok`, and what was found.")
+@click.option("--strict", is_flag=True, help="Fail also if something is lacking that is not required.")
+def command(as_json: bool, strict: bool) -> None:
+    """Try what gntalloc needs of this computer, and say what to do about what is lacking.
+
+    Exits with 0 if a machine can run here without Xen, with 1 if something for that is lacking.
+    """
+    findings = look_at_everything()
+    ok = all(finding.ok for finding in findings if finding.required or strict)
+    if as_json:
+        print(json.dumps({"ok": ok, "findings": [finding._asdict() for finding in findings]}))
+    else:
+        _show(findings)
+    sys.exit(0 if ok else 1)
+
+
+def _show(findings: list[Finding]) -> None:
+    rows = [(_verdict(finding), finding.name, finding.found) for finding in findings]
+    table(("", "what", "found"), rows)
+    lacking = [finding for finding in findings if not finding.ok]
+    if lacking:
+        print()
+        advice = [(finding.name, finding.purpose, finding.advice) for finding in lacking]
+        table(("lacking", "good for", "what to do"), advice)
+    print()
+    if any(finding.required for finding in lacking):
+        print("A machine cannot run here.")
+    else:
+        print("A machine can run here, without Xen.")
+
+
+def _verdict(finding: Finding) -> str:
+    if finding.ok:
+        return "ok"
+    return "MISSING" if finding.required else "optional"

@@ -1,0 +1,402 @@
+"""What this computer has and lacks, found out by trying. `gntalloc doctor` shows it.
+
+Each probe is a function that does the thing once, on throw-away files of its own, and says in a few words what it
+found; if it cannot, it raises, and what it raises becomes the finding. It stands with what it is good for and what to
+do about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["PROBES", "Finding", "Lacking", "Probe", "look", "look_at_everything"]
+
+_F_SEAL_FUTURE_WRITE = 0x10  # in fcntl since Python 3.13
+_FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, process
+_IN_CLOSE = 0x08 | 0x10
+_XEN_DEVICES = ("/dev/xen/gntalloc", "/dev/xen/gntdev", "/dev/xen/evtchn")
+_SPARE_DESCRIPTORS = 64  # what a machine needs besides one for each live allocation
+
+
+class Lacking(Exception):
+    """The probe's way to say what is wrong, in place of an errno."""
+
+
+class Probe(NamedTuple):
+    """One thing to try."""
+
+    name: str
+    purpose: str
+    advice: str
+    required: bool
+    attempt: Callable[[], str]
+
+
+class Finding(NamedTuple):
+    """What came of it."""
+
+    name: str
+    ok: bool
+    required: bool
+    found: str
+    purpose: str
+    advice: str
+
+
+PROBES: list[Probe] = []
+
+
+def look(probe: Probe) -> Finding:
+    """Try one thing. Whatever it raises is a finding, not an error."""
+    ok, found = True, ""
+    try:
+        found = probe.attempt()
+    except Lacking as lack:
+        ok, found = False, str(lack)
+    except OSError as error:
+        ok, found = False, f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})"
+    except Exception as error:
+        ok, found = False, f"{type(error).__name__}: {error}"
+    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else probe.advice)
+
+
+def look_at_everything() -> list[Finding]:
+    """Try everything, what is required first."""
+    return [look(probe) for probe in sorted(PROBES, key=lambda probe: not probe.required)]
+
+
+def _probe(
+    name: str, purpose: str, advice: str, *, required: bool = False
+) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    def register(attempt: Callable[[], str]) -> Callable[[], str]:
+        PROBES.append(Probe(name, purpose, advice, required, attempt))
+        return attempt
+
+    return register
+
+
+# Without these nothing runs.
+
+
+@_probe("Python", "everything", "install Python 3.11 or newer", required=True)
+def python() -> str:
+    """Which one runs this. One that is too old would not have come so far."""
+    return f"{platform.python_version()} at {sys.executable}"
+
+
+@_probe("Linux", "everything", "run it on Linux 5.1 or newer, or in a virtual machine that does", required=True)
+def linux() -> str:
+    """The kernel's version. What it can do is tried by the other probes."""
+    if sys.platform != "linux":
+        raise Lacking(f"this is {platform.system()}")
+    numbers = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    if numbers < (5, 1):
+        raise Lacking(f"{platform.release()} is too old")
+    return f"{platform.release()} on {platform.machine()}"
+
+
+@_probe(
+    "/proc", "opening a memory file a second time, and seeing who maps it", "mount -t proc proc /proc", required=True
+)
+def proc() -> str:
+    """Whether /proc is mounted, and lets us open our own descriptors anew."""
+    with _memory_file() as (_, again):
+        return f"mounted; /proc/self/fd/{again} can be opened anew"
+
+
+@_probe(
+    "memory files that can be sealed",
+    "pages that a peer can read and never write",
+    "a newer kernel (5.1), or a sandbox that allows memfd_create and its seals",
+    required=True,
+)
+def seals() -> str:
+    """Map for writing, seal against further writable maps, and see that they are refused and the first goes on."""
+    with _memory_file() as (first, again), mmap.mmap(again, mmap.PAGESIZE) as early:
+        fcntl.fcntl(first, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        fcntl.fcntl(first, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        early[0] = 1
+        with mmap.mmap(again, mmap.PAGESIZE, prot=mmap.PROT_READ) as reader:
+            if reader[0] != 1:
+                raise Lacking("an earlier map no longer writes to a sealed file")
+        with contextlib.suppress(PermissionError):
+            mmap.mmap(again, mmap.PAGESIZE).close()
+            raise Lacking("a file sealed against it can still be mapped for writing")
+        try:
+            os.ftruncate(again, 0)
+        except PermissionError:
+            return "size and future writes can be sealed"
+        raise Lacking("a file sealed against it can still be made smaller")
+
+
+@_probe("OFD locks", "knowing which mappings of a page live", "a sandbox that allows F_OFD_SETLK", required=True)
+def ofd_locks() -> str:
+    """Lock a byte on one description; the other must see it, until the first is closed."""
+    lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+    with _memory_file() as (_, first):
+        second = os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(second, fcntl.F_OFD_SETLK, lock)
+            seen = _FLOCK.unpack(fcntl.fcntl(first, fcntl.F_OFD_GETLK, lock))[0]
+        finally:
+            os.close(second)
+        if seen != fcntl.F_WRLCK:
+            raise Lacking("a lock is not seen by others")
+        if _FLOCK.unpack(fcntl.fcntl(first, fcntl.F_OFD_GETLK, lock))[0] != fcntl.F_UNLCK:
+            raise Lacking("a lock does not end with its description")
+        return "seen by others, and gone with their holder"
+
+
+@_probe("write leases", "knowing that nobody maps a page any more", "a sandbox that allows F_SETLEASE", required=True)
+def leases() -> str:
+    """A lease must be refused while another description is open, and given when none is."""
+    with _memory_file() as (_, first):
+        second = os.open(f"/proc/self/fd/{first}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(first, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except BlockingIOError:
+            pass
+        else:
+            raise Lacking("given although somebody else has the file open")
+        finally:
+            os.close(second)
+        fcntl.fcntl(first, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(first, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return "refused while the file is open elsewhere, given when not"
+
+
+@_probe(
+    "inotify",
+    "being told at once that a page was unmapped",
+    "close what uses it up, or raise fs.inotify.max_user_watches and max_user_instances with sysctl",
+    required=True,
+)
+def inotify() -> str:
+    """Watch a description and see its closing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    queue = _check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+    try:
+        with _memory_file() as (_, first):
+            path = f"/proc/self/fd/{first}"
+            _check(libc.inotify_add_watch(queue, path.encode(), _IN_CLOSE))
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                os.read(queue, 4096)
+            except BlockingIOError:
+                raise Lacking("a memory file was closed, and nothing was said") from None
+    finally:
+        os.close(queue)
+    limits = (
+        f"{_setting('fs/inotify/' + name)} {what}"
+        for name, what in (
+            ("max_user_watches", "watches"),
+            ("max_queued_events", "queued events"),
+            ("max_user_instances", "instances"),
+        )
+    )
+    return ", ".join(limits)
+
+
+@_probe(
+    "descriptors", "one for each live allocation", "raise the hard limit: ulimit -Hn, or LimitNOFILE=", required=True
+)
+def descriptors() -> str:
+    """The limit that a machine will raise itself to, and what it is worth."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return f"soft limit {soft}, hard limit none"
+    room = hard - _SPARE_DESCRIPTORS
+    text = f"soft limit {soft}, hard limit {hard}: {max(0, room)} live allocations"
+    if room < 128:
+        raise Lacking(text)
+    return text
+
+
+@_probe("passing descriptors", "giving pages to another process", "a sandbox that allows Unix sockets", required=True)
+def passing() -> str:
+    """Send a descriptor over a pair of sockets, and use what arrives."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, _memory_file() as (first, _):
+        socket.send_fds(ours, [b"x"], [first])
+        _, received, _, _ = socket.recv_fds(theirs, 1, 1)
+        try:
+            if os.fstat(received[0]).st_ino != os.fstat(first).st_ino:
+                raise Lacking("another file arrived")
+        finally:
+            for descriptor in received:
+                os.close(descriptor)
+    return "over Unix sockets"
+
+
+# These add something.
+
+
+@_probe("real Xen", "the kernel's own drivers", "be root, and load xen-gntalloc, xen-gntdev and xen-evtchn")
+def xen() -> str:
+    """The device files, opened. A computer without Xen lacks nothing."""
+    there = [path for path in _XEN_DEVICES if os.path.exists(path)]
+    if not there:
+        if os.path.exists("/proc/xen/capabilities"):
+            raise Lacking("a Xen domain without the devices")
+        return "not a Xen domain: programs here join a machine instead"
+    if len(there) < len(_XEN_DEVICES):
+        raise Lacking(f"only {', '.join(there)}")
+    for path in there:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    return f"{', '.join(there)} can be opened"
+
+
+@_probe("libatomic", "vchan without a wake-up too many", "apt install libatomic1")
+def libatomic() -> str:
+    """Change a byte with it."""
+    try:
+        library = ctypes.CDLL("libatomic.so.1")
+    except OSError as error:
+        raise Lacking("libatomic.so.1 is not there") from error
+    byte = ctypes.c_uint8(1)
+    library["__atomic_fetch_or_1"](ctypes.byref(byte), ctypes.c_uint8(2), 5)
+    if byte.value != 3:
+        raise Lacking("it does not do what it should")
+    return "libatomic.so.1"
+
+
+@_probe("seccomp notification", "unmodified programs (run)", "Linux 5.5 or newer, and a sandbox that allows seccomp")
+def seccomp() -> str:
+    """Ask the kernel whether it would let another process answer system calls."""
+    return _in_child(
+        """
+        number = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
+        action = ctypes.c_uint32(0x7FC00000)
+        check(libc.syscall(number, 2, 0, ctypes.byref(action)))
+        sizes = (ctypes.c_uint16 * 3)()
+        check(libc.syscall(number, 3, 0, ctypes.byref(sizes)))
+        print(f"{sizes[0]}-byte notifications")
+        """
+    )
+
+
+@_probe(
+    "user namespaces",
+    "domains of one user that cannot reach each other (run)",
+    "sysctl user.max_user_namespaces, "
+    "kernel.unprivileged_userns_clone or kernel.apparmor_restrict_unprivileged_userns; or run as root",
+)
+def user_namespaces() -> str:
+    """Enter one, in a child."""
+    return _in_child(
+        """
+        check(libc.unshare(0x10000000))
+        print("can be entered")
+        """
+    )
+
+
+@_probe("ptrace", "unmodified programs (run)", "sysctl kernel.yama.ptrace_scope=1, or a sandbox that allows ptrace")
+def ptrace() -> str:
+    """Be traced by one's parent, in a child."""
+    try:
+        scope = f"ptrace_scope {_setting('kernel/yama/ptrace_scope')}"
+    except OSError:
+        scope = "no Yama"
+    return _in_child(
+        f"""
+        check(libc.ptrace(0, 0, 0, 0))
+        print("a child can be traced; {scope}")
+        """
+    )
+
+
+@_probe("QEMU", "the lab", "apt install qemu-system-x86")
+def qemu() -> str:
+    """Which version."""
+    return _version("qemu-system-x86_64", "--version")
+
+
+@_probe("mke2fs", "the lab's images", "apt install e2fsprogs")
+def mke2fs() -> str:
+    """Which version."""
+    return _version("mke2fs", "-V")
+
+
+@_probe("C compiler", "tests that compare with C", "apt install gcc libc6-dev")
+def compiler() -> str:
+    """Which version."""
+    for name in ("cc", "gcc", "clang"):
+        with contextlib.suppress(Lacking):
+            return _version(name, "--version")
+    raise Lacking("neither cc nor gcc nor clang is there")
+
+
+@contextlib.contextmanager
+def _memory_file() -> Iterator[tuple[int, int]]:
+    """A page of a memory file: its first description, and another one, opened through /proc."""
+    first = os.memfd_create("gntalloc-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(first, mmap.PAGESIZE)
+        again = os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield first, again
+        finally:
+            os.close(again)
+    finally:
+        os.close(first)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _setting(name: str) -> str:
+    with open(f"/proc/sys/{name}", encoding="ascii") as file:
+        return file.read().strip()
+
+
+_CHILD = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def check(result):
+    if result < 0:
+        sys.exit(os.strerror(ctypes.get_errno()))
+"""
+
+
+def _in_child(code: str) -> str:
+    """Run code in another Python, because what it does cannot be undone. It prints what it found."""
+    lines = "\n".join(line.strip() for line in code.splitlines())
+    command = [sys.executable, "-I", "-S", "-c", _CHILD + lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])
+    return done.stdout.strip()
+
+
+def _version(program: str, option: str) -> str:
+    """The first line a program says of itself."""
+    found = shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    if found is None:
+        raise Lacking(f"{program} is not there")
+    done = subprocess.run(
+        [found, option], capture_output=True, text=True, check=False, timeout=10, stdin=subprocess.DEVNULL
+    )
+    said = (done.stdout or done.stderr).strip()
+    if done.returncode != 0 or not said:
+        raise Lacking(f"{found} {option} ended with {done.returncode}")
+    return said.splitlines()[0]
