@@ -73,9 +73,7 @@ def run_c(folder: Path, text: str) -> dict[str, int]:
     """Compile a program that prints lines of `name number`, run it, and return what it printed."""
     source, program = folder / "check.c", folder / "check"
     source.write_text(text)
-    built = subprocess.run(
-        [compiler(), "-o", str(program), str(source)], capture_output=True, text=True, check=False
-    )
+    built = subprocess.run([compiler(), "-o", str(program), str(source)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     out = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in (line.rsplit(" ", 1) for line in out.splitlines())}
@@ -102,9 +100,7 @@ class Question(NamedTuple):
 
 def questions(module: ModuleType) -> Iterator[Question]:
     """Every number of a module: ioctls, constants, and the size and the place of each field."""
-    for name, number in [(name, number) for number, name in module.IOCTLS.items()] + [
-        *module.CONSTANTS.items()
-    ]:
+    for name, number in [(name, number) for number, name in module.IOCTLS.items()] + [*module.CONSTANTS.items()]:
         yield Question(name, number, name)
     for struct in module.STRUCTS:
         c_struct = f"struct {struct.C_NAME}"

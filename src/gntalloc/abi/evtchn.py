@@ -48,9 +48,7 @@ class BindVirq(KernelStruct, NamedTuple("BindVirq", [("virq", int)])):
     FIELDS = (("virq", 0, 4),)
 
 
-class BindInterdomain(
-    KernelStruct, NamedTuple("BindInterdomain", [("remote_domain", int), ("remote_port", int)])
-):
+class BindInterdomain(KernelStruct, NamedTuple("BindInterdomain", [("remote_domain", int), ("remote_port", int)])):
     """Connect to a port that a peer bound for this domain."""
 
     __slots__ = ()

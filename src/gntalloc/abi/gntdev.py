@@ -149,9 +149,7 @@ _WORD = Struct("=Q")
 
 class GrantCopySegment(
     KernelStruct,
-    NamedTuple(
-        "GrantCopySegment", [("source", int), ("dest", int), ("len", int), ("flags", int), ("status", int)]
-    ),
+    NamedTuple("GrantCopySegment", [("source", int), ("dest", int), ("len", int), ("flags", int), ("status", int)]),
 ):
     """One copy of `len` bytes, within one granted page. The driver writes `status`, a GNTST code.
 
@@ -204,9 +202,7 @@ class DmabufExpFromRefs(
     FIELDS = (("flags", 0, 4), ("count", 4, 4), ("fd", 8, 4), ("domid", 12, 4), ("refs", 16, 4))
 
 
-class DmabufExpWaitReleased(
-    KernelStruct, NamedTuple("DmabufExpWaitReleased", [("fd", int), ("wait_to_ms", int)])
-):
+class DmabufExpWaitReleased(KernelStruct, NamedTuple("DmabufExpWaitReleased", [("fd", int), ("wait_to_ms", int)])):
     """Wait, at most `wait_to_ms` milliseconds, until nobody uses an exported dma-buf any more."""
 
     __slots__ = ()
