@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 VERSION = 1
-MAX_PAYLOAD = 1 << 20  # a MAP_GRANT_REF of 65536 references is half of this
+MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
 
 HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL = range(1, 11)
@@ -162,7 +162,7 @@ def encode_reply(
     descriptors: int = 0,
 ) -> bytes:
     """The answer to request `number`."""
-    reason = why.encode()
+    reason = why.encode(errors="replace")
     payload = _REPLY.pack(error, len(reason), result) + reason + body
     return encode(kind | REPLY, number, payload, descriptors)
 

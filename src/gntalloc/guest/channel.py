@@ -77,6 +77,8 @@ class Channel:
         self.domid = -1
         self._sock = sock
         self._once = sock is not None
+        if sock is not None:
+            sock.settimeout(DEADLINE)
         self._hello = hello
         self._begin()
         _channels.add(self)
@@ -91,7 +93,10 @@ class Channel:
         with self.lock:
             self.connect()
             try:
-                number = self._send(kind, payload, descriptors)
+                try:
+                    number = self._send(kind, payload, descriptors)
+                except (BrokenPipeError, ConnectionResetError):
+                    number = self._number  # it hung up on us; it may have said why
                 answer = self._receive(number)
             except OSError as error:
                 self.close()
@@ -142,8 +147,11 @@ class Channel:
         self._sock = sock
         self._begin()
         if self._hello:
-            answer = self.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
-            self.domid = answer.result
+            try:
+                self.domid = self.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION)).result
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Close the channel. The next call opens another one, if it can."""

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import struct
 import time
 from collections import deque
@@ -36,7 +37,9 @@ log = logging.getLogger("gntalloc.machine")
 MESSAGES_A_TURN = 8  # then it is somebody else's turn
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
-_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(8 * 4)
+_DESCRIPTORS_A_MESSAGE = 8  # more than any has
+_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTORS_A_MESSAGE * 4)
+_NO_LINGER = struct.pack("ii", 0, 0)
 
 
 class Dropped(Exception):
@@ -103,6 +106,8 @@ class Channel:
                 self.inbox.append((message, [self._received.popleft() for _ in range(message.descriptors)]))
         except wire.Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
+        if len(self._received) > (_DESCRIPTORS_A_MESSAGE if self._decoder.in_the_middle else 0):
+            raise Dropped("it sent descriptors that belong to no message")
         self._judge()
 
     def turn(self) -> None:
@@ -113,13 +118,14 @@ class Channel:
         """
         for _ in range(MESSAGES_A_TURN):
             if not self.runnable:
-                return
+                break
             message, descriptors = self.inbox.popleft()
             try:
                 self.serve(message, descriptors)
             finally:
                 for descriptor in descriptors:
-                    os.close(descriptor)
+                    _close_foreign(descriptor)
+        self._judge()
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send, or keep for later. The descriptors may be closed afterwards.
@@ -179,10 +185,11 @@ class Channel:
         """Let go of the program, and of what was meant for it."""
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
-        for _, meant in self._outbox:
-            self._received.extend(meant)
         for descriptor in self._received:
-            os.close(descriptor)
+            _close_foreign(descriptor)
+        for _, meant in self._outbox:
+            for descriptor in meant:
+                os.close(descriptor)
         self._received.clear()
         self.inbox.clear()
         self._outbox.clear()
@@ -194,6 +201,15 @@ class Channel:
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = time.monotonic()
+
+
+def _close_foreign(descriptor: int) -> None:
+    """Close what a program sent: where its last close(2) would wait for a network, somebody else shall wait."""
+    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        with socket.socket(fileno=descriptor) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    else:
+        os.close(descriptor)
 
 
 class Connection(Channel):
@@ -266,6 +282,9 @@ class Connection(Channel):
         return file
 
     def _handle(self, file: File) -> int:
+        for handle, known in self._files.items():
+            if known is file:
+                return handle
         handle = self._next_handle
         self._next_handle += 1
         self._files[handle] = file
@@ -323,6 +342,8 @@ class Connection(Channel):
         if plan.confirm:
             number = self._next_record
             self._next_record += 1
+            for old in [old for old, record in self._unplaced.items() if not record.loans]:
+                del self._unplaced[old]  # mapped, and unmapped without a word
             self._unplaced[number] = plan.record
         place = {loan.extent: at for at, loan in enumerate(loans)}
         size = PAGE_SIZE

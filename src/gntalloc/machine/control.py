@@ -44,7 +44,7 @@ class Control(Channel):
             answer = self._obey(json.loads(message.payload))
         except GntallocError as error:
             reply = wire.encode_reply(message.kind, message.id, error=error.errno or errno.EIO, why=str(error))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reply = wire.encode_reply(message.kind, message.id, error=errno.EINVAL, why=f"this is no order: {error}")
         else:
             reply = wire.encode_reply(message.kind, message.id, body=json.dumps(answer).encode())
@@ -57,7 +57,7 @@ class Control(Channel):
         obey = self._orders.get(name) if isinstance(name, str) else None
         if obey is None:
             raise GntallocError(errno.EINVAL, f"there is no order {name!r}; there are {', '.join(self._orders)}")
-        if not all(isinstance(value, int) for value in order.values()):
+        if not all(type(value) is int for value in order.values()):
             raise GntallocError(errno.EINVAL, f"the arguments of {name!r} are whole numbers")
         try:
             return obey(**order)
@@ -65,6 +65,8 @@ class Control(Channel):
             raise GntallocError(errno.EINVAL, f"{name!r} does not take these arguments: {error}") from None
 
     def _create(self, *, domid: int, uid: int, limit: int | None = None) -> str:
+        if limit is not None:
+            _check_limit(limit)
         self._server.create(domid, uid=uid, limit=limit)
         return domain_path(self._server.folder, domid)
 
@@ -72,6 +74,10 @@ class Control(Channel):
         return self._server.machine.guest(domid).gntalloc.limit
 
     def _set_limit(self, *, domid: int, limit: int) -> None:
-        if limit < 0:
-            raise GntallocError(errno.EINVAL, f"a limit of {limit} pages cannot be; it is 0 or more")
+        _check_limit(limit)
         self._server.machine.guest(domid).gntalloc.limit = limit
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 0:
+        raise GntallocError(errno.EINVAL, f"a limit of {limit} pages cannot be; it is 0 or more")

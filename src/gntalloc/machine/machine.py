@@ -129,7 +129,9 @@ class Machine:
         driver = guest.drivers.get(name)
         if driver is None:
             there = ", ".join(guest.drivers)
-            raise DeviceError(errno.ENOENT, f"there is no device {name!r} in domain {guest.domid}; there are {there}")
+            raise DeviceError(
+                errno.ENOENT, f"there is no device {name[:40]!r} in domain {guest.domid}; there are {there}"
+            )
         if len(guest.files) >= MAX_FILES:
             raise DeviceError(errno.ENFILE, f"domain {guest.domid} has {MAX_FILES} device files open; close some")
         file = File(driver, flags, opener=opener)

@@ -37,16 +37,19 @@ log = logging.getLogger("gntalloc.machine")
 _CREDENTIALS = struct.Struct("=iII")
 _CHECK_FOR_STALLS = 1.0
 _BACKLOG = 512
+# Of one domain, so that it cannot use up the machine's descriptors. Files have a limit of their own.
+MAX_CONNECTIONS = 1024
+MAX_WAITS = 1024
 
 
 class Home:
     """The machine's end of what a program holds as an open file. Its end of file is release()."""
 
-    __slots__ = ("file", "guest", "inode", "sock")
+    __slots__ = ("file", "guest", "identity", "sock")
 
-    def __init__(self, sock: socket.socket, inode: int, guest: Guest, file: File) -> None:
+    def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
         self.sock = sock
-        self.inode = inode  # of the program's end: how a copy of it is recognised
+        self.identity = identity  # of the program's end: how a copy of it is recognised
         self.guest = guest
         self.file = file
 
@@ -64,9 +67,9 @@ class Server:
         self._turns: deque[Channel] = deque()  # channels with something to serve
         self._listeners: dict[str, socket.socket] = {}
         self._homes: dict[int, Home] = {}
-        self._homes_by_inode: dict[int, Home] = {}
+        self._homes_by_identity: dict[tuple[int, int], Home] = {}
         self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
-        self._hang_ups = select.epoll()  # homes and waiters: nothing is ever read from them
+        self._hang_ups = select.epoll()  # homes and waiters: nothing that is sent there means anything
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._watch(self._hang_ups.fileno(), lambda _events: self._settle())
         self._watch(machine.frames.fileno(), lambda _events: self._settle())
@@ -86,7 +89,11 @@ class Server:
         if uid != os.getuid():
             mode = 0o666
             os.chmod(self.folder, 0o711)
-        self._listen(domain_path(self.folder, domid), mode, lambda sock: self._accept(sock, guest))
+        try:
+            self._listen(domain_path(self.folder, domid), mode, lambda sock: self._accept(sock, guest))
+        except GntallocError:
+            self.machine.destroy(domid)
+            raise
         return guest
 
     def destroy(self, domid: int) -> None:
@@ -119,24 +126,27 @@ class Server:
         except OSError as error:
             self.machine.close(guest, file)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        home = Home(ours, os.fstat(theirs.fileno()).st_ino, guest, file)
+        home = Home(ours, _identity(theirs.fileno()), guest, file)
         ours.shutdown(socket.SHUT_WR)  # a program that reads its handle gets end of file, one that polls, ready
         self._homes[ours.fileno()] = home
-        self._homes_by_inode[home.inode] = home
-        self._hang_ups.register(ours.fileno(), 0)
+        self._homes_by_identity[home.identity] = home
+        # A home that was sent through itself has nobody but its own queue: what comes is taken out, and thrown away.
+        self._hang_ups.register(ours.fileno(), select.EPOLLIN)
         return file, theirs
 
     def file_of(self, guest: Guest, descriptor: int) -> File | None:
         """The file whose home this is a copy of. None if it is none of this domain."""
-        home = self._homes_by_inode.get(os.fstat(descriptor).st_ino)
+        home = self._homes_by_identity.get(_identity(descriptor))
         return home.file if home is not None and home.guest is guest else None
 
     def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
         """A socket that comes to its end of file when no peer holds these pages any more. The program's end.
 
         Raises:
-            DeviceError: EMFILE the machine has no descriptors left.
+            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
         """
+        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
+            raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
@@ -144,6 +154,7 @@ class Server:
         descriptor = ours.fileno()
         waiter = driver.when_released(file, index, count, lambda: self._close_waiter(descriptor))
         self._waiters[descriptor] = ours, driver, waiter
+        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
         self._hang_ups.register(descriptor, 0)
         return theirs
 
@@ -171,6 +182,10 @@ class Server:
             home.sock.close()
         for sock, _, _ in self._waiters.values():
             sock.close()
+        self._hang_ups.close()
+        self._epoll.close()
+        os.close(self._spare)
+        self.machine.frames.close()
 
     def adopt_control(self, sock: socket.socket) -> None:
         """Take orders from `sock`, and end when it does."""
@@ -195,9 +210,12 @@ class Server:
         return min((wait for wait in waits if wait is not None), default=-1.0)
 
     def _settle(self) -> None:
-        for descriptor, _events in self._hang_ups.poll(0):
+        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
             if descriptor in self._homes:
-                self._close_home(descriptor)
+                if events & select.EPOLLHUP:
+                    self._close_home(descriptor)
+                else:
+                    self._homes[descriptor].sock.recv(65536, socket.MSG_DONTWAIT)
             elif descriptor in self._waiters:
                 _, driver, waiter = self._waiters[descriptor]
                 driver.forget(waiter)
@@ -206,7 +224,7 @@ class Server:
 
     def _close_home(self, descriptor: int) -> None:
         home = self._homes.pop(descriptor)
-        del self._homes_by_inode[home.inode]
+        del self._homes_by_identity[home.identity]
         self._hang_ups.unregister(descriptor)
         home.sock.close()
         self.machine.close(home.guest, home.file)
@@ -224,14 +242,20 @@ class Server:
         if uid not in {guest.uid, 0}:
             why = f"domain {guest.domid} is for uid {guest.uid}, and this program runs as {uid}"
             log.info("refused pid %d: %s", pid, why)
-            refusal = wire.encode_reply(wire.HELLO, 0, error=errno.EACCES, why=why)
-            try:
-                sock.send(refusal, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError:
-                pass  # it did not even wait for the answer
-            sock.close()
+            self._refuse(sock, errno.EACCES, why)
+            return
+        there = sum(isinstance(channel, Connection) and channel.guest is guest for channel in self._channels.values())
+        if there >= MAX_CONNECTIONS:
+            self._refuse(sock, errno.EMFILE, f"{there} programs are connected to domain {guest.domid}; end some")
             return
         self._add(Connection(sock, self, guest, pid))
+
+    def _refuse(self, sock: socket.socket, code: int, why: str) -> None:
+        try:
+            sock.send(wire.encode_reply(wire.HELLO, 0, error=code, why=why), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            pass  # it did not even wait for the answer
+        sock.close()
 
     def _accept_control(self, sock: socket.socket) -> None:
         _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
@@ -343,3 +367,8 @@ class Server:
     def _unwatch(self, descriptor: int) -> None:
         del self._ready[descriptor]
         self._epoll.unregister(descriptor)
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
