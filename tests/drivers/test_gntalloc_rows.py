@@ -314,7 +314,9 @@ def test_row_40_dealloc_while_mapped_page_and_grant_live_on(program: Program) ->
     assert (program.in_use(), program.references()) == (1, 1)
     theirs = Program(program.machine, 2, "gntdev").map(1, *granted.refs)
     assert bytes(theirs.memory[:4]) == b"kept"
+    assert program.guest.gntalloc.holders(program.file, granted.at, 1) == (True, (2,))
     theirs.unmap()
+    assert program.guest.gntalloc.holders(program.file, granted.at, 1) == (False, ())
     mine.unmap()
     nothing_is_left(program)
 

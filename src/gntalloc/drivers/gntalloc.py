@@ -51,13 +51,13 @@ class Gref:
 
 
 class FileState:
-    """What an open file knows: its pages by index, those released but still held, and the next index."""
+    """What an open file knows: its pages by index, those off its list but not free yet, and the next index."""
 
-    __slots__ = ("grefs", "lingering", "next_index")
+    __slots__ = ("grefs", "next_index", "released")
 
     def __init__(self) -> None:
         self.grefs: dict[int, Gref] = {}
-        self.lingering: dict[int, Gref] = {}
+        self.released: dict[int, Gref] = {}
         self.next_index = 0
 
 
@@ -222,7 +222,8 @@ class GntallocDriver:
 
     def _drop(self, grefs: Iterable[Gref]) -> None:
         for gref in list(grefs):
-            del _state(gref.file).grefs[gref.index]
+            state = _state(gref.file)
+            state.released[gref.index] = state.grefs.pop(gref.index)
             self._let_go(gref)
 
     # mmap and munmap: a mapping uses its pages as the list does.
@@ -283,7 +284,6 @@ class GntallocDriver:
             self.in_use -= 1
         if not self._finish(gref):
             self._lingering.setdefault(gref.frame.extent, {})[gref] = None
-            _state(gref.file).lingering[gref.index] = gref
 
     def _finish(self, gref: Gref) -> bool:
         """End the grant and free the page, if the table and the kernel agree that nobody else has it."""
@@ -294,6 +294,7 @@ class GntallocDriver:
             return False
         self._frames.give_back(extent, gref.frame.page)
         del self._grefs[gref]
+        del _state(gref.file).released[gref.index]
         if self._behaviour.count_held_pages:
             self.in_use -= 1
         return True
@@ -307,7 +308,6 @@ class GntallocDriver:
         if lingering:
             for gref in [gref for gref in lingering if self._finish(gref)]:
                 del lingering[gref]
-                del _state(gref.file).lingering[gref.index]
             if not lingering:
                 del self._lingering[extent]
         for waiter in list(self._waiters.get(extent, ())):
@@ -325,12 +325,12 @@ class GntallocDriver:
         return held or bool(mapped_by), tuple(sorted(mapped_by))
 
     def _span(self, file: File, index: int, count: int) -> list[Gref]:
-        """Pages of this range that are listed or linger."""
+        """Pages of this range that are not free, listed or not."""
         state = _state(file)
         span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
-        if count > len(state.grefs) + len(state.lingering):  # anybody may ask for any count
-            return [gref for gref in (*state.grefs.values(), *state.lingering.values()) if gref.index in span]
-        return [gref for at in span if (gref := state.grefs.get(at) or state.lingering.get(at)) is not None]
+        if count > len(state.grefs) + len(state.released):  # anybody may ask for any count
+            return [gref for gref in (*state.grefs.values(), *state.released.values()) if gref.index in span]
+        return [gref for at in span if (gref := state.grefs.get(at) or state.released.get(at)) is not None]
 
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
         """Call `done` once, when no peer holds any of these pages. At once if that is so now."""
