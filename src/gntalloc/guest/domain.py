@@ -73,6 +73,8 @@ class Domain:
         """
         count = _pages(pages, size)
         domid = peer.domid if isinstance(peer, Domain) else peer
+        if not 0 <= domid <= 0xFFFF:
+            raise ValueError(f"{domid} is no domain's number; they go from 0 to 65535")
         file = self._file("gntalloc")
         flags = FLAG_WRITABLE if writable else 0
         head = AllocGref(domid, flags, count, 0).pack()
@@ -207,8 +209,8 @@ def _pages(pages: int | None, size: int | None) -> int:
     if pages is not None and size is not None:
         raise ValueError("give `pages` or `size`, not both")
     count = -(-size // PAGE_SIZE) if size is not None else 1 if pages is None else pages
-    if count < 1:
-        raise ValueError(f"{count} pages cannot be shared; ask for one at least")
+    if not 0 < count < 1 << 32:
+        raise ValueError(f"{count} pages cannot be shared; ask for one at least, and fewer than {1 << 32}")
     return count
 
 
@@ -222,4 +224,5 @@ def _grant(granter: Grant | int | Domain, refs: Sequence[int] | int | None, writ
         grant = Grant(granter.domid if isinstance(granter, Domain) else granter, chosen, bool(writable))
     if not grant.refs:
         raise ValueError("no reference was given; give the granter's domid and its references, or a Grant")
+    grant.check()
     return grant

@@ -10,8 +10,10 @@ from gntalloc.errors import BadGrantText
 
 __all__ = ["Grant"]
 
-_TEXT = re.compile(r"(\d+):(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*):(ro|rw)")
+_RUN = r"[0-9]{1,10}(?:-[0-9]{1,10})?"
+_TEXT = re.compile(rf"([0-9]{{1,5}}):({_RUN}(?:,{_RUN})*):(ro|rw)")
 _MOST_REFS = 65536  # that one map can take
+_LARGEST_DOMID, _LARGEST_REF = 0xFFFF, 0xFFFF_FFFF
 
 
 class Grant(NamedTuple):
@@ -53,4 +55,21 @@ class Grant(NamedTuple):
             if end < int(first) or end - int(first) + len(refs) >= _MOST_REFS:
                 raise BadGrantText(f"{run!r} is no run of references, or makes more than {_MOST_REFS} of them")
             refs.extend(range(int(first), end + 1))
-        return cls(int(match[1]), tuple(refs), match[3] == "rw")
+        grant = cls(int(match[1]), tuple(refs), match[3] == "rw")
+        try:
+            grant.check()
+        except ValueError as error:
+            raise BadGrantText(f"{text[:80]!r} is no grant: {error}") from None
+        return grant
+
+    def check(self) -> None:
+        """See that these are numbers a domain and its references can have.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if not 0 <= self.granter <= _LARGEST_DOMID:
+            raise ValueError(f"{self.granter} is no domain's number; they go from 0 to {_LARGEST_DOMID}")
+        wrong = next((ref for ref in self.refs if not 0 <= ref <= _LARGEST_REF), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is no grant reference; they go from 0 to {_LARGEST_REF}")

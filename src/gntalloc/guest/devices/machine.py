@@ -17,6 +17,9 @@ __all__ = ["MachineDevices", "MachineFile"]
 # Where an ioctl's argument lies, as far as the driver is told: any page but the first will do.
 ARGUMENT_ADDRESS = 0x10000
 _DOMIDS = Struct("=I")
+_MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
+# What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
+_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 4096
 
 
 class MachineDevices:
@@ -82,7 +85,7 @@ class MachineFile:
         address = 0
         if argument is not None:
             address = ARGUMENT_ADDRESS
-            regions = [wire.Region(address, isinstance(argument, bytearray), argument)]
+            regions = [wire.Region(address, isinstance(argument, bytearray), argument[:_LONGEST_ARGUMENT])]
         body = wire.encode_regions(regions)
         try:
             answer = self._call(wire.IOCTL, wire.IOCTL_REQUEST, request & 0xFFFFFFFF, address, rest=body)
@@ -94,17 +97,20 @@ class MachineFile:
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
         """See `DeviceFile`."""
-        answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset, length)
+        answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset & _MASK, length & _MASK)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
-        mapping = Mapping(length, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
+        name = f"the map of {self.name} at index {offset:#x}"
         at = 0
+        mapping = None
         try:
+            mapping = Mapping(length, prot=prot, name=name)
             for place, start, size in wire.PIECE.iter_unpack(answer.body[wire.CONFIRM.size :]):
                 mapping.place(at, size, answer.descriptors[place].fileno(), start, shared=shared)
                 at += size
         except OSError as error:
-            mapping.close()
-            raise DeviceError(error.errno, f"{mapping.name} could not be made: {error.strerror}") from error
+            if mapping is not None:
+                mapping.close()
+            raise DeviceError(error.errno, f"{name} could not be made: {error.strerror}") from error
         finally:
             for descriptor in answer.descriptors:
                 descriptor.close()
@@ -156,4 +162,4 @@ class MachineFile:
 def _write_back(argument: bytearray | bytes | None, body: bytes) -> None:
     for region in wire.decode_regions(body):
         if isinstance(argument, bytearray):
-            argument[:] = region.data
+            argument[: len(region.data)] = region.data
