@@ -147,6 +147,8 @@ def test_a_panic_in_a_guest_is_told_with_its_last_words(lab: Session, domain: st
     # Last in this module on this boot: the guests do not come back.
     with pytest.raises(Crashed, match="sysrq triggered crash"):
         lab.run(["sh", "-c", "echo c > /proc/sysrq-trigger"], domain, timeout=60)
+    with pytest.raises(Crashed, match=f"use domain {domain}"):
+        lab.run(["true"], domain)
     assert lab.run(["true"]).exit_status == 0
 
 

@@ -22,7 +22,7 @@ from gntalloc.lab.errors import BuildFailed, NothingToRunOn, explain
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Images", "Manifest", "cache_folder"]
+__all__ = ["FORMAT", "Images", "Manifest", "build_lock", "cache_folder", "make_current"]
 
 # Raised when images of an older lab can no longer be booted by this one.
 FORMAT = 2

@@ -130,6 +130,7 @@ class Session:
 
         A guest gets them through its console, some 40 KB/s: what is big belongs into `Lab.boot(files=…)`.
         """
+        self._check(domain)
         for source, name in files_below(paths):
             self._put(source, name, domain)
 
@@ -146,6 +147,7 @@ class Session:
             LabError: A pattern fits no file.
         """
         job = self._fetch(patterns, domain, time.monotonic() + timeout)
+        del self._jobs[job.number]
         if job.missing:
             raise LabError(
                 explain(
@@ -225,6 +227,8 @@ class Session:
 
     def _outcome(self, job: _Job, fetched: _Job) -> Outcome:
         assert job.status is not None
+        for done in {job.number, fetched.number}:
+            del self._jobs[done]
         return Outcome(
             exit_status=job.status,
             output=job.streams[1].decode(errors="replace"),
@@ -271,6 +275,15 @@ class Session:
         return job
 
     def _new_job(self, domain: str, on_output: OnOutput, terminal: Terminal | None = None) -> _Job:
+        self._check(domain)
+        self._number += 1
+        size = terminal.size() if terminal else (0, 0)
+        self._jobs[self._number] = job = _Job(self._number, domain, on_output, terminal, size)
+        return job
+
+    def _check(self, domain: str) -> None:
+        if domain in self._lost:
+            raise self._guest_crashed(f"use domain {domain}", domain)
         if domain not in self._up:
             raise LabError(
                 explain(
@@ -279,10 +292,6 @@ class Session:
                     f"Boot the lab with guests=[{domain!r}]",
                 )
             )
-        self._number += 1
-        size = terminal.size() if terminal else (0, 0)
-        self._jobs[self._number] = job = _Job(self._number, domain, on_output, terminal, size)
-        return job
 
     def _send(self, head: dict[str, Any], body: bytes = b"") -> None:
         try:

@@ -51,8 +51,11 @@ class Guests:
         threading.Thread(target=self._live, args=(name, memory), daemon=True).start()
 
     def send(self, name: str, message: Message) -> None:
-        """Pass a message on to a guest's agent."""
-        self._links[name].send(message)
+        """Pass a message on to a guest's agent. One that is gone needs none: the host hears of that anyway."""
+        try:
+            self._links[name].send(message)
+        except OSError:
+            return
 
     def _live(self, name: str, memory: int) -> None:
         try:
