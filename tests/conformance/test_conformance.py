@@ -1,0 +1,77 @@
+"""Ours against what the real drivers answered, and, with GNTALLOC_LAB=1, the real drivers against that record."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from compare import NOT_DONE, PAGE, documented, judged, page, text, verdict
+from judge import BETWEEN_DOMAINS, judge_machine
+from rows import NOT_RUN, ROWS
+
+LAB = os.environ.get("GNTALLOC_LAB") == "1"
+
+
+@pytest.fixture(scope="session")
+def ours() -> dict[str, Any]:
+    """All rows on a machine of our own."""
+    return judge_machine(list(ROWS))
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("key", ROWS)
+def test_ours_answers_as_the_real_driver_or_says_why_not(key: str, ours: dict[str, Any]) -> None:
+    found = verdict(key, ours["rows"][key], judged(), documented())
+    assert found.verdict != "WRONG", f"row {key}, {ROWS[key].title}: {found.why}"
+
+
+def test_the_page_is_up_to_date(ours: dict[str, Any]) -> None:
+    assert PAGE.read_text() == page(ours), "run python tests/conformance/compare.py"
+
+
+def test_every_row_of_the_specification_is_run_or_says_why_not() -> None:
+    numbered = {key for key in {*ROWS, *NOT_RUN} if key.isdigit()}
+    assert {str(number) for number in range(1, 92)} <= numbered
+
+
+def test_every_documented_difference_is_about_a_row_that_is_run() -> None:
+    assert set(documented()) <= set(ROWS)
+    assert set(NOT_DONE) <= set(ROWS)
+
+
+def test_every_judge_answered_every_row() -> None:
+    for name, judge in judged().items():
+        assert set(judge["rows"]) == set(BETWEEN_DOMAINS if "to" in name.split() else ROWS), name
+        broken = {key: answer for key, answer in judge["rows"].items() if "broke" in answer}
+        assert broken == {}, name
+
+
+@pytest.mark.skipif(not LAB, reason="boots a real Xen: set GNTALLOC_LAB=1")
+@pytest.mark.timeout(600)
+def test_the_real_drivers_still_answer_as_recorded() -> None:
+    from record import FILES, ask_all
+
+    from gntalloc.lab import Lab, NothingToRunOn
+
+    try:
+        lab = Lab.find()
+    except NothingToRunOn as why:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(why))
+    with lab.boot(("pv", "pvh"), files=FILES, timeout=400) as session:
+        now = ask_all(session)
+    recorded = judged()
+    changed = {
+        (name, key): (text(recorded[name]["rows"][key]), text(answer))
+        for name, judge in now.items()
+        for key, answer in judge["rows"].items()
+        if answer != recorded[name]["rows"][key]
+    }
+    assert changed == {}
