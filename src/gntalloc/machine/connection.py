@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 import struct
 import time
 from collections import deque
@@ -205,11 +204,16 @@ class Channel:
 
 def _close_foreign(descriptor: int) -> None:
     """Close what a program sent: where its last close(2) would wait for a network, somebody else shall wait."""
-    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-        with socket.socket(fileno=descriptor) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-    else:
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError:  # it is no socket
         os.close(descriptor)
+        return
+    with sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        except OSError:
+            pass  # of a kind that does not linger
 
 
 class Connection(Channel):
