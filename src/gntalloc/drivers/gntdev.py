@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_REFS", "GntdevDriver"]
 
 MAX_REFS = 65536  # of one MAP_GRANT_REF
+MAX_NOTED = 4 * MAX_REFS  # of a domain, in entries not given up yet: as many as it could map at once
 
 
 class Entry:
@@ -68,6 +69,7 @@ class GntdevDriver:
         self._hypervisor = hypervisor
         self._frames = frames
         self._behaviour = behaviour
+        self._noted = 0
         self._requests = {MAP_GRANT_REF: self._map, UNMAP_GRANT_REF: self._unmap}
 
     @property
@@ -88,6 +90,9 @@ class GntdevDriver:
             raise DeviceError(
                 errno.EINVAL, f"{asked.count} references were given; 1 to {MAX_REFS} can be mapped at once"
             )
+        if self._noted + asked.count > MAX_NOTED:
+            what = f"{asked.count} references were given, and this domain has more than {MAX_NOTED - asked.count}"
+            raise DeviceError(errno.ENOMEM, f"{what} of {MAX_NOTED} references noted already; unmap some")
         array = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
         refs = [(domid, ref) for domid, ref in _GRANT_REF.iter_unpack(array)]
         entries = _state(file).entries
@@ -95,6 +100,7 @@ class GntdevDriver:
         answer = asked._replace(index=entry.first * PAGE_SIZE).pack()
         caller.write(address, answer + head[len(answer) :])
         insort(entries, entry, key=lambda entry: entry.first)
+        self._noted += entry.count
         return 0
 
     # mmap: here the hypervisor is asked, for each page, and all of them must be there.
@@ -181,6 +187,7 @@ class GntdevDriver:
             what = f"{asked.count} pages at index {asked.index:#x} were to be unmapped"
             raise DeviceError(errno.ENOENT, f"{what}, and there was no MAP_GRANT_REF of just that")
         entries.remove(entry)
+        self._noted -= entry.count
         if entry.record is None:
             self._let_go(entry)
         return 0
@@ -188,6 +195,7 @@ class GntdevDriver:
     def release(self, file: File) -> None:
         """The file goes. Nothing of it is mapped any more."""
         for entry in _state(file).entries:
+            self._noted -= entry.count
             self._let_go(entry)
         _state(file).entries.clear()
 
