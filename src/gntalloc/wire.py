@@ -17,7 +17,8 @@ A program may send a request before the reply to the one before has come. Replie
     MMAP      handle u32, prot u32, shared u32, offset u64, length u64    number of the record; confirm u8, pieces;
                                                                           a descriptor for each memory file
     PLACED    record u64                                                  (none: it is not answered)
-    READ      handle u32, size u32                                        length; the bytes
+    READ      handle u32, size u32                                        length; the bytes (of evtchn none: they are
+                                                                          on the home, unless lost: EFBIG)
     WRITE     handle u32, the bytes                                       length
     HOLDERS   handle u32, wait u32, index u64, count u64                  held 0 or 1; domids u32 each; if asked to wait
                                                                           one descriptor, at its end of file when free

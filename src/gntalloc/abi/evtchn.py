@@ -19,6 +19,7 @@ __all__ = [
     "BIND_VIRQ",
     "CONSTANTS",
     "IOCTLS",
+    "LEAST_RING",
     "NOTIFY",
     "PORT",
     "RESET",
@@ -36,6 +37,9 @@ __all__ = [
 
 PORT = Struct("=I")
 """One port number, as read() and write() move them."""
+
+LEAST_RING = 64
+"""Events that a file keeps for its reader, from its first port on. With more than 64 ports it keeps more."""
 
 
 class BindVirq(KernelStruct, NamedTuple("BindVirq", [("virq", int)])):

@@ -1,4 +1,4 @@
-"""What every device file does, once: open, ioctl, mmap, and when release comes.
+"""What every device file does, once: open, ioctl, mmap, read and write, and when release comes.
 
 This is the part of a guest kernel between a program and a driver. A driver says what it serves; an open `File` says
 what a program may ask, in what order the checks come, and keeps the file alive until the last descriptor *and* the
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_WRITE
@@ -34,6 +34,7 @@ __all__ = [
     "Plan",
     "Record",
     "Region",
+    "Stream",
     "pieces_of",
 ]
 
@@ -157,6 +158,17 @@ class Driver(Protocol):
         """The last descriptor and the last mapping are gone."""
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What a driver has besides, if its files can be read and written."""
+
+    def read(self, file: File, size: int) -> bytes:
+        """Up to `size` bytes."""
+
+    def write(self, file: File, data: bytes) -> int:
+        """How many bytes were taken."""
+
+
 class File:
     """An open file: `flags` as given to open(2), `state` is the driver's, `opener` a pid for people to read."""
 
@@ -208,12 +220,24 @@ class File:
         return plan
 
     def read(self, size: int) -> bytes:
-        """No driver of grants has one. evtchn's goes another way."""
-        raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be read; it is for ioctl and mmap")
+        """What the system call read gives.
+
+        Raises:
+            DeviceError: EINVAL this device has no such thing; or what the driver says.
+        """
+        if not isinstance(self.driver, Stream):
+            raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be read; it is for ioctl and mmap")
+        return self.driver.read(self, size)
 
     def write(self, data: bytes) -> int:
-        """No driver of grants has one. evtchn's goes another way."""
-        raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be written; it is for ioctl and mmap")
+        """What the system call write takes.
+
+        Raises:
+            DeviceError: EINVAL this device has no such thing; or what the driver says.
+        """
+        if not isinstance(self.driver, Stream):
+            raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be written; it is for ioctl and mmap")
+        return self.driver.write(self, data)
 
     def unmapped(self, record: Record) -> None:
         """The kernel has seen the last piece of `record` go."""

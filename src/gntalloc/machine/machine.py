@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from gntalloc.abi.grants import MAX_FRAMES
 from gntalloc.drivers.behaviour import LINUX, OURS, Behaviour
 from gntalloc.drivers.chardev import Driver, File, Frame, Loan, Plan, Record
+from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.drivers.gntalloc import DEFAULT_LIMIT, GntallocDriver
 from gntalloc.drivers.gntdev import GntdevDriver
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frames import Frames
 from gntalloc.hypervisor.domains import DomainExists, Hypervisor
 from gntalloc.hypervisor.grants import GrantTable
+from gntalloc.hypervisor.ports import EventChannels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +50,13 @@ class Guest:
         assert isinstance(driver, GntallocDriver)
         return driver
 
+    @property
+    def evtchn(self) -> EvtchnDriver:
+        """The driver that holds the domain's event channel ports."""
+        driver = self.drivers["evtchn"]
+        assert isinstance(driver, EvtchnDriver)
+        return driver
+
 
 class Machine:
     """Everything there is.
@@ -64,6 +73,7 @@ class Machine:
         self.frames: Frames[Record] = Frames()
         self.guests: dict[int, Guest] = {}
         self._hypervisor: Hypervisor[Frame] = Hypervisor()
+        self._event_channels = EventChannels()
         self._limit = limit
         self._behaviour = behaviour
         self._table_frames = table_frames
@@ -86,6 +96,7 @@ class Machine:
             self._hypervisor.create(domid, table)
         except DomainExists as error:
             raise GntallocError(errno.EEXIST, str(error)) from None
+        evtchn = EvtchnDriver(self._event_channels.create(domid))
         drivers: list[Driver] = [
             GntallocDriver(
                 table,
@@ -94,6 +105,7 @@ class Machine:
                 behaviour=self._behaviour,
             ),
             GntdevDriver(domid, self._hypervisor, self.frames, behaviour=self._behaviour),
+            evtchn,
         ]
         guest = self.guests[domid] = Guest(domid, uid, table, drivers)
         return guest
@@ -115,6 +127,7 @@ class Machine:
         guest = self.guest(domid)
         for file in list(guest.files):
             self.close(guest, file)
+        self._event_channels.destroy(domid)
         self._hypervisor.destroy(domid)
         del self.guests[domid]
 
@@ -204,6 +217,7 @@ class Machine:
                     "limit": guest.gntalloc.limit,
                     "pages_in_use": guest.gntalloc.in_use,
                     "references": guest.table.usage().live,
+                    "ports": guest.evtchn.in_use,
                     "files": len(guest.files),
                     "files_mapped": sum(bool(file.records) for file in guest.files),
                 }

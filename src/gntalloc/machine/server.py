@@ -18,9 +18,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import wire
+from gntalloc.drivers.chardev import Stream
+from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.connection import Channel, Connection, Dropped
 from gntalloc.machine.control import Control
+from gntalloc.machine.home import Home, identity_of
+from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import control_path, domain_path
 
 if TYPE_CHECKING:
@@ -42,18 +46,6 @@ MAX_CONNECTIONS = 1024
 MAX_WAITS = 1024
 
 
-class Home:
-    """The machine's end of what a program holds as an open file. Its end of file is release()."""
-
-    __slots__ = ("file", "guest", "identity", "sock")
-
-    def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
-        self.sock = sock
-        self.identity = identity  # of the program's end: how a copy of it is recognised
-        self.guest = guest
-        self.file = file
-
-
 class Server:
     """The machine with its sockets in `folder`, which must exist and be empty."""
 
@@ -69,7 +61,7 @@ class Server:
         self._homes: dict[int, Home] = {}
         self._homes_by_identity: dict[tuple[int, int], Home] = {}
         self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
-        self._hang_ups = select.epoll()  # homes and waiters: nothing that is sent there means anything
+        self._hang_ups = select.epoll()  # homes and waiters: their ends, and what programs write to homes
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._watch(self._hang_ups.fileno(), lambda _events: self._settle())
         self._watch(machine.frames.fileno(), lambda _events: self._settle())
@@ -122,21 +114,25 @@ class Server:
         """
         file = self.machine.open(guest, name, flags, opener=opener)
         try:
-            ours, theirs = socket.socketpair()
+            home, theirs = Home.make(guest, file)
         except OSError as error:
             self.machine.close(guest, file)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        home = Home(ours, _identity(theirs.fileno()), guest, file)
-        ours.shutdown(socket.SHUT_WR)  # a program that reads its handle gets end of file, one that polls, ready
-        self._homes[ours.fileno()] = home
+        self._homes[home.sock.fileno()] = home
         self._homes_by_identity[home.identity] = home
-        # A home that was sent through itself has nobody but its own queue: what comes is taken out, and thrown away.
-        self._hang_ups.register(ours.fileno(), select.EPOLLIN)
+        # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so what
+        # comes is always taken out.
+        self._hang_ups.register(home.sock.fileno(), select.EPOLLIN)
+        if isinstance(file.driver, EvtchnDriver):
+            home.carry_events(self._want_room)
+            file.driver.attach_outlet(file, home)
+        else:
+            home.carry_nothing()
         return file, theirs
 
     def file_of(self, guest: Guest, descriptor: int) -> File | None:
         """The file whose home this is a copy of. None if it is none of this domain."""
-        home = self._homes_by_identity.get(_identity(descriptor))
+        home = self._homes_by_identity.get(identity_of(descriptor))
         return home.file if home is not None and home.guest is guest else None
 
     def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
@@ -212,15 +208,26 @@ class Server:
     def _settle(self) -> None:
         for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
             if descriptor in self._homes:
-                if events & select.EPOLLHUP:
-                    self._close_home(descriptor)
-                else:
-                    self._homes[descriptor].sock.recv(65536, socket.MSG_DONTWAIT)
+                self._serve_home(descriptor, events)
             elif descriptor in self._waiters:
                 _, driver, waiter = self._waiters[descriptor]
                 driver.forget(waiter)
                 self._close_waiter(descriptor)
         self.machine.settle()
+
+    def _serve_home(self, descriptor: int, events: int) -> None:
+        home = self._homes[descriptor]
+        if events & select.EPOLLOUT:
+            self._hang_ups.modify(descriptor, select.EPOLLIN)
+            home.guest.evtchn.hand_over(home.file)
+        data = b"" if events & select.EPOLLHUP else home.receive(PAGE_SIZE)
+        if data == b"":
+            self._close_home(descriptor)
+        elif data and isinstance(home.file.driver, Stream):
+            home.file.write(data)
+
+    def _want_room(self, home: Home) -> None:
+        self._hang_ups.modify(home.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def _close_home(self, descriptor: int) -> None:
         home = self._homes.pop(descriptor)
@@ -367,8 +374,3 @@ class Server:
     def _unwatch(self, descriptor: int) -> None:
         del self._ready[descriptor]
         self._epoll.unregister(descriptor)
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino

@@ -30,7 +30,7 @@ class Snapshot:
     """Bytes of granted memory that are mapped here."""
 
     machine: dict[str, int]
-    """Pages, extents, references, pages in use and open files, over all domains. Empty without a machine."""
+    """Pages, extents, references, ports, pages in use and open files, over all domains. Empty without a machine."""
 
     @classmethod
     def of(cls, machine: Machine | None) -> Self:
@@ -96,6 +96,6 @@ def _maps() -> int:
 def _counts(machine: Machine) -> dict[str, int]:
     statistics = machine.statistics()
     counts = {name: statistics[name] for name in ("pages", "extents")}
-    for name in ("references", "pages_in_use", "files", "files_mapped"):
+    for name in ("references", "ports", "pages_in_use", "files", "files_mapped"):
         counts[name] = sum(domain[name] for domain in statistics["domains"])
     return counts

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
+import termios
 from struct import Struct
 
 from gntalloc import wire
-from gntalloc.errors import Closed, DeviceError
+from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
+from gntalloc.errors import Closed, DeviceError, MachineGone
 from gntalloc.guest.channel import Answer, Channel, Descriptor
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
-from gntalloc.maps import Mapping
+from gntalloc.maps import PAGE_SIZE, Mapping
 
 __all__ = ["MachineDevices", "MachineFile"]
 
 # Where an ioctl's argument lies, as far as the driver is told: any page but the first will do.
 ARGUMENT_ADDRESS = 0x10000
 _DOMIDS = Struct("=I")
+_INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
 _LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 4096
@@ -81,6 +87,8 @@ class MachineFile:
 
     def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
         """See `DeviceFile`."""
+        if request == RESET and self.name == "evtchn":
+            self._empty()
         regions: list[wire.Region] = []
         address = 0
         if argument is not None:
@@ -119,12 +127,36 @@ class MachineFile:
         return mapping
 
     def read(self, size: int) -> bytes:
-        """See `DeviceFile`."""
-        return self._call(wire.READ, wire.READ_REQUEST, size).body
+        """See `DeviceFile`. Events are on the home already: only where some may be lost the machine is asked."""
+        if self.name != "evtchn":
+            return self._call(wire.READ, wire.READ_REQUEST, size).body
+        size = min(size, PAGE_SIZE) & -PORT.size
+        if not size:
+            return b""
+        home = self.fileno()
+        if _waiting(home) >= LEAST_RING:  # with fewer there none was lost
+            self._call(wire.READ, wire.READ_REQUEST, size)
+        try:
+            events = os.read(home, size)
+        except OSError as error:
+            raise self._error("read", error) from error
+        if not events:
+            raise MachineGone(f"the machine ended, and {self.name} with it; start another machine")
+        return events
 
     def write(self, data: bytes) -> int:
-        """See `DeviceFile`."""
-        return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=bytes(data)).result
+        """See `DeviceFile`. Ports go over the home, which the machine looks at before it serves any later call."""
+        if self.name != "evtchn":
+            return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=bytes(data)).result
+        ports = bytes(data[: min(len(data), PAGE_SIZE) & -PORT.size])
+        if not ports:
+            return 0
+        try:
+            return os.write(self.fileno(), ports)
+        except BlockingIOError:  # the real device never says so: the machine has not looked for long, so wait for it
+            return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=ports).result
+        except OSError as error:
+            raise self._error("written", error) from error
 
     def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
         """See `DeviceFile`."""
@@ -134,7 +166,7 @@ class MachineFile:
         return Holders(bool(answer.result), mapped_by, released)
 
     def fileno(self) -> int:
-        """The home: to be kept, passed on or polled, never read."""
+        """The home: to be kept or passed on. Only that of evtchn is to be polled, read and written."""
         return self._open_home().fileno()
 
     def close(self) -> None:
@@ -142,6 +174,20 @@ class MachineFile:
         if self._home is not None:
             self._home.close()
             self._home = None
+
+    def _empty(self) -> None:
+        """Throw away the events on the home, which the machine cannot take back."""
+        with socket.socket(fileno=os.dup(self.fileno())) as home:
+            while _waiting(home.fileno()):
+                try:
+                    home.recv(PAGE_SIZE, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break  # another reader was faster
+
+    def _error(self, what: str, error: OSError) -> OSError:
+        if error.errno in {errno.EPIPE, errno.ECONNRESET}:
+            return MachineGone(f"the machine ended, and {self.name} with it; start another machine")
+        return DeviceError(error.errno, f"{self.name} cannot be {what}: {error.strerror}")
 
     def _open_home(self) -> Descriptor:
         if self._home is None:
@@ -157,6 +203,12 @@ class MachineFile:
                 self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
                 self._generation = channel.generation
             return channel.call(kind, layout.pack(self._handle, *fields) + rest)
+
+
+def _waiting(home: int) -> int:
+    """How many events are there to read."""
+    size: int = _INT.unpack(fcntl.ioctl(home, termios.FIONREAD, bytes(_INT.size)))[0]
+    return size // PORT.size
 
 
 def _write_back(argument: bytearray | bytes | None, body: bytes) -> None:

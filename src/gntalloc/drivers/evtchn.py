@@ -1,0 +1,385 @@
+"""/dev/xen/evtchn: bind event channels, send events, read which ports had one, write back which may have the next.
+
+A port that has an event is put into its file's ring, once, and is masked from then on, until the program writes its
+number back. Events in between collapse into one, which comes right after the write. So a ring only overflows for a
+program that writes back what it has not read.
+
+What is in the ring travels to the program's end of the file, its `Outlet`, at once: there read(2) and poll(2) are the
+kernel's own. How much the program has read the ring asks of the outlet, and only when it seems full.
+
+A port lives for as long as somebody refers to it: the file that bound it, and each unmap notification that is set for
+it (`take`, `notify`, `drop`). So a notification fires even if the file was closed first.
+
+Sources: Linux's evtchn.c and events_base.c as of 6.1, BIND_STATIC as of 6.6; docs/differences.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, cast
+
+from gntalloc.abi.evtchn import (
+    BIND_INTERDOMAIN,
+    BIND_STATIC,
+    BIND_UNBOUND_PORT,
+    BIND_VIRQ,
+    LEAST_RING,
+    NOTIFY,
+    PORT,
+    RESET,
+    RESTRICT_DOMID,
+    UNBIND,
+    BindInterdomain,
+    BindStatic,
+    BindUnboundPort,
+    BindVirq,
+    Notify,
+    RestrictDomid,
+    Unbind,
+)
+from gntalloc.abi.grants import DOMID_FIRST_RESERVED
+from gntalloc.errors import DeviceError
+from gntalloc.hypervisor.ports import PortRefused, Ports
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from gntalloc.drivers.chardev import Caller, File, Plan, Record
+
+__all__ = ["EvtchnDriver", "Outlet"]
+
+log = logging.getLogger("gntalloc.machine")
+
+MAX_REFERENCES = 32767  # to one port
+USABLE_PORTS = 1024  # as long as Xen's event array is one page; LAST_PORT is its last
+MAX_PORTS = 131072  # that there could be at all
+_TIMER, _DEBUG = 0, 1  # virtual interrupts that a guest's kernel keeps for itself
+
+
+class Outlet(Protocol):
+    """The program's end of a ring: a queue that it reads by itself."""
+
+    def put(self, port: int) -> bool:
+        """Add one. False: it is full; somebody will call `EvtchnDriver.hand_over` when it is not."""
+
+    def unread(self) -> int:
+        """How many of them the program has not read."""
+
+
+class Ring:
+    """Ports of one file that had an event, oldest first."""
+
+    __slots__ = ("_entries", "_handed", "outlet", "overflow", "size")
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.overflow = False
+        self.outlet: Outlet | None = None
+        self._entries: deque[int] = deque()  # as far as we know none of them was read
+        self._handed = 0  # so many of them, from the left, are in the outlet
+
+    def grow(self, ports: int) -> None:
+        """Have room for one event of each of so many ports. It never shrinks."""
+        if ports > self.size:
+            self.size = 2 * self.size or LEAST_RING
+
+    def put(self, port: int) -> None:
+        """Add an event; if there is no room it is lost, and `overflow` says so."""
+        if len(self._entries) >= self.size:
+            self._forget_what_was_read()
+        if len(self._entries) >= self.size:
+            self.overflow = True
+        else:
+            self._entries.append(port)
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Give the outlet what it takes."""
+        while self.outlet is not None and self._handed < len(self._entries):
+            if not self.outlet.put(self._entries[self._handed]):
+                break
+            self._handed += 1
+
+    def clear(self) -> None:
+        """Empty it. What is in the outlet is the program's, and for its side to throw away."""
+        self._forget_what_was_read()
+        while len(self._entries) > self._handed:
+            self._entries.pop()
+        self.overflow = False
+
+    def _forget_what_was_read(self) -> None:
+        if self.outlet is not None:
+            for _ in range(self._handed - self.outlet.unread()):
+                self._entries.popleft()
+                self._handed -= 1
+
+
+class Bound:
+    """A port that a file bound. `references` are the file's and those of notifications."""
+
+    __slots__ = ("enabled", "file", "number", "references", "static")
+
+    def __init__(self, number: int, file: File, static: bool) -> None:
+        self.number = number
+        self.file: File | None = file  # None: unbound, and kept by notifications
+        self.enabled = True
+        self.references = 1
+        self.static = static
+
+
+class FileState:
+    """What an open file knows: its ports, its ring, and the one peer it may bind to, if it is restricted."""
+
+    __slots__ = ("ports", "restricted", "ring")
+
+    def __init__(self) -> None:
+        self.ports: dict[int, Bound] = {}
+        self.ring = Ring()
+        self.restricted: int | None = None
+
+
+class EvtchnDriver:
+    """The driver of the domain whose `ports` these are."""
+
+    name = "evtchn"
+    unknown_request = errno.ENOSYS
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+        self._bound: dict[int, Bound] = {}
+        # A guest's kernel has ports of its own before any program has: to xenstore and the console in domain 0, and
+        # of two virtual interrupts. They are in nobody's file, so nobody can touch them.
+        ports.bind_unbound(0)
+        ports.bind_unbound(0)
+        ports.bind_virq(_TIMER)
+        ports.bind_virq(_DEBUG)
+        ports.upcall = self._upcall
+        self._requests = {
+            BIND_VIRQ: self._bind_virq,
+            BIND_INTERDOMAIN: self._bind_interdomain,
+            BIND_UNBOUND_PORT: self._bind_unbound,
+            UNBIND: self._unbind,
+            NOTIFY: self._notify,
+            RESET: self._reset,
+            RESTRICT_DOMID: self._restrict,
+            BIND_STATIC: self._bind_static,
+        }
+
+    @property
+    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
+        """Request number -> what serves it."""
+        return self._requests
+
+    @property
+    def in_use(self) -> int:
+        """Ports that programs bound, or keep by notifications."""
+        return len(self._bound)
+
+    def open(self) -> FileState:
+        """A new file: no ports, and so no ring."""
+        return FileState()
+
+    # The bind calls: each answers with the port, as the result of the ioctl.
+
+    def _bind_virq(self, file: File, address: int, caller: Caller) -> int:
+        _refuse_restricted(file)
+        asked = BindVirq.unpack_from(caller.read(address, BindVirq.SIZE))
+        return self._bind(file, lambda: self._ports.bind_virq(asked.virq))
+
+    def _bind_interdomain(self, file: File, address: int, caller: Caller) -> int:
+        asked = BindInterdomain.unpack_from(caller.read(address, BindInterdomain.SIZE))
+        restricted = _state(file).restricted
+        if restricted not in {None, asked.remote_domain}:
+            why = f"this file is restricted to domain {restricted}, and {asked.remote_domain} was asked for"
+            raise DeviceError(errno.EACCES, why)
+        peer = asked.remote_domain & 0xFFFF  # all that reaches the hypervisor
+        return self._bind(file, lambda: self._ports.bind_interdomain(peer, asked.remote_port))
+
+    def _bind_unbound(self, file: File, address: int, caller: Caller) -> int:
+        _refuse_restricted(file)
+        asked = BindUnboundPort.unpack_from(caller.read(address, BindUnboundPort.SIZE))
+        return self._bind(file, lambda: self._ports.bind_unbound(asked.remote_domain & 0xFFFF))
+
+    def _bind_static(self, file: File, address: int, caller: Caller) -> int:
+        """Take a port that the tool stack made. It is not closed with the file."""
+        number = BindStatic.unpack_from(caller.read(address, BindStatic.SIZE)).port
+        if number in _state(file).ports:
+            raise DeviceError(errno.EISCONN, f"port {number} is bound to this file already")
+        if number >= MAX_PORTS:
+            raise DeviceError(errno.ENOMEM, f"there is no port {number}; the last is {MAX_PORTS - 1}")
+        if number in self._bound or self._ports.get(number) is not None:
+            raise DeviceError(errno.EBUSY, f"port {number} is another file's, or the kernel's")
+        self._attach(file, number, static=True)
+        return 0
+
+    def _bind(self, file: File, make: Callable[[], int]) -> int:
+        try:
+            number = make()
+        except PortRefused as refusal:
+            raise DeviceError(refusal.code, refusal.why) from None
+        if number in self._bound:  # a static one, which was taken before the hypervisor gave it out
+            self._ports.close(number)
+            raise DeviceError(errno.EBUSY, f"port {number} was bound with BIND_STATIC, and is another file's")
+        self._attach(file, number)
+        return number
+
+    def _attach(self, file: File, number: int, *, static: bool = False) -> None:
+        state = _state(file)
+        bound = Bound(number, file, static)
+        self._bound[number] = state.ports[number] = bound
+        state.ring.grow(len(state.ports))
+        self._deliver(bound)  # a port bound to a peer's has an event from the start
+
+    # UNBIND, NOTIFY, RESET, RESTRICT_DOMID.
+
+    def _unbind(self, file: File, address: int, caller: Caller) -> int:
+        number = Unbind.unpack_from(caller.read(address, Unbind.SIZE)).port
+        if number >= USABLE_PORTS:
+            raise DeviceError(errno.EINVAL, f"there is no port {number}; the last is {USABLE_PORTS - 1}")
+        self._detach(_state(file), _bound_here(file, number))
+        return 0
+
+    def _notify(self, file: File, address: int, caller: Caller) -> int:
+        number = Notify.unpack_from(caller.read(address, Notify.SIZE)).port
+        self.notify(_bound_here(file, number).number)
+        return 0
+
+    def _reset(self, file: File, address: int, caller: Caller) -> int:
+        """Empty the ring. Ports that were in it stay masked until they are written back."""
+        _state(file).ring.clear()
+        return 0
+
+    def _restrict(self, file: File, address: int, caller: Caller) -> int:
+        _refuse_restricted(file)
+        domid = RestrictDomid.unpack_from(caller.read(address, RestrictDomid.SIZE)).domid
+        if not 0 < domid < DOMID_FIRST_RESERVED:
+            raise DeviceError(errno.EINVAL, f"a file can be restricted to a domain from 1 up, and {domid} is none")
+        _state(file).restricted = domid
+        return 0
+
+    # Events.
+
+    def _upcall(self, number: int) -> None:
+        """The hypervisor has an event for a port of this domain."""
+        bound = self._bound.get(number)
+        if bound is not None:
+            self._deliver(bound)
+
+    def _deliver(self, bound: Bound) -> None:
+        if bound.enabled and bound.file is not None and self._ports.take_pending(bound.number):
+            bound.enabled = False
+            _state(bound.file).ring.put(bound.number)
+
+    def read(self, file: File, size: int) -> bytes:
+        """All that reading says before it gives ports: those are in the outlet.
+
+        Raises:
+            DeviceError: EFBIG the ring overflowed.
+        """
+        if size >= PORT.size and _state(file).ring.overflow:
+            raise DeviceError(
+                errno.EFBIG, "events were lost: ports were written back unread; RESET, and look at every port"
+            )
+        return b""
+
+    def write(self, file: File, data: bytes) -> int:
+        """Let these ports have events again. Those that are none of this file's are ignored."""
+        taken = min(len(data), PAGE_SIZE) & -PORT.size
+        ports = _state(file).ports
+        for (number,) in PORT.iter_unpack(data[:taken]):
+            bound = ports.get(number)
+            if bound is not None and not bound.enabled:
+                bound.enabled = True
+                self._deliver(bound)
+        return taken
+
+    def attach_outlet(self, file: File, outlet: Outlet) -> None:
+        """From now on events go there."""
+        _state(file).ring.outlet = outlet
+        self.hand_over(file)
+
+    def hand_over(self, file: File) -> None:
+        """The outlet may have room."""
+        _state(file).ring.hand_over()
+
+    # What notifications of the two grant drivers need.
+
+    def take(self, number: int) -> None:
+        """Refer to a port that any file of this domain bound.
+
+        Raises:
+            DeviceError: EINVAL there is none, or it has too many references.
+        """
+        bound = self._bound.get(number)
+        if bound is None:
+            raise DeviceError(errno.EINVAL, f"no program of this domain has bound port {number}")
+        if bound.references >= MAX_REFERENCES:
+            raise DeviceError(errno.EINVAL, f"{bound.references} notifications are set for port {number} already")
+        bound.references += 1
+
+    def notify(self, number: int) -> None:
+        """Send. That nobody is there is no concern of the sender's."""
+        try:
+            self._ports.send(number)
+        except PortRefused as refusal:
+            log.debug("an event was dropped: %s", refusal.why)
+
+    def drop(self, number: int) -> None:
+        """Refer to the port no more. The last reference closes it."""
+        bound = self._bound[number]
+        bound.references -= 1
+        if bound.references:
+            return
+        del self._bound[number]
+        if not bound.static and self._ports.get(number) is not None:  # it is gone if the domain died first
+            self._ports.close(number)
+
+    # The end.
+
+    def _detach(self, state: FileState, bound: Bound) -> None:
+        """Off the file. What is in the ring stays there."""
+        del state.ports[bound.number]
+        bound.file = None
+        self.drop(bound.number)
+
+    def release(self, file: File) -> None:
+        """The file goes, and with it its ports."""
+        state = _state(file)
+        for bound in list(state.ports.values()):
+            self._detach(state, bound)
+
+    # There is nothing to map.
+
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
+        """Refuse.
+
+        Raises:
+            DeviceError: ENODEV.
+        """
+        raise DeviceError(errno.ENODEV, "evtchn has no pages to map; it is for ioctl, read, write and poll")
+
+    def placed(self, record: Record) -> None:
+        """Never called."""
+
+    def unmapped(self, record: Record) -> None:
+        """Never called."""
+
+
+def _state(file: File) -> FileState:
+    return cast("FileState", file.state)
+
+
+def _bound_here(file: File, number: int) -> Bound:
+    bound = _state(file).ports.get(number)
+    if bound is None:
+        raise DeviceError(errno.ENOTCONN, f"port {number} is not bound to this file")
+    return bound
+
+
+def _refuse_restricted(file: File) -> None:
+    restricted = _state(file).restricted
+    if restricted is not None:
+        raise DeviceError(errno.EACCES, f"this file is restricted to bind to ports of domain {restricted}, and no more")

@@ -1,0 +1,111 @@
+"""A home: what a program holds as an open device file, and the machine's end of it.
+
+One socketpair an open file. dup, fork, exec and SCM_RIGHTS carry the program's end, and its last close is the machine's
+end of file: release().
+
+On a home of evtchn ports travel, four bytes each: to the program those that had an event, back those that it has dealt
+with. So read, poll and select are the kernel's own there, for programs that know nothing of any of this too. On any
+other home nothing travels: reading it finds the end of file, polling it finds it ready, as with the real devices.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+from functools import cache
+from typing import TYPE_CHECKING
+
+from gntalloc.abi.evtchn import PORT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.drivers.chardev import File
+    from gntalloc.machine.machine import Guest
+
+__all__ = ["Home", "identity_of"]
+
+_QUEUE = 1 << 20  # bytes of kernel memory for events that are not read; the most that is asked for, not what is used
+_INT = struct.Struct("=i")
+
+
+class Home:
+    """The machine's end. As an `Outlet` of evtchn it never waits for the program."""
+
+    __slots__ = ("_want_room", "file", "guest", "identity", "sock")
+
+    def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
+        self.sock = sock
+        self.identity = identity  # of the program's end: how a copy of it is recognised
+        self.guest = guest
+        self.file = file
+        self._want_room: Callable[[Home], None] | None = None
+
+    @classmethod
+    def make(cls, guest: Guest, file: File) -> tuple[Home, socket.socket]:
+        """A home for `file`, and the program's end of it.
+
+        Raises:
+            OSError: there are no descriptors left.
+        """
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(not file.flags & os.O_NONBLOCK)
+        return cls(ours, identity_of(theirs.fileno()), guest, file), theirs
+
+    def carry_nothing(self) -> None:
+        """A program that reads its end gets end of file, one that polls it, ready."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def carry_events(self, want_room: Callable[[Home], None]) -> None:
+        """Be an outlet. `want_room` is called when it is full, and the owner of this home shall watch for room."""
+        self._want_room = want_room
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE)
+        _bytes_of_one_event()
+
+    def put(self, port: int) -> bool:
+        """See `Outlet`."""
+        try:
+            self.sock.send(PORT.pack(port), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            if self._want_room is not None:
+                self._want_room(self)
+            return False
+        except OSError:
+            pass  # nobody can read there any more, and so nobody misses it
+        return True
+
+    def unread(self) -> int:
+        """See `Outlet`. The kernel says how much memory what we sent still takes, and each event takes as much."""
+        return _queued(self.sock) // _bytes_of_one_event()
+
+    def receive(self, size: int) -> bytes | None:
+        """What the program wrote. Empty: its end is closed. None: nothing."""
+        try:
+            return self.sock.recv(size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+
+def identity_of(descriptor: int) -> tuple[int, int]:
+    """What tells one open file from another, whoever has it."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def _queued(sock: socket.socket) -> int:
+    size: int = _INT.unpack(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(_INT.size)))[0]
+    return size
+
+
+@cache
+def _bytes_of_one_event() -> int:
+    """What the kernel takes for four bytes sent: a whole buffer, of the same size each time."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.send(bytes(PORT.size))
+        return _queued(ours)

@@ -1,0 +1,99 @@
+"""A home as the outlet of events: what the kernel says of what was read, and what happens when it is full."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from struct import pack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gntalloc.machine.home import Home
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "drivers"))
+from event_program import Events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gntalloc.machine.machine import Machine as Core
+
+
+class Rig:
+    """An evtchn file of domain 2 with a home, and how often that asked for room."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.events = Events(core, 2)
+        self.home, self.theirs = Home.make(self.events.guest, self.events.file)
+        self.asked = 0
+        self.home.carry_events(self.want_room)
+        self.events.driver.attach_outlet(self.events.file, self.home)
+
+    def want_room(self, home: Home) -> None:
+        assert home is self.home
+        self.asked += 1
+
+    def bind(self, count: int) -> list[int]:
+        """Ports that have an event at once."""
+        peer = Events(self.core, 1)
+        return [self.events.bind(1, peer.bind_unbound(2)) for _ in range(count)]
+
+    def read(self, size: int) -> list[int]:
+        return list(memoryview(self.theirs.recv(size, socket.MSG_DONTWAIT)).cast("I"))
+
+
+@pytest.fixture
+def rig(make_core: Callable[..., Core]) -> Iterator[Rig]:
+    rig = Rig(make_core())
+    yield rig
+    rig.home.sock.close()
+    rig.theirs.close()
+
+
+def test_unread_counts_events(rig: Rig) -> None:
+    assert rig.home.unread() == 0
+    ports = rig.bind(100)
+    assert rig.home.unread() == 100
+    assert rig.read(4 * 30) == ports[:30]
+    assert rig.home.unread() == 70
+    assert rig.read(4096) == ports[30:]
+    assert rig.home.unread() == 0
+
+
+def test_a_full_home_gets_the_rest_later(rig: Rig) -> None:
+    rig.home.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
+    ports = rig.bind(200)
+    assert 0 < rig.home.unread() < 200
+    assert rig.asked > 0
+    seen = []
+    while len(seen) < 200:
+        seen += rig.read(4096)
+        rig.events.driver.hand_over(rig.events.file)
+    assert seen == ports
+
+
+def test_a_program_that_is_gone_is_not_waited_for(rig: Rig) -> None:
+    rig.theirs.close()
+    rig.bind(200)
+    assert (rig.asked, rig.home.unread()) == (0, 0)
+    assert rig.home.receive(4096) == b""
+
+
+def test_what_the_program_wrote(rig: Rig) -> None:
+    assert rig.home.receive(4096) is None
+    rig.theirs.send(pack("=II", 5, 6))
+    assert rig.home.receive(4096) == pack("=II", 5, 6)
+
+
+def test_a_home_is_as_blocking_as_the_file(make_core: Callable[..., Core]) -> None:
+    core = make_core()
+    for flags, blocking in ((os.O_RDWR, True), (os.O_RDWR | os.O_NONBLOCK, False)):
+        file = core.open(core.guest(1), "evtchn", flags, opener=1)
+        home, theirs = Home.make(core.guest(1), file)
+        assert os.get_blocking(theirs.fileno()) is blocking
+        home.sock.close()
+        theirs.close()
