@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import struct
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -326,7 +327,7 @@ def test_a_peer_that_opens_and_closes_without_end_fills_no_queue(bench: Bench) -
     loan.close()
     other.watch = -1
     for each in (extent, other):
-        bench.frames._suspects[each] = (0, 0.0)
+        bench.frames._suspect(each, 0)
     assert sorted(bench.look()) == ["peer", "quiet"]
     bench.give_back(extent)
     bench.give_back(other)
@@ -437,6 +438,37 @@ def test_a_page_freed_among_others_is_empty_at_once(bench: Bench, writable: bool
     bench.look()
     bench.frames.give_back(extent, 0)
     bench.frames.give_back(extent, 2)
+
+
+def test_an_event_just_when_a_look_is_due_is_not_the_last(bench: Bench) -> None:
+    extent = bench.allocate()
+    kept = bench.map(extent, "granter")
+    for _ in range(300):
+        bench.map(extent).close()
+        assert bench.look() == ["peer"]
+        patience = bench.frames.patience()
+        assert patience is not None
+        time.sleep(min(patience, 0.001))  # the due time of the next look, as exactly as can be met
+        os.close(os.open(f"/proc/self/fd/{extent.master}", os.O_RDONLY))
+        bench.look()
+    kept.close()
+    assert bench.look() == ["granter"]
+    bench.give_back(extent)
+    assert bench.frames.patience() is None
+
+
+def test_a_busy_neighbour_is_not_looked_at_for_ever(bench: Bench) -> None:
+    """However often news is asked for, an extent in it is looked at a few times more, and then left alone."""
+    extent = bench.allocate()
+    kept = bench.map(extent, "granter")
+    bench.map(extent).close()
+    deadline = time.monotonic() + 20
+    while (patience := bench.frames.patience()) is not None or not bench.died:
+        bench.look()
+        assert time.monotonic() < deadline, patience
+    kept.close()
+    bench.look()
+    bench.give_back(extent)
 
 
 # News that was lost.

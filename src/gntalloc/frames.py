@@ -38,6 +38,8 @@ import os
 import signal
 import struct
 import time
+from heapq import heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc.errors import DeviceError
@@ -59,6 +61,7 @@ _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
 _FLOCK = struct.Struct("=hh4xqqi4x")
 _LOOKS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds between looks at an extent in the news
+_FRESH = 2  # until so many of them it is looked at for every request as well: its lock may go at any moment
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
@@ -134,6 +137,9 @@ class Frames(Generic[Holder]):
         self._inotify = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         self._watches: dict[int, Extent[Holder]] = {}
         self._suspects: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
+        self._fresh: dict[Extent[Holder], None] = {}  # suspects of few looks
+        self._next_looks: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
+        self._number = count()
         self.pages = 0  # held by extents, in use or not
         self.extents = 0
 
@@ -195,7 +201,7 @@ class Frames(Generic[Holder]):
             _libc.inotify_rm_watch(self._inotify, extent.watch)
         if extent.window is not None:
             extent.window.close()
-        self._suspects.pop(extent, None)
+        self._acquit(extent)
         os.close(extent.master)
         self.pages -= extent.pages
         self.extents -= 1
@@ -273,23 +279,46 @@ class Frames(Generic[Holder]):
         for extent, looks in touched.items():
             died += self._look(extent)
             if extent.lent and looks < len(_LOOKS):
-                self._suspects[extent] = (looks, time.monotonic() + _LOOKS[looks])
+                self._suspect(extent, looks)
             else:
-                self._suspects.pop(extent, None)
+                self._acquit(extent)
         return NewsOfFrames(died, list(touched))
 
     def patience(self) -> float | None:
         """Seconds until `news` should be called even if nothing happens. None: there is no need."""
         if not self._suspects:
             return None
-        return max(0.0, min(due for _, due in self._suspects.values()) - time.monotonic())
+        return max(0.0, self._next_looks[0][0] - time.monotonic())
+
+    def _suspect(self, extent: Extent[Holder], looks: int) -> None:
+        if extent in self._suspects and self._suspects[extent][0] == looks:
+            return  # the time of its next look stands
+        due = time.monotonic() + _LOOKS[looks]
+        self._suspects[extent] = looks, due
+        heappush(self._next_looks, (due, next(self._number), extent))
+        if looks < _FRESH:
+            self._fresh[extent] = None
+        else:
+            self._fresh.pop(extent, None)
+
+    def _acquit(self, extent: Extent[Holder]) -> None:
+        self._suspects.pop(extent, None)
+        self._fresh.pop(extent, None)
 
     def _due(self) -> dict[Extent[Holder], int]:
-        """Extents recently in the news, each with the number of looks at it so far."""
+        """Extents recently in the news that must be looked at now, each with the number of looks at it so far."""
         if not self._suspects:
+            self._next_looks.clear()
             return {}
         now = time.monotonic()
-        return {extent: looks + (now >= due) for extent, (looks, due) in self._suspects.items()}
+        found = {extent: self._suspects[extent][0] for extent in self._fresh}
+        while self._next_looks and self._next_looks[0][0] <= now:
+            due, _, extent = heappop(self._next_looks)
+            looks, really_due = self._suspects.get(extent, (0, 0.0))
+            if really_due == due:
+                self._acquit(extent)  # until the look that follows
+                found[extent] = looks + 1
+        return found
 
     def _events(self) -> Iterator[tuple[int, int]]:
         while True:

@@ -353,8 +353,11 @@ def test_a_client_that_asks_for_everything_gets_no_more_than_its_share(make_mach
             for _ in range(3000):
                 try:
                     taken.append(RawClient(alice))
-                    taken[-1].call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
+                    answer = taken[-1].call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
                 except (OSError, EOFError):
+                    break
+                if answer.error:
+                    assert answer.error == errno.EMFILE
                     break
             assert len(taken) < 3000
             with bob.share(alice):

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import sys
+from collections import defaultdict
 from pathlib import Path
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gntalloc import wire
+from gntalloc.abi import evtchn
 from gntalloc.maps import PAGE_SIZE
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 EDGES = (0, 1, 2, 8, PAGE_SIZE - 1, PAGE_SIZE, 2 * PAGE_SIZE, 1 << 31, (1 << 32) - 1, (1 << 63) - 1, (1 << 64) - 1)
 
 
+EVTCHN = [request for request in evtchn.IOCTLS if request != evtchn.RESET]
+
+
 class Client:
     """One client of the storm, with what it has seen of handles, homes, indexes and references."""
 
@@ -36,7 +41,7 @@ class Client:
         self.chance = chance
         self.domain = domain
         self.raw = RawClient(domain)
-        self.handles: dict[bytes, list[int]] = {b"gntalloc": [], b"gntdev": []}
+        self.handles: defaultdict[bytes, list[int]] = defaultdict(list)
         self.homes: list[int] = []
         self.indexes: dict[bytes, list[int]] = {b"gntalloc": [0], b"gntdev": [0]}
         self.refs = [8]
@@ -87,7 +92,7 @@ class Client:
     def reconnect(self) -> None:
         self.raw.close()
         self.raw = RawClient(self.domain)
-        self.handles = {b"gntalloc": [], b"gntdev": []}
+        self.handles.clear()
         for home in self.homes:
             self.show_one(home)
 
@@ -188,15 +193,15 @@ class Client:
             self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(self.number(64, [1, 2, 3])))
 
     def read_or_write(self) -> None:
-        handle = pack("=I", self.number(32, self.handles[b"gntdev"]))
+        handle = pack("=I", self.number(32, self.handles[self.chance.choice((b"gntdev", b"evtchn"))]))
         self.call(wire.READ, handle + pack("=I", self.number(32)))
         self.call(wire.WRITE, handle + self.chance.randbytes(self.chance.randrange(40)))
 
     def any_ioctl(self) -> None:
-        request = self.chance.choice((ALLOC, DEALLOC, MAP, UNMAP, self.number(32)))
-        self.ioctl(
-            b"gntdev", request, self.chance.randbytes(self.chance.randrange(64)), whole=self.chance.random() < 0.5
-        )
+        request = self.chance.choice((ALLOC, DEALLOC, MAP, UNMAP, *EVTCHN, self.number(32)))
+        device = self.chance.choice((b"gntalloc", b"gntdev", b"evtchn", b"evtchn"))
+        argument = self.chance.randbytes(self.chance.choice((0, 2, 4, 4, 4, 8, 16, 24, 63)))
+        self.ioctl(device, request, argument, whole=self.chance.random() < 0.7)
 
     def cheat(self) -> None:
         """What one may do with a memory file, or a home, and should not."""

@@ -1,0 +1,98 @@
+"""gntalloc.testing: a check that cannot fail would be worse than none."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gntalloc import DeviceError
+from gntalloc.testing import FakeMemory, Snapshot, assert_cleaned_up, cleanup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc import Domain, Machine
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleanup, "_PATIENCE", 0.05)
+
+
+def test_nothing_left_is_nothing_said(machine: Machine, alice: Domain, bob: Domain) -> None:
+    before = Snapshot.of(machine)
+    assert_cleaned_up(machine, before)
+    assert_cleaned_up(None, Snapshot.of(None))
+
+
+LEFT: dict[str, tuple[Callable[[], int], str]] = {
+    "file": (lambda: os.open(os.devnull, os.O_RDONLY), r"\+1 descriptors of /dev/null"),
+    "socket": (lambda: socket.socket().detach(), r"\+1 descriptors of socket"),
+    "memory file": (lambda: os.memfd_create("gntalloc"), r"\+1 descriptors of /memfd:gntalloc"),
+}
+
+
+@pytest.mark.parametrize(("leave", "said"), LEFT.values(), ids=LEFT.keys())
+def test_a_descriptor_that_is_left(leave: Callable[[], int], said: str) -> None:
+    before = Snapshot.of(None)
+    left = leave()
+    with pytest.raises(AssertionError, match=said):
+        assert_cleaned_up(None, before)
+    os.close(left)
+    assert_cleaned_up(None, before)
+
+
+def test_a_map_that_is_left() -> None:
+    descriptor = os.memfd_create("gntalloc")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    before = Snapshot.of(None)
+    left = mmap.mmap(descriptor, mmap.PAGESIZE)
+    os.close(descriptor)
+    with pytest.raises(AssertionError, match=r"4096 bytes of granted memory mapped, 0 before"):
+        assert_cleaned_up(None, before)
+    left.close()
+
+
+def test_grants_that_are_left(machine: Machine, alice: Domain, bob: Domain) -> None:
+    with alice.share(bob) as warm_up:  # opens the file
+        warm_up.memory[0] = 1
+    before = Snapshot.of(machine)
+    with (
+        alice.share(bob, pages=2),
+        pytest.raises(AssertionError, match=r"pages of the machine is 2, 0 before.*references of the machine is 2"),
+    ):
+        assert_cleaned_up(machine, before)
+    assert_cleaned_up(machine, before)
+
+
+def test_fake_memory_is_strict() -> None:
+    memory = FakeMemory()
+    first, second = memory.put(100, b"abcd"), memory.put(104, b"efgh")
+    memory.put(200, b"read", writable=False)
+    assert memory.read(102, 4) == b"cdef"
+    memory.write(103, b"XY")
+    assert (bytes(first), bytes(second)) == (b"abcX", b"Yfgh")
+    for address, size in ((99, 2), (104, 5), (0, 1), (150, 1)):
+        with pytest.raises(DeviceError) as caught:
+            memory.read(address, size)
+        assert caught.value.errno == errno.EFAULT
+    with pytest.raises(DeviceError, match="read-only"):
+        memory.write(200, b"x")
+    with pytest.raises(DeviceError):
+        memory.write(106, b"IJKL")
+    assert bytes(second) == b"YfIJ"  # as a kernel's copy: what lay before the hole is written
+    assert memory.copies[0] == ("read", 102, 4)
+
+
+def test_fake_memory_fails_when_told() -> None:
+    memory = FakeMemory(fail_at=2)
+    memory.put(0, bytes(8))
+    memory.read(0, 8)
+    with pytest.raises(DeviceError, match="copy 2"):
+        memory.write(0, b"x")
+    memory.write(0, b"x")
