@@ -171,3 +171,15 @@ def test_a_view_is_no_thing_to_send() -> None:
     with pytest.raises(TypeError):
         pickle.dumps(mapping.memory)
     mapping.close()
+
+
+def test_after_a_refusal_memory_is_taken_anew(memory: int) -> None:
+    """The refused close has released the view that was handed out before; slices of it live on."""
+    mapping = Mapping(PAGE_SIZE)
+    mapping.place(0, PAGE_SIZE, memory, 0)
+    part = mapping.memory[:1]
+    with pytest.raises(ViewsStillExported):
+        mapping.close()
+    assert (part[0], mapping.memory[0]) == (ord("a"), ord("a"))
+    part.release()
+    mapping.close()

@@ -95,7 +95,7 @@ class Mapping:
         """Unmap. May be repeated, also after a refusal.
 
         Raises:
-            ViewsStillExported: something still looks at the memory. Nothing has changed.
+            ViewsStillExported: something still looks at the memory. It stays mapped; take `memory` anew to go on with it.
         """
         if self._memory is None:
             return
