@@ -21,7 +21,13 @@ DOCS = HERE.parent.parent / "docs"
 PAGE = DOCS / "conformance.md"
 
 # Rows our drivers do not do yet: row -> what is missing. Empty it, never hide in it.
-NOT_DONE: dict[str, str] = {}
+_NOTIFY = "SET_UNMAP_NOTIFY"
+_COPY = "GRANT_COPY"
+NOT_DONE: dict[str, str] = {
+    **dict.fromkeys(("41", "42", "43", "44", "45", "46", "47", "48", "49", "50", "51", "80", "81", "82"), _NOTIFY),
+    **dict.fromkeys(("77", "78"), "GET_OFFSET_FOR_VADDR"),
+    "90": _COPY,
+}
 
 # The modern guest, whose gntdev ours is to be like; the others are shown beside it.
 LIKE = "pvh"
@@ -75,7 +81,9 @@ def verdict(key: str, ours: dict[str, str], judges: dict[str, Any], differences:
         return Verdict(key, mine, said, "difference", differences[key])
     if key in NOT_DONE:
         return Verdict(key, mine, said, "not done", NOT_DONE[key])
-    return Verdict(key, mine, said, "WRONG", f"ours answers {mine!r}, a {LIKE} guest {said[LIKE]!r}: see differences.md")
+    return Verdict(
+        key, mine, said, "WRONG", f"ours answers {mine!r}, a {LIKE} guest {said[LIKE]!r}: see differences.md"
+    )
 
 
 def page(ours: dict[str, Any]) -> str:
@@ -84,17 +92,19 @@ def page(ours: dict[str, Any]) -> str:
     differences = documented()
     verdicts = [verdict(key, ours["rows"][key], judges, differences) for key in ROWS]
     names = list(judges)
-    counts = {kind: sum(each.verdict == kind for each in verdicts) for kind in ("same", "difference", "not done", "n/a")}
+    counts = {
+        kind: sum(each.verdict == kind for each in verdicts) for kind in ("same", "difference", "not done", "n/a")
+    }
     lines = [
         "# Conformance: the real drivers and ours, row by row",
         "",
         "Made by `python tests/conformance/compare.py`; do not edit. What the judges say was recorded by",
-        "`python tests/conformance/record.py`, which boots a real Xen in QEMU; `make lab-test` asks them again and fails if",
-        "an answer has changed. Ours is the native provider, the default behaviour, on a machine without Xen.",
+        "`python tests/conformance/record.py`, which boots a real Xen in QEMU; `make lab-test` asks them again and",
+        "fails if an answer has changed. Ours is the native provider, the default behaviour, on a machine without Xen.",
         "",
         f"{len(verdicts)} rows are run: {counts['same']} answered the same, {counts['difference']} differ and say why",
-        f"([differences](differences.md)), {counts['not done']} are not done yet, {counts['n/a']} cannot be expressed by the",
-        f"native provider. {len(NOT_RUN)} more are not run anywhere, with the reason.",
+        f"([differences](differences.md)), {counts['not done']} are not done yet, {counts['n/a']} cannot be expressed",
+        f"by the native provider. {len(NOT_RUN)} more are not run anywhere, with the reason.",
         "",
         "## Judges",
         "",
@@ -102,8 +112,9 @@ def page(ours: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {name} | {_facts(name, judges[name]['facts'])} |" for name in names),
         "",
-        "A judge alone grants to itself and maps its own grants, from two processes; `to dom0` is a guest that grants and",
-        "dom0 that maps.",
+        "dom0 and the PV guest grant to themselves and map their own grants, from two processes. A PVH guest cannot:",
+        "that spoils its kernel's memory. What it maps is granted by dom0. `to dom0` is a guest that grants and dom0",
+        "that maps.",
         "",
         "## Rows",
         "",
@@ -125,13 +136,15 @@ def _cell(answer: str) -> str:
 
 
 def _facts(name: str, facts: dict[str, str]) -> str:
-    xen = ".".join(facts[part].lstrip(".") for part in ("version/major", "version/minor", "version/extra") if part in facts)
+    xen = ".".join(
+        facts[part].lstrip(".") for part in ("version/major", "version/minor", "version/extra") if part in facts
+    )
     return f"Xen {xen}, Linux {facts['kernel']} ({facts['version']}), guest type {facts.get('guest_type', '?')}"
 
 
 def main() -> None:
     """Write the page."""
-    from judge import judge_machine  # noqa: PLC0415
+    from judge import judge_machine
 
     PAGE.write_text(page(judge_machine(list(ROWS))))
 

@@ -9,11 +9,11 @@ import traceback
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from seat import make, serve
+
 from gntalloc.abi.evtchn import BIND_UNBOUND_PORT
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, SET_UNMAP_NOTIFY
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF
-
-from seat import make, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ class Local:
     def __init__(self, kind: str, environment: dict[str, str]) -> None:
         questions, ask = os.pipe()
         answer, answers = os.pipe()
-        self._ours |= {ask, answer}
+        self._ours.update((ask, answer))
         self.pid = os.fork()
         if not self.pid:
             try:
@@ -63,7 +63,7 @@ class Local:
                 os.environ.update(environment)
                 with open(questions) as steps, open(answers, "w") as out:
                     serve(make(kind), steps, out)
-            except BaseException:  # noqa: BLE001  the child must not go on as its parent
+            except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(0)
@@ -86,7 +86,7 @@ class Local:
     def close(self) -> None:
         """See Transport."""
         if self.pid:
-            self._ours -= {self._ask.fileno(), self._answers.fileno()}
+            self._ours.difference_update((self._ask.fileno(), self._answers.fileno()))
             self._ask.close()
             self._answers.close()
             os.waitpid(self.pid, 0)

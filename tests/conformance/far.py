@@ -120,11 +120,20 @@ class _FarSeat:
             self._open = False
 
 
-def across(far: Far, grantee_domid: int) -> Rig:
-    """The granter and its like in the guest, the grantee here."""
+def out_of(far: Far) -> Rig:
+    """The granter and its like in the guest, the grantee here, in dom0."""
 
     def start(name: str) -> Program:
-        return Program(Local("kernel", {}), grantee_domid) if name == "grantee" else far.program(name)
+        return Program(Local("kernel", {}), 0) if name == "grantee" else far.program(name)
+
+    return Rig(start)
+
+
+def into(far: Far) -> Rig:
+    """The granter and its like here, in dom0, the grantee in the guest."""
+
+    def start(name: str) -> Program:
+        return far.program(name) if name == "grantee" else Program(Local("kernel", {}), 0)
 
     return Rig(start)
 

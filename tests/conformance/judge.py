@@ -1,9 +1,9 @@
 """Run the rows in one place and write down what was seen.
 
-    python3 judge.py kernel OUT.json [ROW...]     on /dev/xen: this domain grants to itself and maps its own grants
-    python3 judge.py across OUT.json [ROW...]     in dom0: the granter is in a guest that runs `far.py serve`
-    python3 judge.py machine OUT.json [ROW...]    on a machine of our own, a new one for each row
-    python3 judge.py linux OUT.json [ROW...]      the same, with behaviour="linux"
+python3 judge.py kernel OUT.json [ROW...]     on /dev/xen: this domain grants to itself and maps its own grants
+python3 judge.py across OUT.json [ROW...]     in dom0: the granter is in a guest that runs `far.py serve`
+python3 judge.py machine OUT.json [ROW...]    on a machine of our own, a new one for each row
+python3 judge.py linux OUT.json [ROW...]      the same, with behaviour="linux"
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import json
 import os
 import platform
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from driving import local
-from rows import ROWS, run
+from driving import Rig, local
+from rows import BETWEEN_DOMAINS, ROWS, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from far import Far
 
 
 def kernel_facts() -> dict[str, str]:
     """Which kernel and hypervisor this is."""
     facts = {"kernel": platform.release(), "version": platform.version()}
-    for name in ("version/major", "version/minor", "version/extra", "type", "uuid"):
+    for name in ("version/major", "version/minor", "version/extra", "type"):
         try:
             with open(f"/sys/hypervisor/{name}") as file:
                 facts[name] = file.read().strip()
@@ -37,7 +42,7 @@ def kernel_facts() -> dict[str, str]:
 
 def judge_kernel(keys: list[str]) -> dict[str, Any]:
     """Run rows on /dev/xen."""
-    from gntalloc.guest.devices.kernel import KernelDevices  # noqa: PLC0415
+    from gntalloc.guest.devices.kernel import KernelDevices
 
     domid = KernelDevices().domid
     saw = {}
@@ -47,14 +52,27 @@ def judge_kernel(keys: list[str]) -> dict[str, Any]:
     return {"facts": kernel_facts() | {"domid": str(domid)}, "rows": saw}
 
 
-def judge_across(keys: list[str], guest: int = 1) -> dict[str, Any]:
+def judge_out_of(keys: list[str]) -> dict[str, Any]:
     """Run rows between a guest, which grants, and this domain, dom0, which maps."""
-    from far import Far, across  # noqa: PLC0415
+    from far import out_of
 
-    far = Far.wait_for(guest)
+    return _judge_with_a_guest(keys, out_of)
+
+
+def judge_into(keys: list[str]) -> dict[str, Any]:
+    """Run rows between this domain, dom0, which grants, and a guest, which maps."""
+    from far import into
+
+    return _judge_with_a_guest(keys, into)
+
+
+def _judge_with_a_guest(keys: list[str], rig: Callable[[Far], Rig]) -> dict[str, Any]:
+    from far import Far
+
+    far = Far.wait_for(int(os.environ["PEER_DOMID"]))
     saw = {}
     for key in keys:
-        saw[key] = run(key, across(far, 0))
+        saw[key] = run(key, rig(far))
         print(key, saw[key], flush=True)
     far.say("end")
     return {"facts": kernel_facts(), "rows": saw}
@@ -62,7 +80,7 @@ def judge_across(keys: list[str], guest: int = 1) -> dict[str, Any]:
 
 def judge_machine(keys: list[str], behaviour: str = "ours") -> dict[str, Any]:
     """Run rows on a machine of our own, one for each row."""
-    import gntalloc  # noqa: PLC0415
+    import gntalloc
 
     saw = {}
     for key in keys:
@@ -79,18 +97,19 @@ def judge_linux(keys: list[str]) -> dict[str, Any]:
     return judge_machine(keys, "linux")
 
 
-JUDGES = {"kernel": judge_kernel, "across": judge_across, "machine": judge_machine, "linux": judge_linux}
-
-# Rows with both a granter and a grantee, where it could matter that they are in different domains.
-BETWEEN_DOMAINS = (
-    "22 23 25 40 51 72 76 78 82 83 84 85 86 G1 G2 G3 G4 G6 G8 G9 G10 G11 G13 G14 G15 G17"
-).split()  # fmt: skip
+JUDGES = {
+    "kernel": judge_kernel,
+    "out-of": judge_out_of,
+    "into": judge_into,
+    "machine": judge_machine,
+    "linux": judge_linux,
+}
 
 
 def main(arguments: list[str]) -> None:
     """Write the result as JSON."""
     kind, out, *keys = arguments
-    result = JUDGES[kind](keys or (BETWEEN_DOMAINS if kind == "across" else list(ROWS)))
+    result = JUDGES[kind](keys or list(BETWEEN_DOMAINS if kind in {"out-of", "into"} else ROWS))
     with open(out, "w") as file:
         json.dump(result, file, indent=1)
         file.write("\n")

@@ -11,41 +11,57 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gntalloc.lab import Lab, Session
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rows import BETWEEN_DOMAINS, ROWS
+
+from gntalloc.lab import Lab, Outcome, Session
 
 HERE = Path(__file__).parent
 JUDGED = HERE / "judged.json"
 FILES = [HERE / name for name in ("seat.py", "driving.py", "rows.py", "far.py", "judge.py")]
 
 
-def ask_all(session: Session, keys: list[str] | None = None) -> dict[str, Any]:
-    """Every judge's answers: judge -> {facts, rows}."""
-    judged: dict[str, Any] = {}
-    for domain in ("dom0", "pv", "pvh"):
-        outcome = session.run(["python3", "judge.py", "kernel", "out.json", *(keys or [])], domain, fetch=["out.json"])
-        judged[domain] = _read(outcome, session.versions if domain == "dom0" else {})
-    for guest in ("pv", "pvh"):
-        commands = {guest: ["python3", "far.py", "serve"], "dom0": ["python3", "judge.py", "across", "out.json"]}
-        outcomes = session.run_together(commands, fetch={"dom0": ["out.json"]})
-        judged[f"{guest} to dom0"] = _read(outcomes["dom0"], {})
-    return judged
+def ask_all(session: Session) -> dict[str, Any]:
+    """Every judge's answers: judge -> {facts, rows}.
+
+    A judge alone grants to itself and maps its own grants. A PVH guest cannot (see rows.py): what it maps is granted
+    by dom0.
+    """
+    alone = [key for key in ROWS if key not in BETWEEN_DOMAINS]
+    return {
+        "dom0": _alone(session, "dom0", []),
+        "pv": _alone(session, "pv", []),
+        "pvh": _merged(_alone(session, "pvh", alone), _together(session, "pvh", "into")),
+        "pv to dom0": _together(session, "pv", "out-of"),
+        "pvh to dom0": _together(session, "pvh", "out-of"),
+    }
 
 
-def _read(outcome: Any, versions: dict[str, str]) -> dict[str, Any]:
+def _alone(session: Session, domain: str, keys: list[str]) -> dict[str, Any]:
+    return _read(session.run(["python3", "judge.py", "kernel", "out.json", *keys], domain, fetch=["out.json"]))
+
+
+def _together(session: Session, guest: str, way: str) -> dict[str, Any]:
+    commands = {guest: ["python3", "far.py", "serve"], "dom0": ["python3", "judge.py", way, "out.json"]}
+    return _read(session.run_together(commands, fetch={"dom0": ["out.json"]})["dom0"])
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {"facts": first["facts"], "rows": first["rows"] | second["rows"]}
+
+
+def _read(outcome: Outcome) -> dict[str, Any]:
     assert outcome.exit_status == 0, outcome.output + outcome.errors
     (raw,) = outcome.files.values()
     judged: dict[str, Any] = json.loads(raw)
-    judged["facts"] |= versions
     return judged
 
 
 def main() -> None:
     """Boot, ask, write."""
     with Lab.find().boot(("pv", "pvh"), files=FILES, timeout=400) as session:
-        judged = ask_all(session, sys.argv[1:])
-    if sys.argv[1:]:
-        print(json.dumps(judged, indent=1))
-        return
+        judged = ask_all(session)
     JUDGED.write_text(json.dumps(judged, indent=1, sort_keys=True) + "\n")
     print(f"{sum(len(judge['rows']) for judge in judged.values())} answers written to {JUDGED.name}")
 

@@ -112,7 +112,11 @@ class Seat:
 
     def own_touch(self, name: str, start: int) -> str:
         """Whether this process can read a byte there, without a signal: ok or fault."""
-        return "ok" if libc.write(self.pipe[1], self.maps[name][0] + start, 1) == 1 and os.read(self.pipe[0], 1) else "fault"
+        return (
+            "ok"
+            if libc.write(self.pipe[1], self.maps[name][0] + start, 1) == 1 and os.read(self.pipe[0], 1)
+            else "fault"
+        )
 
     def offset_hole(self, name: str) -> int:
         """An address just below a map, where nothing is."""
@@ -248,7 +252,7 @@ class MachineSeat(Seat):
 
     def __init__(self) -> None:
         super().__init__()
-        from gntalloc.guest.domain import current_domain  # noqa: PLC0415  the kernel seat needs none of it
+        from gntalloc.guest.domain import current_domain
 
         self.devices = current_domain().devices
         self.files: dict[str, Any] = {}
@@ -335,7 +339,8 @@ class MachineSeat(Seat):
 
 STEPS = (
     "open", "close", "ioctl", "mmap", "munmap", "mremap", "mprotect", "madvise", "peek", "poke", "touch", "own_touch",
-    "offset_hole", "address", "scratch", "open_as_nobody", "pid", "read", "write", "lseek", "poll", "get_limit", "set_limit",
+    "offset_hole", "address", "scratch", "open_as_nobody", "pid", "read", "write", "lseek", "poll",
+    "get_limit", "set_limit",
 )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from compare import NOT_DONE, PAGE, documented, judged, page, text, verdict
-from judge import BETWEEN_DOMAINS, judge_machine
-from rows import NOT_RUN, ROWS
+from judge import judge_machine
+from rows import BETWEEN_DOMAINS, NOT_RUN, ROWS
 
 LAB = os.environ.get("GNTALLOC_LAB") == "1"
 
