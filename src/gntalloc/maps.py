@@ -95,7 +95,7 @@ class Mapping:
         """Unmap. May be repeated, also after a refusal.
 
         Raises:
-            ViewsStillExported: something still looks at the memory. It stays mapped; take `memory` anew to go on with it.
+            ViewsStillExported: something still looks at the memory. It stays mapped; take `memory` anew to go on.
         """
         if self._memory is None:
             return
