@@ -242,18 +242,38 @@ class Frames(Generic[Holder]):
         """
         if extent.sealed:
             return
+        self.open_window(extent)
+        try:
+            fcntl.fcntl(extent.master, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            raise DeviceError(errno.ENOMEM, f"a read-only grant could not be sealed: {error.strerror}") from error
+        extent.sealed = True
+
+    # The machine's own access.
+
+    def open_window(self, extent: Extent[Holder]) -> None:
+        """Map the extent into the machine, for as long as it lives: what it has to do later must not fail then.
+
+        Raises:
+            DeviceError: ENOMEM.
+        """
+        if extent.window is not None:
+            return
         try:
             window = Mapping(extent.pages * PAGE_SIZE, name="the machine's window")
             try:
                 window.place(0, window.length, extent.master, 0)
-                fcntl.fcntl(extent.master, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
             except OSError:
                 window.close()
                 raise
         except OSError as error:
-            raise DeviceError(errno.ENOMEM, f"a read-only grant could not be sealed: {error.strerror}") from error
+            raise DeviceError(errno.ENOMEM, f"the machine could not map granted pages: {error.strerror}") from error
         extent.window = window
-        extent.sealed = True
+
+    def page(self, extent: Extent[Holder], page: int) -> memoryview:
+        """The bytes of one page, writable whatever was granted. The window must be open."""
+        assert extent.window is not None
+        return extent.window.memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
 
     # Who still holds it.
 

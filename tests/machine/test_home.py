@@ -69,7 +69,7 @@ def test_a_full_home_gets_the_rest_later(rig: Rig) -> None:
     ports = rig.bind(200)
     assert 0 < rig.home.unread() < 200
     assert rig.asked > 0
-    seen = []
+    seen: list[int] = []
     while len(seen) < 200:
         seen += rig.read(4096)
         rig.events.driver.hand_over(rig.events.file)

@@ -3,5 +3,7 @@
 chardev    what every device file does, once
 gntalloc   allocate pages, grant them, take them back: the heart
 gntdev     map what others granted
+evtchn     event channels: bind, send, wait
+notify     what the two grant drivers promise to do when pages go
 behaviour  where we differ from Linux, switch by switch
 """

@@ -19,9 +19,18 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
+from gntalloc.abi.gntalloc import (
+    ALLOC_GREF,
+    DEALLOC_GREF,
+    FLAG_WRITABLE,
+    SET_UNMAP_NOTIFY,
+    AllocGref,
+    DeallocGref,
+    UnmapNotify,
+)
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
@@ -37,7 +46,7 @@ DEFAULT_LIMIT = 1024
 class Gref:
     """One granted page."""
 
-    __slots__ = ("born", "domid", "file", "frame", "index", "readonly", "ref", "users")
+    __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "users")
 
     def __init__(self, file: File, index: int, frame: Frame, domid: int, readonly: bool, ref: int) -> None:
         self.file = file
@@ -47,6 +56,7 @@ class Gref:
         self.readonly = readonly
         self.ref = ref
         self.users = 1  # the file's list
+        self.promise: Promise | None = None  # what to do when the last user goes
         self.born = time.monotonic()
 
 
@@ -80,6 +90,7 @@ class GntallocDriver:
     Args:
         table: that domain's grant table.
         frames: the machine's memory.
+        ports: the domain's event channels, for notifications.
         limit: pages that may be in use at once, all files together. May be changed at any time; a limit below what
             is in use frees nothing, and refuses until use has dropped.
         behaviour: ours, or as Linux does.
@@ -92,6 +103,7 @@ class GntallocDriver:
         self,
         table: GrantTable[Frame],
         frames: Frames,
+        ports: PortReferences,
         *,
         limit: int = DEFAULT_LIMIT,
         behaviour: Behaviour = OURS,
@@ -100,12 +112,13 @@ class GntallocDriver:
         self.in_use = 0
         self._table = table
         self._frames = frames
+        self._ports = ports
         self._behaviour = behaviour
         self._grefs: dict[Gref, None] = {}  # all there are, listed, only mapped, or lingering
         self._lingering: dict[Extent, dict[Gref, None]] = {}
         self._waiters: dict[Extent, dict[ReleaseWaiter, None]] = {}
         table.on_idle = self._peer_let_go
-        self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc}
+        self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc, SET_UNMAP_NOTIFY: self._set_notify}
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
@@ -226,6 +239,28 @@ class GntallocDriver:
             state.released[gref.index] = state.grefs.pop(gref.index)
             self._let_go(gref)
 
+    # SET_UNMAP_NOTIFY: one promise a page, the last one made.
+
+    def _set_notify(self, file: File, address: int, caller: Caller) -> int:
+        asked = UnmapNotify.unpack_from(caller.read(address, UnmapNotify.SIZE))
+        byte = asked.index % PAGE_SIZE
+        gref = _state(file).grefs.get(asked.index - byte)
+        if gref is None:
+            why = f"this file has no page at index {asked.index - byte:#x}: never allocated here, or freed already"
+            raise DeviceError(errno.ENOENT, why)
+        check_action(asked.action)
+        promise = Promise(asked.action, byte, asked.event_channel_port, self._ports)
+        try:
+            if promise.byte is not None:
+                self._frames.open_window(gref.frame.extent)
+        except DeviceError:
+            promise.forget()
+            raise
+        if gref.promise is not None:
+            gref.promise.forget()
+        gref.promise = promise
+        return 0
+
     # mmap and munmap: a mapping uses its pages as the list does.
 
     def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
@@ -280,10 +315,20 @@ class GntallocDriver:
         gref.users -= 1
         if gref.users:
             return
+        self._keep_promise(gref)
         if not self._behaviour.count_held_pages:
             self.in_use -= 1
         if not self._finish(gref):
             self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+
+    def _keep_promise(self, gref: Gref) -> None:
+        """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
+        promise, gref.promise = gref.promise, None
+        if promise is None:
+            return
+        if promise.byte is not None:
+            clear_byte(self._frames, gref.frame, promise.byte)
+        promise.send()
 
     def _finish(self, gref: Gref) -> bool:
         """End the grant and free the page, if the table and the kernel agree that nobody else has it."""

@@ -14,10 +14,19 @@ from bisect import insort
 from struct import Struct
 from typing import TYPE_CHECKING, cast
 
-from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
+from gntalloc.abi.gntdev import (
+    MAP_GRANT_REF,
+    SET_UNMAP_NOTIFY,
+    UNMAP_GRANT_REF,
+    GrantRef,
+    MapGrantRef,
+    UnmapGrantRef,
+    UnmapNotify,
+)
 from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
@@ -36,14 +45,16 @@ MAX_NOTED = 4 * MAX_REFS  # of a domain, in entries not given up yet: as many as
 class Entry:
     """One MAP_GRANT_REF: `refs` are (domid, reference), `first` is the page number of its index."""
 
-    __slots__ = ("count", "first", "handles", "mapped", "record", "refs")
+    __slots__ = ("count", "first", "handles", "mapped", "promise", "readonly", "record", "refs")
 
     def __init__(self, first: int, refs: list[tuple[int, int]]) -> None:
         self.first = first
         self.count = len(refs)
         self.refs = refs
         self.mapped = False  # ever
+        self.readonly = False  # mapped so
         self.record: Record | None = None  # alive
+        self.promise: Promise | None = None  # what to do when it goes
         self.handles: list[Handle[Frame]] = []
 
 
@@ -63,14 +74,25 @@ class GntdevDriver:
     unknown_request = errno.ENOTTY
 
     def __init__(
-        self, domid: int, hypervisor: Hypervisor[Frame], frames: Frames, *, behaviour: Behaviour = OURS
+        self,
+        domid: int,
+        hypervisor: Hypervisor[Frame],
+        frames: Frames,
+        ports: PortReferences,
+        *,
+        behaviour: Behaviour = OURS,
     ) -> None:
         self._domid = domid
         self._hypervisor = hypervisor
         self._frames = frames
+        self._ports = ports
         self._behaviour = behaviour
         self._noted = 0
-        self._requests = {MAP_GRANT_REF: self._map, UNMAP_GRANT_REF: self._unmap}
+        self._requests = {
+            MAP_GRANT_REF: self._map,
+            UNMAP_GRANT_REF: self._unmap,
+            SET_UNMAP_NOTIFY: self._set_notify,
+        }
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
@@ -121,11 +143,13 @@ class GntdevDriver:
             raise DeviceError(errno.EINVAL, f"{what}, and {there}")
         if entry.mapped:
             raise DeviceError(errno.EINVAL, "each MAP_GRANT_REF can be mapped once; make another one")
+        entry.readonly = not writable
         handles: list[Handle[Frame]] = []
         try:
             for domid, ref in entry.refs:
                 handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
             self._seal(handles, writable=writable)
+            self._open_window(entry.promise, handles)
         except MapRefused as refusal:
             self._undo(handles)
             entry.mapped = True  # even a failed map is the only one
@@ -158,6 +182,33 @@ class GntdevDriver:
         for extent in sealing:
             self._frames.seal(extent)
 
+    # SET_UNMAP_NOTIFY: one promise an entry, the last one made.
+
+    def _set_notify(self, file: File, address: int, caller: Caller) -> int:
+        asked = UnmapNotify.unpack_from(caller.read(address, UnmapNotify.SIZE))
+        check_action(asked.action)
+        promise = Promise(asked.action, asked.index, asked.event_channel_port, self._ports)
+        try:
+            entry = _entry_with(file, asked.index)
+            if promise.byte is not None:
+                promise.byte -= entry.first * PAGE_SIZE
+                if entry.readonly:
+                    why = "a byte of a read-only map cannot be cleared; send an event instead, or map it writable"
+                    raise DeviceError(errno.EINVAL, why)
+            self._open_window(promise, entry.handles)
+        except DeviceError:
+            promise.forget()
+            raise
+        if entry.promise is not None:
+            entry.promise.forget()
+        entry.promise = promise
+        return 0
+
+    def _open_window(self, promise: Promise | None, handles: list[Handle[Frame]]) -> None:
+        """See that its byte can be cleared when the page goes."""
+        if handles and promise is not None and promise.byte is not None:
+            self._frames.open_window(handles[promise.byte // PAGE_SIZE].frame.extent)
+
     def _undo(self, handles: list[Handle[Frame]]) -> None:
         for handle in handles:
             self._hypervisor.unmap(handle)
@@ -169,12 +220,25 @@ class GntdevDriver:
         """The last piece of this mmap is gone, and with it the grants."""
         entry = cast("Entry", record.payload)
         entry.record = None
-        if self._behaviour.munmap_releases or entry not in _state(record.file).entries:
+        if entry not in _state(record.file).entries:
+            self._end(entry)
+        elif self._behaviour.munmap_releases:
             self._let_go(entry)
 
     def _let_go(self, entry: Entry) -> None:
+        """The pages go: their byte first."""
+        promise = entry.promise
+        if entry.handles and promise is not None and promise.byte is not None and not entry.readonly:
+            page, byte = divmod(promise.byte, PAGE_SIZE)
+            clear_byte(self._frames, entry.handles[page].frame, byte)
         handles, entry.handles = entry.handles, []
         self._undo(handles)
+
+    def _end(self, entry: Entry) -> None:
+        """Neither mapped nor on the file's list: the pages go, and then the event."""
+        self._let_go(entry)
+        if entry.promise is not None:
+            entry.promise.send()
 
     # UNMAP_GRANT_REF: off the file's list. What is mapped lives on.
 
@@ -189,18 +253,31 @@ class GntdevDriver:
         entries.remove(entry)
         self._noted -= entry.count
         if entry.record is None:
-            self._let_go(entry)
+            self._end(entry)
         return 0
 
     def release(self, file: File) -> None:
         """The file goes. Nothing of it is mapped any more."""
         for entry in _state(file).entries:
             self._noted -= entry.count
-            self._let_go(entry)
+            self._end(entry)
         _state(file).entries.clear()
 
 
 _GRANT_REF = Struct("=II")
+
+
+def _entry_with(file: File, index: int) -> Entry:
+    """The entry that the byte at `index` belongs to.
+
+    Raises:
+        DeviceError: ENOENT there is none.
+    """
+    page = index // PAGE_SIZE
+    for entry in _state(file).entries:
+        if entry.first <= page < entry.first + entry.count:
+            return entry
+    raise DeviceError(errno.ENOENT, f"no MAP_GRANT_REF of this file is at index {index:#x}")
 
 
 def _state(file: File) -> FileState:

@@ -101,10 +101,11 @@ class Machine:
             GntallocDriver(
                 table,
                 self.frames,
+                evtchn,
                 limit=self._limit if limit is None else limit,
                 behaviour=self._behaviour,
             ),
-            GntdevDriver(domid, self._hypervisor, self.frames, behaviour=self._behaviour),
+            GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour),
             evtchn,
         ]
         guest = self.guests[domid] = Guest(domid, uid, table, drivers)

@@ -1,0 +1,79 @@
+"""SET_UNMAP_NOTIFY: a promise to clear a byte, to send an event, or both, when pages go. Of either grant driver.
+
+So a program that is killed still tells its peer. A promise is kept once. It has a reference to its port from the time
+it is made, or the event could not be sent when all files of a dying program are closed, in whatever order.
+
+Any port of the domain will do, whoever bound it, as in Linux.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Protocol
+
+from gntalloc.abi.gntalloc import UNMAP_NOTIFY_CLEAR_BYTE, UNMAP_NOTIFY_SEND_EVENT
+from gntalloc.errors import DeviceError
+
+if TYPE_CHECKING:
+    from gntalloc.drivers.chardev import Frame, Frames
+
+__all__ = ["PortReferences", "Promise", "check_action", "clear_byte"]
+
+_KNOWN = UNMAP_NOTIFY_CLEAR_BYTE | UNMAP_NOTIFY_SEND_EVENT
+
+
+class PortReferences(Protocol):
+    """What is wanted of event channels: see `EvtchnDriver`."""
+
+    def take(self, number: int) -> None:
+        """Refer to a port, or DeviceError(EINVAL)."""
+
+    def notify(self, number: int) -> None:
+        """Send an event."""
+
+    def drop(self, number: int) -> None:
+        """Refer to it no more."""
+
+
+class Promise:
+    """What was asked for: `byte` is the offset of the byte to clear, None if none is.
+
+    Raises:
+        DeviceError: EINVAL there is no such port.
+    """
+
+    __slots__ = ("_port", "_ports", "byte")
+
+    def __init__(self, action: int, byte: int, port: int, ports: PortReferences) -> None:
+        self.byte = byte if action & UNMAP_NOTIFY_CLEAR_BYTE else None
+        self._ports = ports
+        self._port = port if action & UNMAP_NOTIFY_SEND_EVENT else None
+        if self._port is not None:
+            ports.take(self._port)
+
+    def send(self) -> None:
+        """Keep it, as far as the event goes. Another call does nothing."""
+        if self._port is not None:
+            self._ports.notify(self._port)
+        self.forget()
+
+    def forget(self) -> None:
+        """Another promise took its place."""
+        if self._port is not None:
+            self._ports.drop(self._port)
+            self._port = None
+
+
+def check_action(action: int) -> None:
+    """See that there is nothing in it that nobody knows.
+
+    Raises:
+        DeviceError: EINVAL there is.
+    """
+    if action & ~_KNOWN:
+        raise DeviceError(errno.EINVAL, f"action {action:#x} has more than clear byte (1) and send event (2)")
+
+
+def clear_byte(frames: Frames, frame: Frame, byte: int) -> None:
+    """Clear one byte of a page, whose window is open."""
+    frames.page(frame.extent, frame.page)[byte] = 0
