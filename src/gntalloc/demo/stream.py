@@ -162,8 +162,14 @@ class Sender:
         return bytes(self._control.memory[_TROUBLE]).rstrip(b"\0").decode(errors="replace")
 
 
-def receive(domain: Domain, text: str, *, timeout: float = 60.0) -> int:
+def receive(domain: Domain, text: str, *, digest: hashlib._Hash | None = None, timeout: float = 60.0) -> int:
     """The grantee's side: take everything, and put its SHA-256 into the control page. Returns how many bytes.
+
+    Args:
+        domain: the grantee's.
+        text: what `Sender.text` gave.
+        digest: a new SHA-256 to use, if the caller wants to know it too.
+        timeout: seconds without any progress of the sender.
 
     Raises:
         PeerBroke: the sender's counters make no sense.
@@ -179,7 +185,7 @@ def receive(domain: Domain, text: str, *, timeout: float = 60.0) -> int:
         try:
             before = _read_bytes()
             words[_STATE] = _READING
-            taken = _take(words, ring.memory, control.memory, timeout)
+            taken = _take(words, ring.memory, control.memory, digest or hashlib.sha256(), timeout)
             words[_READ_BYTES] = _read_bytes() - before
             words[_STATE] = _DONE
         except GntallocError as error:
@@ -189,9 +195,8 @@ def receive(domain: Domain, text: str, *, timeout: float = 60.0) -> int:
         return taken
 
 
-def _take(words: memoryview, ring: memoryview, control: memoryview, timeout: float) -> int:
+def _take(words: memoryview, ring: memoryview, control: memoryview, digest: hashlib._Hash, timeout: float) -> int:
     size = len(ring)
-    digest = hashlib.sha256()
     waiter = _Waiter(timeout, lambda: True, lambda: None)
     consumed = 0
     while True:
