@@ -393,6 +393,13 @@ def test_the_ring_doubles_when_there_are_more_ports_than_it_holds(core: Core) ->
     overflow(first, port, second, remote, 128)
 
 
+def test_64_ports_share_the_first_ring(core: Core) -> None:
+    first, port, second, remote = pair(core)
+    for _ in range(63):
+        second.bind_unbound(1)
+    overflow(first, port, second, remote, 64)
+
+
 def test_it_never_shrinks(core: Core) -> None:
     first, port, second, remote = pair(core)
     others = [second.bind_unbound(1) for _ in range(64)]

@@ -401,6 +401,37 @@ def test_one_promise_an_entry(scene: Scene) -> None:
     mine.unmap()
 
 
+def test_a_promise_that_is_replaced_lets_go_of_its_port(scene: Scene) -> None:
+    at, _ = reserved(scene)
+    for action in (EVENT, BOTH, EVENT, 0):
+        set_notify(scene.peer, at, action, scene.remote)
+    assert scene.far.driver._bound[scene.remote].references == 1
+
+
+def test_who_is_woken_by_the_mapper_finds_the_page_unmapped(scene: Scene) -> None:
+    """Byte, unmap, event, in this order: the other way round than gntalloc."""
+    at, granted = reserved(scene)
+    mine = scene.granter.mmap(granted.at)
+    mapped = scene.peer.mmap(at)
+    mapped.memory[0] = 1
+    seen = []
+
+    class Looking:
+        def put(self, port: int) -> bool:
+            seen.append((port, mine.memory[0], scene.granter.guest.table.mapped_by(granted.refs[0])))
+            return True
+
+        def unread(self) -> int:
+            return 0
+
+    scene.near.driver.attach_outlet(scene.near.file, Looking())
+    set_notify(scene.peer, at, BOTH, scene.remote)
+    mapped.unmap()
+    scene.peer.unmap_refs(at, 1)
+    assert seen == [(scene.port, 0, ())]
+    mine.unmap()
+
+
 def test_close_of_everything_in_any_order(scene: Scene) -> None:
     index, _ = reserved(scene)
     mapped = scene.peer.mmap(index)

@@ -120,14 +120,13 @@ class Ring:
 class Bound:
     """A port that a file bound. `references` are the file's and those of notifications."""
 
-    __slots__ = ("enabled", "file", "number", "references", "static")
+    __slots__ = ("enabled", "file", "number", "references")
 
-    def __init__(self, number: int, file: File, static: bool) -> None:
+    def __init__(self, number: int, file: File) -> None:
         self.number = number
         self.file: File | None = file  # None: unbound, and kept by notifications
         self.enabled = True
         self.references = 1
-        self.static = static
 
 
 class FileState:
@@ -204,7 +203,7 @@ class EvtchnDriver:
         return self._bind(file, lambda: self._ports.bind_unbound(asked.remote_domain & 0xFFFF))
 
     def _bind_static(self, file: File, address: int, caller: Caller) -> int:
-        """Take a port that the tool stack made. It is not closed with the file."""
+        """Take a port that the tool stack is said to have made. In this machine it never made one."""
         number = BindStatic.unpack_from(caller.read(address, BindStatic.SIZE)).port
         if number in _state(file).ports:
             raise DeviceError(errno.EISCONN, f"port {number} is bound to this file already")
@@ -212,7 +211,7 @@ class EvtchnDriver:
             raise DeviceError(errno.ENOMEM, f"there is no port {number}; the last is {MAX_PORTS - 1}")
         if number in self._bound or self._ports.get(number) is not None:
             raise DeviceError(errno.EBUSY, f"port {number} is another file's, or the kernel's")
-        self._attach(file, number, static=True)
+        self._attach(file, number)
         return 0
 
     def _bind(self, file: File, make: Callable[[], int]) -> int:
@@ -226,9 +225,9 @@ class EvtchnDriver:
         self._attach(file, number)
         return number
 
-    def _attach(self, file: File, number: int, *, static: bool = False) -> None:
+    def _attach(self, file: File, number: int) -> None:
         state = _state(file)
-        bound = Bound(number, file, static)
+        bound = Bound(number, file)
         self._bound[number] = state.ports[number] = bound
         state.ring.grow(len(state.ports))
         self._deliver(bound)  # a port bound to a peer's has an event from the start
@@ -291,7 +290,7 @@ class EvtchnDriver:
         ports = _state(file).ports
         for (number,) in PORT.iter_unpack(data[:taken]):
             bound = ports.get(number)
-            if bound is not None and not bound.enabled:
+            if bound is not None:
                 bound.enabled = True
                 self._deliver(bound)
         return taken
@@ -334,7 +333,7 @@ class EvtchnDriver:
         if bound.references:
             return
         del self._bound[number]
-        if not bound.static and self._ports.get(number) is not None:  # it is gone if the domain died first
+        if self._ports.get(number) is not None:  # a static one is not there, and no port is if the domain died first
             self._ports.close(number)
 
     # The end.

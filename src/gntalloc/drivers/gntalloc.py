@@ -323,12 +323,11 @@ class GntallocDriver:
 
     def _keep_promise(self, gref: Gref) -> None:
         """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
-        promise, gref.promise = gref.promise, None
-        if promise is None:
-            return
-        if promise.byte is not None:
-            clear_byte(self._frames, gref.frame, promise.byte)
-        promise.send()
+        promise = gref.promise
+        if promise is not None:
+            if promise.byte is not None:
+                clear_byte(self._frames, gref.frame, promise.byte)
+            promise.send()
 
     def _finish(self, gref: Gref) -> bool:
         """End the grant and free the page, if the table and the kernel agree that nobody else has it."""

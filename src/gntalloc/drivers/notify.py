@@ -52,7 +52,7 @@ class Promise:
             ports.take(self._port)
 
     def send(self) -> None:
-        """Keep it, as far as the event goes. Another call does nothing."""
+        """Keep it, as far as the event goes. It is the end of the promise."""
         if self._port is not None:
             self._ports.notify(self._port)
         self.forget()
@@ -61,7 +61,6 @@ class Promise:
         """Another promise took its place."""
         if self._port is not None:
             self._ports.drop(self._port)
-            self._port = None
 
 
 def check_action(action: int) -> None:
