@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import socket
 import sys
 import warnings
@@ -45,7 +43,8 @@ class Machine:
     """
 
     def __init__(self, limit: int = 1024, behaviour: str = "ours", *, table_frames: int = 64) -> None:
-        import subprocess  # noqa: PLC0415  only who starts a machine pays for it
+        import json  # only who starts a machine pays for these
+        import subprocess
 
         if behaviour not in {"ours", "linux"}:
             raise ValueError(f"behaviour is 'ours' or 'linux', not {behaviour!r}")
@@ -53,7 +52,7 @@ class Machine:
             raise ValueError(f"limit={limit}, table_frames={table_frames}: a limit is 0 or more, a table has a frame")
         make_top_folder()
         self.folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a process that had our pid, and was killed
+        _remove(self.folder)  # of a process that had our pid, and was killed
         os.mkdir(self.folder, 0o700)
         ours, theirs = socket.socketpair()
         settings = json.dumps({"limit": limit, "behaviour": behaviour, "table_frames": table_frames})
@@ -129,7 +128,7 @@ class Machine:
         except Exception:  # stopped by somebody: it holds nothing that would be lost
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +154,12 @@ class Machine:
         """The machine is the parent's: a child must not keep it alive, nor give it orders over this channel."""
         self._closed = True
         self._process.returncode = 0  # it is no child of ours to wait for
+
+
+def _remove(folder: str) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 _machines: weakref.WeakSet[Machine] = weakref.WeakSet()

@@ -1,0 +1,93 @@
+"""What one ALLOC and DEALLOC of a page cost while other grants are live: 0 to 30,000, made in ALLOCs of 200.
+
+    python bench/growth.py                      on a machine of our own
+    python bench/growth.py --kernel             on /dev/xen: run it in the lab
+    … --json FILE                               write what was measured there as well
+
+The real driver's curve, recorded in docs/data:
+
+    gntalloc lab run --file bench/growth.py --fetch growth.json --into . -- python3 growth.py --kernel --json growth.json
+
+Each point is the median of rounds; only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import gntalloc
+from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
+from gntalloc.guest.devices import Devices, DeviceFile
+
+LIVE = (0, 10, 100, 1000, 5000, 10000, 20000, 30000)
+CHUNK = 200
+ROUNDS = 9
+
+
+def alloc(file: DeviceFile, count: int) -> int:
+    argument = bytearray(AllocGref(0, 1, count, 0).pack() + bytes(max(8, 4 * count)))
+    file.ioctl(ALLOC_GREF, argument)
+    return AllocGref.unpack_from(argument).index
+
+
+def dealloc(file: DeviceFile, index: int, count: int = 1) -> None:
+    file.ioctl(DEALLOC_GREF, DeallocGref(index, count).pack())
+
+
+def one_round(file: DeviceFile, cycles: int) -> float:
+    """Microseconds a cycle."""
+    started = time.perf_counter()
+    for _ in range(cycles):
+        dealloc(file, alloc(file, 1))
+    return (time.perf_counter() - started) / cycles * 1e6
+
+
+def measure(devices: Devices, cycles: int) -> list[dict[str, float]]:
+    devices.limit = LIVE[-1] + 1000
+    bulk, file = devices.open("gntalloc"), devices.open("gntalloc")
+    points = []
+    live = 0
+    for target in LIVE:
+        while live < target:
+            count = min(CHUNK, target - live)
+            alloc(bulk, count)
+            live += count
+        one_round(file, cycles)
+        rounds = [one_round(file, cycles) for _ in range(ROUNDS)]
+        points.append({"live": live, "microseconds": round(statistics.median(rounds), 1)})
+        print(f"{live:6} live  {points[-1]['microseconds']:8.1f} µs", flush=True)
+    bulk.close()
+    file.close()
+    print(f"with {LIVE[-1]} live / with none: {points[-1]['microseconds'] / points[0]['microseconds']:.2f}")
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    if options.kernel:
+        points = measure(gntalloc.current_domain("/dev/xen").devices, 40)
+        what = f"Linux {platform.release()}"
+    else:
+        if len(os.sched_getaffinity(0)) > 1:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the machine inherits it: one processor for both
+        with gntalloc.Machine() as machine:
+            points = measure(machine.domain(1).devices, 200)
+        what = f"gntalloc on Python {platform.python_version()}"
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"what": what, "points": points}, file, indent=1)
+            file.write("\n")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
