@@ -16,7 +16,7 @@ A program may send a request before the reply to the one before has come. Replie
     IOCTL     handle u32, request u32, address u64, regions               what the driver returned; regions it wrote
     MMAP      handle u32, prot u32, shared u32, offset u64, length u64    number of the record; confirm u8, pieces;
                                                                           a descriptor for each memory file
-    PLACED    record u64                                                  (none: it is not answered)
+    PLACED    record u64, address u64; sent if `confirm` is not 0         (none: it is not answered)
     READ      handle u32, size u32                                        length; the bytes (of evtchn none: they are
                                                                           on the home, unless lost: EFBIG)
     WRITE     handle u32, the bytes                                       length
@@ -76,7 +76,7 @@ HELLO_REQUEST = Struct("=I")
 OPEN_REQUEST = Struct("=I")
 IOCTL_REQUEST = Struct("=IIQ")
 MMAP_REQUEST = Struct("=IIIQQ")
-PLACED_REQUEST = Struct("=Q")
+PLACED_REQUEST = Struct("=QQ")
 READ_REQUEST = Struct("=II")
 WRITE_REQUEST = Struct("=I")
 HOLDERS_REQUEST = Struct("=IIQQ")

@@ -55,7 +55,7 @@ GARBAGE = {
     "ioctl half a region": wire.encode(wire.IOCTL, 1, bytes(16) + bytes(15)),
     "ioctl region too short": wire.encode(wire.IOCTL, 1, bytes(16) + pack("=QII", 0, 5, 1) + b"four"),
     "mmap too short": wire.encode(wire.MMAP, 1, bytes(27)),
-    "placed too short": wire.encode(wire.PLACED, 1, bytes(7)),
+    "placed too short": wire.encode(wire.PLACED, 1, bytes(15)),
     "descriptors that do not come": wire.encode(wire.SHOW, 1, b"", 1),
     "very many descriptors that do not come": wire.encode(wire.SHOW, 1, b"", 0xFFFF),
 }
@@ -162,7 +162,7 @@ def test_a_client_that_stops_in_the_middle_of_a_message_is_dropped(impatient: In
 
 def test_a_client_that_stops_after_a_message_without_an_answer_is_dropped(impatient: InThread) -> None:
     with RawClient(impatient.path) as client:
-        client.sock.sendall(client.request(wire.PLACED, bytes(8)) + client.request(wire.HELLO, bytes(4))[:-1])
+        client.sock.sendall(client.request(wire.PLACED, bytes(16)) + client.request(wire.HELLO, bytes(4))[:-1])
         assert client.dropped()
 
 

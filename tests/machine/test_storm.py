@@ -162,7 +162,7 @@ class Client:
             else:
                 self.descriptors.append(descriptor)
         if not answer[0].error and answer[0].result and self.chance.random() < 0.8:
-            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(answer[0].result))
+            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(answer[0].result, 0x10000))
 
     def munmap(self) -> None:
         if self.maps:
@@ -190,7 +190,7 @@ class Client:
 
     def placed(self) -> None:
         with contextlib.suppress(OSError):
-            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(self.number(64, [1, 2, 3])))
+            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(self.number(64, [1, 2, 3]), self.number(64, [0])))
 
     def read_or_write(self) -> None:
         handle = pack("=I", self.number(32, self.handles[self.chance.choice((b"gntdev", b"evtchn"))]))

@@ -279,8 +279,8 @@ def _progress() -> Iterator[Report]:
         yield line
         return
 
-    from rich.console import Console  # noqa: PLC0415  # late: only a terminal needs it
-    from rich.progress import Progress, TaskID  # noqa: PLC0415
+    from rich.console import Console  # late: only a terminal needs it
+    from rich.progress import Progress, TaskID
 
     tasks: dict[str, TaskID] = {}
     with Progress(console=Console(stderr=True)) as progress:

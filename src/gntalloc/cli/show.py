@@ -16,10 +16,10 @@ __all__ = ["bytes_text", "progress", "table"]
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print rows of cells: a rich table on a terminal, columns of plain text elsewhere."""
     if sys.stdout.isatty():
-        from rich import box  # noqa: PLC0415
-        from rich.console import Console  # noqa: PLC0415
-        from rich.table import Table  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
         shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(headings))
         for heading in headings:
@@ -42,8 +42,8 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda _done: None
         return
-    from rich import progress as bars  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
+    from rich import progress as bars
+    from rich.console import Console
 
     columns = (
         bars.TextColumn("{task.description}"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from gntalloc.errors import DeviceError
@@ -42,6 +43,10 @@ __all__ = [
 class Caller(Protocol):
     """Whoever makes a call, seen as memory: copy_from_user and copy_to_user."""
 
+    @property
+    def process(self) -> int:
+        """Whose memory it is: see `Record.place`."""
+
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes of the caller's memory. DeviceError(EFAULT) if any of them is not readable."""
 
@@ -61,45 +66,66 @@ class Region:
         self.written = False
 
 
+def _address(region: Region) -> int:
+    return region.address
+
+
 class MessageCaller:
-    """A caller whose memory is what a message carries: outside its regions there is nothing."""
+    """A caller whose memory is what a message carries: outside its regions there is nothing.
 
-    __slots__ = ("regions",)
+    Regions may touch, and a copy may then go over several, as far as it gets.
+    """
 
-    def __init__(self, regions: list[Region]) -> None:
-        self.regions = regions
+    __slots__ = ("process", "regions")
+
+    def __init__(self, regions: list[Region], *, process: int = 0) -> None:
+        self.regions = sorted(regions, key=_address)
+        self.process = process
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
-        region, start = self._find(address, size)
-        return bytes(region.data[start : start + size])
+        found = b""
+        while len(found) < size:
+            region, start = self._find(address + len(found), size - len(found))
+            found += region.data[start : start + size - len(found)]
+        return found
 
     def write(self, address: int, data: bytes) -> None:
         """See `Caller`."""
-        region, start = self._find(address, len(data))
-        if not region.writable:
-            raise DeviceError(errno.EFAULT, f"the {len(data)} bytes at {address:#x} are read-only memory")
-        region.data[start : start + len(data)] = data
-        region.written = True
+        written = 0
+        while written < len(data):
+            region, start = self._find(address + written, len(data) - written)
+            if not region.writable:
+                raise DeviceError(errno.EFAULT, f"the memory at {address + written:#x} is read-only")
+            size = min(len(data) - written, len(region.data) - start)
+            region.data[start : start + size] = data[written : written + size]
+            region.written = True
+            written += size
 
     def _find(self, address: int, size: int) -> tuple[Region, int]:
-        for region in self.regions:
-            start = address - region.address
-            if start >= 0 and start + size <= len(region.data):
-                return region, start
+        at = bisect_right(self.regions, address, key=_address) - 1
+        if at >= 0 and address < self.regions[at].address + len(self.regions[at].data):
+            return self.regions[at], address - self.regions[at].address
         raise DeviceError(errno.EFAULT, f"the {size} bytes at {address:#x} are not all in the caller's memory")
 
 
 class Record:
     """One mmap call: lives until the last piece of it is unmapped, in every process that inherited it."""
 
-    __slots__ = ("file", "length", "loans", "payload")
+    __slots__ = ("addresses", "file", "length", "loans", "payload", "process")
 
     def __init__(self, file: File, length: int, payload: object) -> None:
         self.file = file
         self.length = length
         self.payload = payload  # the driver's: which pages
         self.loans: set[Loan] = set()  # the front end's: what it handed out for this
+        self.addresses = range(0)  # the front end's too: where the program has it,
+        self.process = 0  # and which program
+
+    def place(self, process: int, address: int) -> None:
+        """The program `process` has these pages at `address`."""
+        self.addresses = range(address, address + self.length)
+        self.process = process
 
 
 Frames: TypeAlias = "frames.Frames[Record]"

@@ -15,9 +15,12 @@ from struct import Struct
 from typing import TYPE_CHECKING, cast
 
 from gntalloc.abi.gntdev import (
+    GET_OFFSET_FOR_VADDR,
+    GRANT_COPY,
     MAP_GRANT_REF,
     SET_UNMAP_NOTIFY,
     UNMAP_GRANT_REF,
+    GetOffsetForVaddr,
     GrantRef,
     MapGrantRef,
     UnmapGrantRef,
@@ -26,6 +29,7 @@ from gntalloc.abi.gntdev import (
 from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.copy import Copier
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
@@ -87,11 +91,14 @@ class GntdevDriver:
         self._frames = frames
         self._ports = ports
         self._behaviour = behaviour
+        self._copier = Copier(domid, hypervisor, frames)
         self._noted = 0
         self._requests = {
             MAP_GRANT_REF: self._map,
             UNMAP_GRANT_REF: self._unmap,
+            GET_OFFSET_FOR_VADDR: self._get_offset,
             SET_UNMAP_NOTIFY: self._set_notify,
+            GRANT_COPY: self._copy,
         }
 
     @property
@@ -161,7 +168,8 @@ class GntdevDriver:
         entry.mapped = True
         entry.handles = handles
         entry.record = Record(file, length, entry)
-        return Plan(entry.record, pieces_of(handle.frame for handle in handles), writable=writable, granters=False)
+        pieces = pieces_of(handle.frame for handle in handles)
+        return Plan(entry.record, pieces, writable=writable, granters=False, confirm=True)
 
     def _seal(self, handles: list[Handle[Frame]], *, writable: bool) -> None:
         """Before a peer gets at read-only pages nobody may be able to make a writable map of them any more.
@@ -181,6 +189,27 @@ class GntdevDriver:
             sealing[extent] = None
         for extent in sealing:
             self._frames.seal(extent)
+
+    # GET_OFFSET_FOR_VADDR: what is mapped there?
+
+    def _get_offset(self, file: File, address: int, caller: Caller) -> int:
+        head = caller.read(address, GetOffsetForVaddr.SIZE)
+        asked = GetOffsetForVaddr.unpack_from(head)
+        there = [record for record in file.records if asked.vaddr in record.addresses]
+        if not there:
+            raise DeviceError(errno.EINVAL, f"no pages of this file are mapped at {asked.vaddr:#x}")
+        # A child made by fork has its parent's maps, where it has not made its own since.
+        record = next((record for record in there if record.process == caller.process), there[0])
+        entry = cast("Entry", record.payload)
+        answer = asked._replace(offset=entry.first * PAGE_SIZE, count=entry.count).pack()
+        caller.write(address, answer)
+        return 0
+
+    # GRANT_COPY: without a map.
+
+    def _copy(self, file: File, address: int, caller: Caller) -> int:
+        self._copier.copy(address, caller)
+        return 0
 
     # SET_UNMAP_NOTIFY: one promise an entry, the last one made.
 
@@ -214,7 +243,7 @@ class GntdevDriver:
             self._hypervisor.unmap(handle)
 
     def placed(self, record: Record) -> None:
-        """Nothing waits for that here."""
+        """Nothing waits for that; the record knows the address now, for GET_OFFSET_FOR_VADDR."""
 
     def unmapped(self, record: Record) -> None:
         """The last piece of this mmap is gone, and with it the grants."""

@@ -38,6 +38,7 @@ STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
 _DESCRIPTORS_A_MESSAGE = 8  # more than any has
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTORS_A_MESSAGE * 4)
+_MANY_UNPLACED = 64
 _NO_LINGER = struct.pack("ii", 0, 0)
 
 
@@ -227,6 +228,7 @@ class Connection(Channel):
         self._files: dict[int, File] = {}
         self._next_handle = 1
         self._unplaced: dict[int, Record] = {}
+        self._many_unplaced = _MANY_UNPLACED
         self._next_record = 1
         self._kinds: dict[int, Callable[[wire.Message, list[int]], None]] = {
             wire.HELLO: self._hello,
@@ -328,7 +330,7 @@ class Connection(Channel):
             Region(region.address, bytearray(region.data), writable=region.writable)
             for region in wire.decode_regions(message.payload[wire.IOCTL_REQUEST.size :])
         ]
-        caller = MessageCaller(regions)
+        caller = MessageCaller(regions, process=self.pid)
         error, why, result = 0, "", 0
         try:
             result = self._file(handle).ioctl(request, address, caller)
@@ -346,8 +348,9 @@ class Connection(Channel):
         if plan.confirm:
             number = self._next_record
             self._next_record += 1
-            for old in [old for old, record in self._unplaced.items() if not record.loans]:
-                del self._unplaced[old]  # mapped, and unmapped without a word
+            if len(self._unplaced) >= self._many_unplaced:  # mapped, and unmapped without a word
+                self._unplaced = {old: record for old, record in self._unplaced.items() if record.loans}
+                self._many_unplaced = 2 * len(self._unplaced) + _MANY_UNPLACED
             self._unplaced[number] = plan.record
         place = {loan.extent: at for at, loan in enumerate(loans)}
         size = PAGE_SIZE
@@ -361,9 +364,10 @@ class Connection(Channel):
                 loan.close()
 
     def _placed(self, message: wire.Message, descriptors: list[int]) -> None:
-        (number,) = wire.PLACED_REQUEST.unpack_from(message.payload)
+        number, address = wire.PLACED_REQUEST.unpack_from(message.payload)
         record = self._unplaced.pop(number, None)
         if record is not None and record.loans:
+            record.place(self.pid, address)
             record.file.driver.placed(record)
 
     def _read(self, message: wire.Message, descriptors: list[int]) -> None:

@@ -16,9 +16,11 @@ class FakeMemory:
 
     Args:
         fail_at: which copy, the first being 1, is answered with EFAULT whatever it asks for.
+        process: whose memory it is.
     """
 
-    def __init__(self, *, fail_at: int | None = None) -> None:
+    def __init__(self, *, fail_at: int | None = None, process: int = 0) -> None:
+        self.process = process
         self.fail_at = fail_at
         self.copies: list[tuple[str, int, int]] = []  # "read" or "write", address, size
         self._stretches: dict[int, tuple[bytearray, bool]] = {}

@@ -8,12 +8,18 @@ Everything above is written once, on the two protocols here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gntalloc.maps import Mapping
 
-__all__ = ["DeviceFile", "Devices", "Holders"]
+__all__ = ["Buffer", "DeviceFile", "Devices", "Holders"]
+
+
+Buffer: TypeAlias = "bytearray | bytes | memoryview"
+"""Memory of a program; `bytes` and read-only views cannot be written."""
 
 
 class Holders(NamedTuple):
@@ -27,8 +33,13 @@ class Holders(NamedTuple):
 class DeviceFile(Protocol):
     """An open device file. A dup, a fork and SCM_RIGHTS carry it, and its last close is the driver's release."""
 
-    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
+    def ioctl(
+        self, request: int, argument: bytearray | bytes | None, *, memory: Sequence[tuple[int, Buffer]] = ()
+    ) -> int:
         """Call the driver, which changes `argument` in place. `bytes` is read-only memory, None the null pointer.
+
+        What `argument` points to (GRANT_COPY's segments and buffers) is named in `memory`: its address, as
+        ctypes.addressof tells, and itself. Where the driver writes, all of it is copied back.
 
         Raises:
             DeviceError: the driver's errno; on the machine also its reason.

@@ -11,7 +11,9 @@ from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
 from gntalloc.maps import Mapping
 
 if TYPE_CHECKING:
-    from gntalloc.guest.devices import Holders
+    from collections.abc import Sequence
+
+    from gntalloc.guest.devices import Buffer, Holders
 
 __all__ = ["KernelDevices", "KernelFile"]
 
@@ -37,7 +39,7 @@ class KernelDevices:
             NoMachine: xenstore cannot be reached.
         """
         if self._domid is None:
-            from gntalloc.xenstore.client import Store  # noqa: PLC0415  only here, and only on Xen
+            from gntalloc.xenstore.client import Store
 
             with Store() as store:
                 self._domid = store.domid
@@ -86,8 +88,10 @@ class KernelFile:
         self.name = name
         self._descriptor = descriptor
 
-    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
-        """See `DeviceFile`."""
+    def ioctl(
+        self, request: int, argument: bytearray | bytes | None, *, memory: Sequence[tuple[int, Buffer]] = ()
+    ) -> int:
+        """See `DeviceFile`. The kernel finds `memory` by itself, at its address."""
         try:
             if argument is None:
                 return fcntl.ioctl(self.fileno(), request, _FAULT)

@@ -8,6 +8,7 @@ import os
 import socket
 import termios
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from gntalloc import wire
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
@@ -16,6 +17,11 @@ from gntalloc.guest.channel import Answer, Channel, Descriptor
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
 from gntalloc.maps import PAGE_SIZE, Mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gntalloc.guest.devices import Buffer
 
 __all__ = ["MachineDevices", "MachineFile"]
 
@@ -85,22 +91,27 @@ class MachineFile:
             self._handle = answer.result
             self._generation = channel.generation
 
-    def ioctl(self, request: int, argument: bytearray | bytes | None) -> int:
+    def ioctl(
+        self, request: int, argument: bytearray | bytes | None, *, memory: Sequence[tuple[int, Buffer]] = ()
+    ) -> int:
         """See `DeviceFile`."""
         if request == RESET and self.name == "evtchn":
             self._empty()
-        regions: list[wire.Region] = []
-        address = 0
-        if argument is not None:
-            address = ARGUMENT_ADDRESS
-            regions = [wire.Region(address, isinstance(argument, bytearray), argument[:_LONGEST_ARGUMENT])]
+        address = 0 if argument is None else ARGUMENT_ADDRESS
+        there = dict(memory) if argument is None else {address: argument[:_LONGEST_ARGUMENT], **dict(memory)}
+        regions = [wire.Region(at, not memoryview(data).readonly, bytes(data)) for at, data in there.items()]
         body = wire.encode_regions(regions)
+        if len(body) > _LONGEST_ARGUMENT + 4000:
+            why = f"{len(body)} bytes of memory go with request {request:#010x}, too many for one call; make several"
+            raise DeviceError(errno.E2BIG, why)
+        if argument is not None:
+            there[address] = argument
         try:
             answer = self._call(wire.IOCTL, wire.IOCTL_REQUEST, request & 0xFFFFFFFF, address, rest=body)
         except DeviceError as refusal:
-            _write_back(argument, getattr(refusal, "body", b""))
+            _write_back(there, getattr(refusal, "body", b""))
             raise
-        _write_back(argument, answer.body)
+        _write_back(there, answer.body)
         return answer.result
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
@@ -123,7 +134,8 @@ class MachineFile:
             for descriptor in answer.descriptors:
                 descriptor.close()
         if confirm:
-            self._channel.post(wire.PLACED, wire.PLACED_REQUEST.pack(answer.result), self._generation)
+            placed = wire.PLACED_REQUEST.pack(answer.result, mapping.address)
+            self._channel.post(wire.PLACED, placed, self._generation)
         return mapping
 
     def read(self, size: int) -> bytes:
@@ -211,7 +223,6 @@ def _waiting(home: int) -> int:
     return size // PORT.size
 
 
-def _write_back(argument: bytearray | bytes | None, body: bytes) -> None:
+def _write_back(there: dict[int, Buffer], body: bytes) -> None:
     for region in wire.decode_regions(body):
-        if isinstance(argument, bytearray):
-            argument[: len(region.data)] = region.data
+        memoryview(there[region.address]).cast("B")[: len(region.data)] = region.data

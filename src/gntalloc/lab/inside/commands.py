@@ -171,7 +171,7 @@ def _put(head: dict[str, Any], data: bytes) -> None:
 
 def _files(pattern: str) -> list[str]:
     """List the files a pattern stands for, with all that is below a folder."""
-    import glob  # noqa: PLC0415  # late: see messages.py
+    import glob  # late: see messages.py
 
     found = []
     for path in sorted(glob.glob(pattern, root_dir=WORK)):
