@@ -160,7 +160,8 @@ class GntallocDriver:
             # Nobody knows the index, so nobody could free them.
             if self._behaviour.undo_unwritable_reply:
                 self._drop(grefs)
-                if self._behaviour.put_index_back:
+                # A page whose reference a peer has guessed lingers, and keeps its index.
+                if self._behaviour.put_index_back and not any(gref in self._grefs for gref in grefs):
                     state.next_index = index
             raise
         return 0
