@@ -31,7 +31,8 @@ _DOMIDS = Struct("=I")
 _INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
-_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 4096
+_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 65536
+_MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
 class MachineDevices:
@@ -97,15 +98,16 @@ class MachineFile:
         """See `DeviceFile`."""
         if request == RESET and self.name == "evtchn":
             self._empty()
-        address = 0 if argument is None else ARGUMENT_ADDRESS
-        there = dict(memory) if argument is None else {address: argument[:_LONGEST_ARGUMENT], **dict(memory)}
+        there = dict(memory)
+        if sum(map(len, there.values())) > _MOST_MEMORY:
+            why = f"more than {_MOST_MEMORY} bytes of memory go with request {request:#010x}; make several calls"
+            raise DeviceError(errno.E2BIG, why)
+        address = 0
+        if argument is not None:
+            address = ARGUMENT_ADDRESS
+            there[address] = memoryview(argument)[: _LONGEST_ARGUMENT - sum(map(len, there.values()))]
         regions = [wire.Region(at, not memoryview(data).readonly, bytes(data)) for at, data in there.items()]
         body = wire.encode_regions(regions)
-        if len(body) > _LONGEST_ARGUMENT + 4000:
-            why = f"{len(body)} bytes of memory go with request {request:#010x}, too many for one call; make several"
-            raise DeviceError(errno.E2BIG, why)
-        if argument is not None:
-            there[address] = argument
         try:
             answer = self._call(wire.IOCTL, wire.IOCTL_REQUEST, request & 0xFFFFFFFF, address, rest=body)
         except DeviceError as refusal:
