@@ -6,7 +6,7 @@
 
 The real driver's curve, recorded in docs/data:
 
-    gntalloc lab run --file bench/growth.py --fetch growth.json --into . -- python3 growth.py --kernel --json growth.json
+    gntalloc lab run --file bench/growth.py --fetch out.json -- python3 growth.py --kernel --json out.json
 
 Each point is the median of rounds; only ratios within one run mean anything.
 """
@@ -20,10 +20,13 @@ import platform
 import statistics
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import gntalloc
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
-from gntalloc.guest.devices import Devices, DeviceFile
+
+if TYPE_CHECKING:
+    from gntalloc.guest.devices import DeviceFile, Devices
 
 LIVE = (0, 10, 100, 1000, 5000, 10000, 20000, 30000)
 CHUNK = 200

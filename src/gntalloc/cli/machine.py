@@ -8,12 +8,13 @@ import pwd
 import shutil
 import signal
 import sys
+from typing import Any
 
 import click
 
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.guest.control import ControlClient
-from gntalloc.machine.process import make_server, protect_and_provide, serve
+from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
 from gntalloc.places import domain_path, machine_folder, make_top_folder
 
 __all__ = ["command"]
@@ -53,30 +54,33 @@ def _domain(value: str) -> tuple[int, int]:
 def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: str, verbose: bool) -> None:
     """Run a machine in the foreground until Ctrl-C.
 
-    Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment.
+    Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment. Without --domain there are 1 and 2.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
     folder = _fresh_folder(name)
-    protect_and_provide()
-    server = make_server(folder, {"limit": limit, "behaviour": behaviour})
-    for domid, uid in domains or ((1, os.getuid()), (2, os.getuid())):
-        server.create(domid, uid=uid)
-        print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
-    print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)
-    interrupted = False
-
-    def interrupt(_number: int, _frame: object) -> None:
-        nonlocal interrupted
-        interrupted = server.stopping = True
-
-    signal.signal(signal.SIGINT, interrupt)
     try:
-        serve(server)
+        came = _run(folder, name, domains, {"limit": limit, "behaviour": behaviour})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if interrupted:
+    if signal.SIGINT in came:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(folder: str, name: str, domains: list[tuple[int, int]], settings: dict[str, Any]) -> list[int]:
+    """Serve until a signal comes; which."""
+    protect_and_provide()
+    server = make_server(folder, settings)
+    came = stop_on_signals(server, signal.SIGTERM, signal.SIGINT)
+    try:
+        for domid, uid in domains or ((1, os.getuid()), (2, os.getuid())):
+            server.create(domid, uid=uid)
+            print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
+        print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)
+        server.run()
+    finally:
+        server.close()
+    return came
 
 
 def _fresh_folder(name: str) -> str:

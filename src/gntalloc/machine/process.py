@@ -15,7 +15,7 @@ from typing import Any
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
 
-__all__ = ["child_main", "serve"]
+__all__ = ["child_main", "make_server", "protect_and_provide", "stop_on_signals"]
 
 _PR_SET_DUMPABLE = 4
 
@@ -33,21 +33,21 @@ def make_server(folder: str, settings: dict[str, Any]) -> Server:
     return Server(Machine(behaviour=behaviour, **settings), folder)
 
 
-def serve(server: Server) -> None:
-    """Run until told to stop, by a signal too, and leave nothing behind in the folder."""
+def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
+    """Let these signals end `run`. Gives a list that the number of each that comes is put into."""
+    came: list[int] = []
 
-    def stop(_number: int, _frame: object) -> None:
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
         server.stopping = True
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in numbers:
+        signal.signal(number, stop)
     # The handler runs between two instructions of ours; the wake-up descriptor ends the wait it may have come in.
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     server.wake_by(reading)
-    try:
-        server.run()
-    finally:
-        server.close()
+    return came
 
 
 def child_main(descriptor: int, folder: str, settings: str) -> None:
@@ -58,9 +58,11 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
     protect_and_provide()
     server = make_server(folder, json.loads(settings))
     server.adopt_control(socket.socket(fileno=descriptor))
+    stop_on_signals(server, signal.SIGTERM)
     try:
-        serve(server)
+        server.run()
     finally:
+        server.close()
         try:
             os.rmdir(folder)
         except OSError:
