@@ -21,13 +21,7 @@ DOCS = HERE.parent.parent / "docs"
 PAGE = DOCS / "conformance.md"
 
 # Rows our drivers do not do yet: row -> what is missing. Empty it, never hide in it.
-_NOTIFY = "SET_UNMAP_NOTIFY"
-_COPY = "GRANT_COPY"
-NOT_DONE: dict[str, str] = {
-    **dict.fromkeys(("41", "42", "43", "44", "45", "46", "47", "48", "49", "50", "51", "80", "81", "82"), _NOTIFY),
-    **dict.fromkeys(("77", "78"), "GET_OFFSET_FOR_VADDR"),
-    "90": _COPY,
-}
+NOT_DONE: dict[str, str] = {}
 
 # The modern guest, whose gntdev ours is to be like; the others are shown beside it.
 LIKE = "pvh"
