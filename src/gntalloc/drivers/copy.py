@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SEGMENTS", "Copier"]
 
-MAX_SEGMENTS = 16384  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
+MAX_SEGMENTS = 4096  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
 BATCH = 16
 _STATUS = Struct("=h")
 
