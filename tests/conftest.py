@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,8 +32,8 @@ def make_core() -> Iterator[Callable[..., Core]]:
     before = Snapshot.of(None)
     cores: list[Core] = []
 
-    def make(behaviour: str = "ours", *, limit: int = 64, table_frames: int = 1) -> Core:
-        core = Core(limit=limit, behaviour=BEHAVIOURS[behaviour], table_frames=table_frames)
+    def make(behaviour: str = "ours", *, limit: int = 64, table_frames: int = 1, strict: bool = False) -> Core:
+        core = Core(limit=limit, behaviour=replace(BEHAVIOURS[behaviour], strict=strict), table_frames=table_frames)
         for domid in (1, 2):
             core.create(domid, uid=os.getuid())
         cores.append(core)

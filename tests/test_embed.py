@@ -49,6 +49,20 @@ def test_two_machines_know_nothing_of_each_other(make_machine: Callable[..., Mac
     assert one.folder != two.folder
 
 
+def test_a_domain_that_another_thread_has_just_made_is_there(
+    make_machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = make_machine()
+    first = machine.domain(1)
+    answers = iter([False, True])  # not there when it was looked for, and there after all
+    monkeypatch.setattr("os.path.exists", lambda _path: next(answers))
+    again = machine.domain(1, limit=7)
+    monkeypatch.undo()
+    assert (again.domid, first.limit) == (1, 7)
+    for domain in (first, again):
+        domain.devices.close()
+
+
 def test_a_domain_is_made_once(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(limit=10)
     first, again, other = machine.domain(1), machine.domain(1, limit=5), machine.domain(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -36,13 +37,17 @@ class Machine:
     Args:
         limit: pages each domain may have granted at once, unless it is given another limit.
         behaviour: "ours", or "linux" for what the real driver does in every row of docs/differences.md.
+        strict: refuse what Linux lets pass and nobody can have meant: an ALLOC of no pages, with flags that nobody
+            knows, for a number that is no domain's, or for one's own.
         table_frames: how far a grant table may grow, in frames of 512 references.
 
     Raises:
         GntallocError: it could not be started; the text says why.
     """
 
-    def __init__(self, limit: int = 1024, behaviour: str = "ours", *, table_frames: int = 64) -> None:
+    def __init__(
+        self, limit: int = 1024, behaviour: str = "ours", *, strict: bool = False, table_frames: int = 64
+    ) -> None:
         import json  # only who starts a machine pays for these
         import subprocess
 
@@ -55,7 +60,7 @@ class Machine:
         _remove(self.folder)  # of a process that had our pid, and was killed
         os.mkdir(self.folder, 0o700)
         ours, theirs = socket.socketpair()
-        settings = json.dumps({"limit": limit, "behaviour": behaviour, "table_frames": table_frames})
+        settings = json.dumps({"limit": limit, "behaviour": behaviour, "strict": strict, "table_frames": table_frames})
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         arguments = [package, str(theirs.fileno()), self.folder, settings]
         with theirs:
@@ -92,12 +97,22 @@ class Machine:
             limit: pages it may have granted at once, if not the machine's.
             uid: whose programs may enter it; this user's if not given. (The folder must let them in.)
         """
-        path = domain_path(self.folder, domid)
-        if not os.path.exists(path):
-            self._control.order("create", domid=domid, uid=os.getuid() if uid is None else uid, limit=limit)
-        elif limit is not None:
+        if not self._create(domid, os.getuid() if uid is None else uid, limit) and limit is not None:
             self._control.order("set_limit", domid=domid, limit=limit)
-        return Domain(MachineDevices(path))
+        return Domain(MachineDevices(domain_path(self.folder, domid)))
+
+    def _create(self, domid: int, uid: int, limit: int | None) -> bool:
+        """False: the domain is there already."""
+        path = domain_path(self.folder, domid)
+        if os.path.exists(path):
+            return False
+        try:
+            self._control.order("create", domid=domid, uid=uid, limit=limit)
+        except GntallocError as error:
+            if error.errno != errno.EEXIST or not os.path.exists(path):
+                raise
+            return False  # another thread was faster
+        return True
 
     def environ(self, domid: int) -> dict[str, str]:
         """The environment that puts a program into domain `domid`, which is made if it is not there."""

@@ -50,8 +50,9 @@ def _domain(value: str) -> tuple[int, int]:
 )
 @click.option("--limit", default=1024, show_default=True, type=click.IntRange(0), help="Pages, of each domain.")
 @click.option("--behaviour", type=click.Choice(["ours", "linux"]), default="ours", show_default=True)
+@click.option("--strict", is_flag=True, help="Refuse grants of no pages, with unknown flags, or for no other domain.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each request that fails does.")
-def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: str, verbose: bool) -> None:
+def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: str, strict: bool, verbose: bool) -> None:
     """Run a machine in the foreground until Ctrl-C.
 
     Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment. Without --domain there are 1 and 2.
@@ -59,7 +60,7 @@ def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: st
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
     folder = _fresh_folder(name)
     try:
-        came = _run(folder, name, domains, {"limit": limit, "behaviour": behaviour})
+        came = _run(folder, name, domains, {"limit": limit, "behaviour": behaviour, "strict": strict})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if signal.SIGINT in came:

@@ -9,7 +9,7 @@ __all__ = ["LINUX", "OURS", "Behaviour"]
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """The defaults are ours. `LINUX` switches every row."""
+    """The defaults are ours. `LINUX` switches every row; `strict` is off in both."""
 
     count_held_pages: bool = True
     """A page its owner has released counts against the limit until no peer maps it (Linux: not since 5.17)."""
@@ -28,6 +28,9 @@ class Behaviour:
 
     munmap_releases: bool = True
     """The last munmap of a gntdev map releases the grant (Linux in a PVH guest: UNMAP_GRANT_REF too, or close)."""
+
+    strict: bool = False
+    """An ALLOC of no pages, with flags nobody knows or for no other domain is refused (by default and Linux: not)."""
 
 
 OURS = Behaviour()

@@ -28,6 +28,7 @@ from gntalloc.abi.gntalloc import (
     DeallocGref,
     UnmapNotify,
 )
+from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
@@ -137,6 +138,8 @@ class GntallocDriver:
         state = _state(file)
         head = caller.read(address, AllocGref.SIZE)
         asked = AllocGref.unpack_from(head)
+        if self._behaviour.strict:
+            _check_sense(asked, self._table.owner)
         self._check_limit(asked.count)
         index = state.next_index
         try:
@@ -435,6 +438,26 @@ class ReleaseWaiter:
         if self._is_free():
             self._driver.forget(self)
             self._done()
+
+
+def _check_sense(asked: AllocGref, owner: int) -> None:
+    """What Linux lets pass, and nobody can have meant.
+
+    Raises:
+        DeviceError: EINVAL.
+    """
+    if not asked.count:
+        raise DeviceError(errno.EINVAL, "no pages were asked for; this machine is strict, so ask for one at least")
+    if asked.flags & ~FLAG_WRITABLE:
+        what = f"flags {asked.flags:#x} have more than writable ({FLAG_WRITABLE})"
+        raise DeviceError(errno.EINVAL, f"{what}, and this machine is strict; leave the others 0")
+    if asked.domid == owner or asked.domid >= DOMID_FIRST_RESERVED:
+        what = "one's own" if asked.domid == owner else "no domain's"
+        raise DeviceError(
+            errno.EINVAL,
+            f"domid {asked.domid} is {what} number, and this machine is strict; grant to another domain, from 0 to "
+            f"{DOMID_FIRST_RESERVED - 1}",
+        )
 
 
 def _state(file: File) -> FileState:

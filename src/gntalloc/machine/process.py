@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import replace
 from typing import Any
 
 from gntalloc.machine.machine import BEHAVIOURS, Machine
@@ -28,8 +29,8 @@ def protect_and_provide() -> None:
 
 
 def make_server(folder: str, settings: dict[str, Any]) -> Server:
-    """A machine with its control socket in `folder`. `settings`: limit, behaviour (a name), table_frames."""
-    behaviour = BEHAVIOURS[settings.pop("behaviour", "ours")]
+    """A machine with its control socket in `folder`. `settings`: limit, behaviour (a name), strict, table_frames."""
+    behaviour = replace(BEHAVIOURS[settings.pop("behaviour", "ours")], strict=settings.pop("strict", False))
     return Server(Machine(behaviour=behaviour, **settings), folder)
 
 
