@@ -37,7 +37,7 @@ format:
 
 lab-test:
 	@tools/venv dev
-	GNTALLOC_LAB=1 $(BIN)/python -m pytest tests/lab/test_boot.py tests/conformance
+	GNTALLOC_LAB=1 $(BIN)/python -m pytest --durations=8 tests/lab/test_boot.py tests/lab/test_stream.py tests/conformance
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
