@@ -60,6 +60,9 @@ _IN_ONESHOT = 0x80000000
 _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
 _FLOCK = struct.Struct("=hh4xqqi4x")
+# Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
+# and everybody waits for it. Xen lets a page be mapped so often.
+_MOST_LOANS = 128
 _LOOKS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds between looks at an extent in the news
 _FRESH = 2  # until so many of them it is looked at for every request as well: its lock may go at any moment
 
@@ -71,15 +74,16 @@ _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 class Loan(Generic[Holder]):
     """A description handed to a program, which maps it. `descriptor` is the machine's copy: send it, then close."""
 
-    __slots__ = ("byte", "descriptor", "exclusive", "extent", "holder")
+    __slots__ = ("byte", "descriptor", "exclusive", "extent", "granters", "holder")
 
     def __init__(
-        self, extent: Extent[Holder], descriptor: int, byte: int | None, exclusive: bool, holder: Holder
+        self, extent: Extent[Holder], descriptor: int, byte: int | None, exclusive: bool, granters: bool, holder: Holder
     ) -> None:
         self.extent = extent
         self.descriptor = descriptor
         self.byte = byte  # None: a hostile lock was in the way, so only the lease can tell
         self.exclusive = exclusive  # whether its lock is a write lock
+        self.granters = granters
         self.holder = holder
 
     def close(self) -> None:
@@ -96,6 +100,7 @@ class Extent(Generic[Holder]):
         "changed",
         "in_use",
         "lent",
+        "live",
         "loans",
         "master",
         "next_byte",
@@ -112,6 +117,7 @@ class Extent(Generic[Holder]):
         self.master = master  # the machine's description: leases and locks are asked on it
         self.in_use = pages  # pages not given back yet
         self.loans: dict[Loan[Holder], None] = {}  # believed alive
+        self.live = [0, 0]  # how many of them are its peers', and how many its granter's
         self.lent = False  # somebody outside may hold a description, loan or not
         self.next_byte = 0
         self.placed = bytearray(pages)  # 1: the granter has, or had, this page mapped
@@ -187,11 +193,11 @@ class Frames(Generic[Holder]):
         extent.in_use -= 1
         if extent.next_byte:  # else nobody has ever had it
             offset = page * PAGE_SIZE
-            if extent.window is not None:
+            # A hole gives the memory back too. It is refused (EPERM) once the file is sealed, which the granter itself
+            # can have done with read-only pages: then there may be no window, and no peer has ever had them.
+            punched = _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, PAGE_SIZE) == 0
+            if not punched and extent.window is not None:
                 extent.window.memory[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
-            else:
-                # Refused (EPERM) if the granter itself has sealed its read-only pages. Then no peer has ever had them.
-                _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, PAGE_SIZE)
         if not extent.in_use:
             self._discard(extent)
 
@@ -212,8 +218,12 @@ class Frames(Generic[Holder]):
         """A description of the extent for one mmap of `holder`. It lives until the kernel has seen its last piece go.
 
         Raises:
-            DeviceError: ENOMEM, the machine is out of descriptors or watches.
+            DeviceError: ENOMEM, it is mapped too often; or the machine is out of descriptors or watches.
         """
+        if extent.live[granters] >= _MOST_LOANS + extent.pages:
+            whose = "its granter" if granters else "its peers"
+            why = f"these {extent.pages} pages of one ALLOC are mapped {extent.live[granters]} times by {whose} already"
+            raise DeviceError(errno.ENOMEM, f"{why}; unmap some, or map more pages at once")
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:
@@ -229,8 +239,9 @@ class Frames(Generic[Holder]):
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
         except BlockingIOError:
             byte = None
-        loan = Loan(extent, descriptor, byte, exclusive, holder)
+        loan = Loan(extent, descriptor, byte, exclusive, granters, holder)
         extent.loans[loan] = None
+        extent.live[granters] += 1
         extent.lent = True
         return loan
 
@@ -363,11 +374,11 @@ class Frames(Generic[Holder]):
 
     def _bury(self, extent: Extent[Holder]) -> list[Loan[Holder]]:
         died = [loan for loan in extent.loans if not _lives(loan)]
+        if any(loan.byte is None for loan in extent.loans) and _lease_is_free(extent.master):
+            died = list(extent.loans)
         for loan in died:
             del extent.loans[loan]
-        if any(loan.byte is None for loan in extent.loans) and _lease_is_free(extent.master):
-            died += extent.loans
-            extent.loans.clear()
+            extent.live[loan.granters] -= 1
         return died
 
     def _listen(self, extent: Extent[Holder]) -> None:
