@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT, NOTIFY, RESET, UNBIND
+from gntalloc.abi.gntalloc import ALLOC_GREF, SET_UNMAP_NOTIFY, AllocGref, UnmapNotify
 from gntalloc.errors import DeviceError, MachineGone
 
 if TYPE_CHECKING:
@@ -133,6 +134,29 @@ def test_a_write_counts_before_the_next_call(ends: tuple[End, End]) -> None:
     first, second = ends
     for _ in range(200):
         first.notify()
+        assert second.file.read(64) == words(second.port)
+        second.write_back()
+
+
+def test_a_read_finds_what_a_write_let_through(ends: tuple[End, End]) -> None:
+    """The event was pending, so in a kernel it is there when write(2) returns."""
+    first, second = ends
+    for _ in range(200):
+        first.notify()
+        first.notify()
+        assert second.file.read(64) == words(second.port)
+        second.write_back()
+        assert second.file.read(64) == words(second.port)
+        second.write_back()
+
+
+def test_a_read_finds_what_a_close_sent(alice: Domain, ends: tuple[End, End]) -> None:
+    first, second = ends
+    for _ in range(50):
+        gntalloc = alice.devices.open("gntalloc")
+        gntalloc.ioctl(ALLOC_GREF, bytearray(AllocGref(2, 0, 1, 0).pack() + bytes(8)))
+        gntalloc.ioctl(SET_UNMAP_NOTIFY, UnmapNotify(0, 2, first.port).pack())
+        gntalloc.close()
         assert second.file.read(64) == words(second.port)
         second.write_back()
 

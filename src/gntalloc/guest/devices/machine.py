@@ -141,22 +141,25 @@ class MachineFile:
         return mapping
 
     def read(self, size: int) -> bytes:
-        """See `DeviceFile`. Events are on the home already: only where some may be lost the machine is asked."""
+        """See `DeviceFile`. Events are on the home already, so the machine is only asked where it may know better.
+
+        That is: were events lost? And has something happened of which it has not heard yet (a munmap, a close, a port
+        written back a moment ago)? Before it answers anything it has heard of all that was before.
+        """
         if self.name != "evtchn":
             return self._call(wire.READ, wire.READ_REQUEST, size).body
         size = min(size, PAGE_SIZE) & -PORT.size
         if not size:
             return b""
-        home = self.fileno()
-        if _waiting(home) >= LEAST_RING:  # with fewer there none was lost
+        if _waiting(self.fileno()) >= LEAST_RING:  # with fewer there none was lost
             self._call(wire.READ, wire.READ_REQUEST, size)
         try:
-            events = os.read(home, size)
-        except OSError as error:
-            raise self._error("read", error) from error
-        if not events:
-            raise MachineGone(f"the machine ended, and {self.name} with it; start another machine")
-        return events
+            return self._take(size)
+        except DeviceError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+        self._call(wire.READ, wire.READ_REQUEST, size)
+        return self._take(size)
 
     def write(self, data: bytes) -> int:
         """See `DeviceFile`. Ports go over the home, which the machine looks at before it serves any later call."""
@@ -188,6 +191,15 @@ class MachineFile:
         if self._home is not None:
             self._home.close()
             self._home = None
+
+    def _take(self, size: int) -> bytes:
+        try:
+            events = os.read(self.fileno(), size)
+        except OSError as error:
+            raise self._error("read", error) from error
+        if not events:
+            raise MachineGone(f"the machine ended, and {self.name} with it; start another machine")
+        return events
 
     def _empty(self) -> None:
         """Throw away the events on the home, which the machine cannot take back."""
