@@ -173,15 +173,15 @@ class GntallocDriver:
         if count > self.limit:
             raise DeviceError(
                 errno.ENOSPC,
-                f"{count} pages were asked for, and the domain's limit is {self.limit} at once; raise the limit",
+                f"{_asked_for(count)}, and the domain's limit is {self.limit} at once; raise the limit",
             )
         if self.in_use > self.limit - count:
             lingering = sum(map(len, self._lingering.values()))
             held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
             raise DeviceError(
                 errno.ENOSPC,
-                f"{count} pages were asked for, and {self.in_use} of the domain's limit of {self.limit} are in "
-                f"use{held}; free some, or raise the limit",
+                f"{_asked_for(count)}, and {self.in_use} of the domain's limit of {self.limit} are in use{held}; "
+                f"free some, or raise the limit",
             )
 
     def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
@@ -462,3 +462,7 @@ def _check_sense(asked: AllocGref, owner: int) -> None:
 
 def _state(file: File) -> FileState:
     return cast("FileState", file.state)
+
+
+def _asked_for(count: int) -> str:
+    return "1 page was asked for" if count == 1 else f"{count} pages were asked for"
