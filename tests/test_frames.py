@@ -169,6 +169,28 @@ def test_no_descriptor_for_a_loan_is_enomem(bench: Bench) -> None:
     bench.give_back(extent)
 
 
+@pytest.mark.parametrize("pages", [1, 3])
+def test_loans_of_an_extent_are_bounded_for_each_side(bench: Bench, pages: int) -> None:
+    """Each is asked about in every look, so a side that had thousands would make everybody wait."""
+    extent = bench.allocate(pages)
+    theirs = [bench.map(extent) for _ in range(128 + pages)]
+    mine = [bench.map(extent, "granter") for _ in range(128 + pages)]
+    for holder in ("peer", "granter"):
+        with pytest.raises(DeviceError, match=rf"mapped {128 + pages} times by its {holder}") as caught:
+            bench.lend(extent, holder)
+        assert caught.value.errno == errno.ENOMEM
+    mine.pop().close()
+    assert bench.look() == ["granter"]
+    with pytest.raises(DeviceError, match="by its peer"):
+        bench.lend(extent, "peer")
+    mine.append(bench.map(extent, "granter"))
+    for mapping in mine + theirs:
+        mapping.close()
+    bench.look()
+    assert extent.live == [0, 0]
+    bench.give_back(extent)
+
+
 def test_no_address_space_for_the_window_is_enomem_and_seals_nothing(bench: Bench) -> None:
     extent = bench.allocate(writable=False)
     limits = resource.getrlimit(resource.RLIMIT_AS)
