@@ -1,0 +1,464 @@
+"""Carry episodes out: on the kernel's devices in the lab, or on a machine. The answers are what is compared.
+
+    python3 replay.py serve                       in a guest: carry out what dom0 says
+    python3 replay.py WAY IN OUT [WAY IN OUT…]     in the lab: IN and OUT are JSON lines, one operation a line
+    WAY is alone, out-of (the guest grants, dom0 maps) or into (dom0 grants, the guest maps)
+
+Each process of an episode is an `Actor`, a seat of the conformance suite. A `Player` has those of one side, and knows
+what names stand for. Between domains operations travel in batches: as many as follow each other on one side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from itertools import groupby
+from struct import iter_unpack, pack
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol
+
+from driving import PAGE, Program
+from seat import Seat, carry_out, make
+from world import Episode, Operation, side_of
+
+from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT, NOTIFY, UNBIND
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from far import Far
+
+__all__ = ["Player", "replay", "replay_on_machine"]
+
+NOBODY = 12345  # no domain has this number
+NO_PORT = 9999
+
+
+class Actor:
+    """A process that is a seat, and can be forked and killed. A `Transport` of the conformance suite."""
+
+    _ours: ClassVar[set[int]] = set()  # our ends of all lines: a child must not keep another's open
+
+    def __init__(self, pid: int, ask: IO[str], answers: IO[str]) -> None:
+        self._ask_stream = ask
+        self._answers = answers
+        self._process = os.pidfd_open(pid)  # a number may be another's by the time it is killed
+        self._ours.update((ask.fileno(), answers.fileno()))
+
+    @classmethod
+    def start(cls, kind: str, environment: dict[str, str]) -> Actor:
+        """A new process. Made by fork: under emulation starting Python takes a second."""
+        questions, ask = os.pipe()
+        answer, answers = os.pipe()
+        pid = os.fork()
+        if not pid:
+            for descriptor in (ask, answer, *cls._ours):
+                os.close(descriptor)
+            os.environ.update(environment)
+            _act(lambda: make(kind), open(questions), open(answers, "w"))
+        os.close(questions)
+        os.close(answers)
+        return cls(pid, open(ask, "w"), open(answer))
+
+    def fork(self) -> Actor:
+        """Its child, which has its files and maps."""
+        with tempfile.TemporaryDirectory() as folder:
+            ways = [os.path.join(folder, name) for name in ("ask", "answer")]
+            for way in ways:
+                os.mkfifo(way)
+            pid = json.loads(self.ask(json.dumps(["fork", *ways])))["ok"]
+            return Actor(pid, open(ways[0], "w"), open(ways[1]))
+
+    def ask(self, line: str) -> str:
+        """See Transport."""
+        self._ask_stream.write(line + "\n")
+        self._ask_stream.flush()
+        return self._answers.readline()
+
+    def kill(self) -> None:
+        """SIGKILL it, and wait until the kernel has closed and unmapped what it had."""
+        signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        select.select([self._process], [], [])
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._ours.difference_update((self._ask_stream.fileno(), self._answers.fileno()))
+        self._ask_stream.close()
+        self._answers.close()
+        os.close(self._process)
+
+
+def _act(make_seat: Callable[[], Seat], questions: IO[str], answers: IO[str]) -> None:
+    """The life of an actor. Never returns."""
+    try:
+        seat = make_seat()
+        while line := questions.readline():
+            step, *arguments = json.loads(line)
+            if step == "fork":
+                child = os.fork()
+                if not child:
+                    questions.close()
+                    answers.close()
+                    questions, answers = open(arguments[0]), open(arguments[1], "w")
+                    continue
+                answer: Any = {"ok": child}
+            else:
+                answer = carry_out(seat, step, arguments)
+            print(json.dumps(answer), file=answers, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+class Side(Protocol):
+    """Where the operations of one side are carried out."""
+
+    def begin(self, seats: list[str], domid: int, peer: int) -> None:
+        """A new episode, with these processes."""
+
+    def play(self, operations: Episode, news: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Answers, and what names stand for that the other side may ask about. `news` is what it has told."""
+
+    def end(self) -> None:
+        """The end of all its processes."""
+
+
+class Player:
+    """A side in this domain.
+
+    Args:
+        kind: of its seats, kernel or machine.
+        environment: what seats need to find their domain.
+    """
+
+    def __init__(self, kind: str, environment: dict[str, str]) -> None:
+        self._kind = kind
+        self._environment = environment
+        self._actors: dict[str, Actor] = {}
+        self._programs: dict[str, Program] = {}
+        self._values: dict[str, Any] = {}  # what names stand for
+        self._ports: dict[int, str] = {}
+        self._domid = self._peer = 0
+        self._limit_before: int | None = None
+
+    def begin(self, seats: list[str], domid: int, peer: int) -> None:
+        """See Side."""
+        self._domid, self._peer = domid, peer
+        self._values.clear()
+        self._ports.clear()
+        for name in seats:
+            self._add(name, Actor.start(self._kind, self._environment))
+
+    def end(self) -> None:
+        """See Side. The limit is put back."""
+        if self._limit_before is not None:
+            next(iter(self._programs.values())).must("set_limit", self._limit_before)
+            self._limit_before = None
+        for actor in self._actors.values():
+            actor.kill()
+        self._actors.clear()
+        self._programs.clear()
+
+    def play(self, operations: Episode, news: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """See Side."""
+        self._values.update(news)
+        before = set(self._values)
+        answers = [self._one(operation) for operation in operations]
+        return answers, {name: self._values[name] for name in set(self._values) - before if name[0] in "ac"}
+
+    def _add(self, name: str, actor: Actor) -> None:
+        self._actors[name] = actor
+        self._programs[name] = Program(actor, self._domid)
+
+    def _one(self, operation: Operation) -> Any:
+        """The value, or the name of an errno, or which name stands for nothing because something failed before."""
+        program = self._programs.get(operation["seat"])
+        if program is None:
+            return {"missing": operation["seat"]}
+        try:
+            return getattr(self, "_" + operation["do"])(program, operation)
+        except KeyError as missing:
+            return {"missing": missing.args[0]}
+
+    # Processes and files.
+
+    def _fork(self, program: Program, operation: Operation) -> Any:
+        self._add(operation["as"], self._actors[operation["seat"]].fork())
+        return "done"
+
+    def _kill(self, program: Program, operation: Operation) -> Any:
+        self._actors.pop(operation["seat"]).kill()
+        del self._programs[operation["seat"]]
+        return "done"
+
+    def _open(self, program: Program, operation: Operation) -> Any:
+        flags = os.O_RDWR if operation["writable"] else os.O_RDONLY
+        if operation["device"] == "evtchn":
+            flags |= os.O_NONBLOCK
+        name = program.step("open", operation["device"], flags)
+        self._values[operation["as"]] = name
+        return "done" if name.startswith("f") else name
+
+    def _close(self, program: Program, operation: Operation) -> Any:
+        return program.step("close", self._values[operation["file"]])
+
+    # gntalloc.
+
+    def _limit(self, program: Program, operation: Operation) -> Any:
+        if self._limit_before is None:
+            self._limit_before = program.must("get_limit")
+        return program.step("set_limit", operation["pages"])
+
+    def _alloc(self, program: Program, operation: Operation) -> Any:
+        domid = self._peer if operation["for_peer"] else NOBODY
+        file, count = self._values[operation["file"]], operation["count"]
+        made = program.alloc(file, count, domid=domid, flags=int(operation["writable"]))
+        if made.result != 0:
+            return made.result
+        self._values[operation["as"]] = made.index, made.refs
+        return {"index": made.index, "refs": made.refs}
+
+    def _dealloc(self, program: Program, operation: Operation) -> Any:
+        return program.dealloc(self._values[operation["file"]], self._index(operation), operation["count"])
+
+    def _index(self, operation: Operation) -> int:
+        """Of an ALLOC or a MAP_GRANT_REF, and a page or a byte from there on."""
+        value = self._values[operation["of"]]
+        index: int = value if isinstance(value, int) else value[0]
+        return index + operation.get("page", 0) * PAGE + operation.get("at", 0)
+
+    # gntdev.
+
+    def _reserve(self, program: Program, operation: Operation) -> Any:
+        refs = [(self._peer, self._values[name][1][page]) for name, page in operation["refs"]]
+        result, index = program.reserve(self._values[operation["file"]], refs)
+        if result != 0:
+            return result
+        self._values[operation["as"]] = index
+        return {"index": index}
+
+    def _unreserve(self, program: Program, operation: Operation) -> Any:
+        return program.unreserve(self._values[operation["file"]], self._index(operation), operation["count"])
+
+    # Both.
+
+    def _notify(self, program: Program, operation: Operation) -> Any:
+        port = NO_PORT if operation["port"] is None else self._values[operation["port"]]
+        return program.notify(self._values[operation["file"]], self._index(operation), operation["action"], port)
+
+    def _mmap(self, program: Program, operation: Operation) -> Any:
+        length = operation["pages"] * PAGE
+        name = program.mmap(self._values[operation["file"]], self._index(operation), length, operation["prot"])
+        if not name.startswith("m"):
+            return name
+        self._values[operation["as"]] = name
+        return "done"
+
+    def _munmap(self, program: Program, operation: Operation) -> Any:
+        start, length = operation["page"] * PAGE, operation["pages"] * PAGE
+        return program.step("munmap", self._values[operation["map"]], start, length)
+
+    def _peek(self, program: Program, operation: Operation) -> Any:
+        return program.step("peek", self._values[operation["map"]], operation["at"], 8)
+
+    def _poke(self, program: Program, operation: Operation) -> Any:
+        return program.step("poke", self._values[operation["map"]], operation["at"], operation["data"])
+
+    # evtchn.
+
+    def _bound(self, operation: Operation, port: Any) -> Any:
+        if not isinstance(port, int):
+            return port
+        self._values[operation["as"]] = port
+        self._ports[port] = operation["as"]
+        return {"port": port}
+
+    def _bind(self, program: Program, operation: Operation) -> Any:
+        file = self._values[operation["file"]]
+        return self._bound(operation, program.ioctl(file, BIND_UNBOUND_PORT, pack("=I", self._peer))[0])
+
+    def _connect(self, program: Program, operation: Operation) -> Any:
+        argument = pack("=II", self._peer, self._values[operation["to"]])
+        return self._bound(operation, program.ioctl(self._values[operation["file"]], BIND_INTERDOMAIN, argument)[0])
+
+    def _on_port(self, program: Program, operation: Operation, request: int) -> Any:
+        argument = pack("=I", self._values[operation["port"]])
+        return program.ioctl(self._values[operation["file"]], request, argument)[0]
+
+    def _send(self, program: Program, operation: Operation) -> Any:
+        return self._on_port(program, operation, NOTIFY)
+
+    def _unbind(self, program: Program, operation: Operation) -> Any:
+        return self._on_port(program, operation, UNBIND)
+
+    def _rearm(self, program: Program, operation: Operation) -> Any:
+        data = pack("=I", self._values[operation["port"]])
+        return program.step("write", self._values[operation["file"]], data.hex())
+
+    def _events(self, program: Program, operation: Operation) -> Any:
+        data = program.step("read", self._values[operation["file"]], 256)
+        if data.startswith("E"):
+            return data
+        return {"ports": [self._ports.get(port, "?") for (port,) in iter_unpack("=I", bytes.fromhex(data))]}
+
+
+class FarSide:
+    """A side in a guest that serves."""
+
+    _ROOM = 2800  # bytes of operations: a value in xenstore is at most a page
+
+    def __init__(self, far: Far) -> None:
+        self._far = far
+
+    def begin(self, seats: list[str], domid: int, peer: int) -> None:
+        """See Side."""
+        self._far.say("begin", "", json.dumps([seats, domid, peer]))
+
+    def play(self, operations: Episode, news: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """See Side."""
+        answers: list[Any] = []
+        learned: dict[str, Any] = {}
+        for batch in _batches(operations, self._ROOM):
+            text = json.dumps(batch)
+            needed = {name: value for name, value in news.items() if f'"{name}"' in text}
+            more, values = self._far.say("play", "", json.dumps([batch, needed]))
+            answers += more
+            learned.update(values)
+        return answers, learned
+
+    def end(self) -> None:
+        """See Side."""
+        self._far.say("finish")
+
+
+def _batches(operations: Episode, room: int) -> Iterator[Episode]:
+    batch: Episode = []
+    size = 0
+    for operation in operations:
+        length = len(json.dumps(json.dumps(operation)))  # quoted twice, as it travels
+        if batch and size + length > room:
+            yield batch
+            batch, size = [], 0
+        batch.append(operation)
+        size += length
+    if batch:
+        yield batch
+
+
+def serve() -> None:
+    """In the guest: what dom0 says, over the two nodes of the conformance suite's far.py."""
+    from far import ANSWER, ASK, NAP
+
+    from gntalloc.xenstore.client import Store
+
+    player = Player("kernel", {})
+    with Store() as store:
+        store.write(ASK, "0 null")
+        store.write(ANSWER, f"0 {json.dumps(store.domid)}")
+        store.set_permissions(ASK, [f"b{store.domid}"])
+        done, what = 0, ""
+        while what != "end":
+            number, _, text = store.read_text(ASK).partition(" ")
+            if int(number) == done:
+                time.sleep(NAP)
+                continue
+            done = int(number)
+            what, _, line = json.loads(text)
+            answer: Any = None
+            if what == "begin":
+                player.begin(*json.loads(line))
+            elif what == "play":
+                answer = player.play(*json.loads(line))
+            elif what == "finish":
+                player.end()
+            store.write(ANSWER, f"{done} {json.dumps(answer)}")
+
+
+def replay(episode: Episode, sides: dict[str, Side], domids: dict[str, int]) -> list[Any]:
+    """The answers to an episode's operations. `sides` and `domids` are those of g and p."""
+    learned: dict[str, Any] = {}
+    answers: list[Any] = []
+    for name, side in sides.items():
+        (other,) = set(domids) - {name}
+        side.begin([f"{name}1", f"{name}2"], domids[name], domids[other])
+    try:
+        for name, operations in groupby(episode, key=lambda operation: side_of(operation["seat"])):
+            more, values = sides[name].play(list(operations), learned)
+            answers += more
+            learned.update(values)
+    finally:
+        for name in ("p", "g"):  # the peer lets go first: no page has to wait for a timer
+            sides[name].end()
+    return answers
+
+
+def replay_on_machine(episodes: Iterable[Episode], behaviour: str = "linux", *, alone: bool = False) -> list[list[Any]]:
+    """The answers of a machine of ours. `alone` is one domain that grants to itself, as a kernel alone has to."""
+    import gntalloc
+
+    domids = {"g": 1, "p": 1 if alone else 2}
+    with gntalloc.Machine(behaviour=behaviour) as machine:
+        sides: dict[str, Side] = {
+            side: Player("machine", {"GNTALLOC_DOMAIN": machine.domain(domid).address})
+            for side, domid in domids.items()
+        }
+        return [replay(episode, sides, domids) for episode in episodes]
+
+
+def read_lines(lines: Iterable[str]) -> dict[int, Episode]:
+    """Episodes by number, from JSON lines."""
+    operations = map(json.loads, filter(None, map(str.strip, lines)))
+    return {number: list(group) for number, group in groupby(operations, key=lambda line: line.pop("episode"))}
+
+
+def write_lines(episodes: dict[int, Episode]) -> str:
+    """JSON lines: an operation a line."""
+    return "".join(
+        json.dumps({"episode": number, **operation}, separators=(",", ":")) + "\n"
+        for number, episode in episodes.items()
+        for operation in episode
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """See the top."""
+    if arguments == ["serve"]:
+        serve()
+        return
+    from gntalloc.guest.devices.kernel import KernelDevices
+
+    here = KernelDevices().domid
+    far = None
+    while arguments:
+        way, source, target, *arguments = arguments
+        domids = {"g": here, "p": here}
+        sides: dict[str, Side] = {"g": Player("kernel", {}), "p": Player("kernel", {})}
+        if way != "alone":
+            if far is None:
+                from far import Far
+
+                far = Far.wait_for(int(os.environ["PEER_DOMID"]))
+            away = {"out-of": "g", "into": "p"}[way]
+            sides[away], domids[away] = FarSide(far), far.domid
+        with open(source) as lines:
+            episodes = read_lines(lines)
+        started, count = time.monotonic(), 0
+        with open(target, "w") as out:
+            for number, episode in episodes.items():
+                for operation, answer in zip(episode, replay(episode, sides, domids), strict=True):
+                    print(json.dumps({"episode": number, **operation, "answer": answer}), file=out)
+                count += len(episode)
+        print(f"{way}: {count} operations in {time.monotonic() - started:.0f} s", flush=True)
+    if far is not None:
+        far.say("end")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

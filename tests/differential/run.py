@@ -1,0 +1,71 @@
+"""The long run: `python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]`.
+
+Boots a real Xen, gives each judge its share of the operations, does the same on a machine of ours with
+behaviour="linux", and shows every difference. Exit status 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from judges import JUDGES, ask, boot, episodes_for
+
+from differ import Difference, first_difference  # isort: skip
+from replay import replay_on_machine  # isort: skip
+
+from gntalloc.lab import Lab
+
+if TYPE_CHECKING:
+    from world import Episode
+
+
+def differences(name: str, episodes: dict[int, Episode], theirs: dict[int, list[Any]]) -> dict[int, Difference]:
+    """Episodes that ours answers differently, and where."""
+    judge = JUDGES[name]
+    ours = replay_on_machine(episodes.values(), alone=judge.alone)
+    found = {
+        number: first_difference(episode, theirs[number], answers, pv=judge.pv)
+        for (number, episode), answers in zip(episodes.items(), ours, strict=True)
+    }
+    return {number: difference for number, difference in found.items() if difference is not None}
+
+
+def main() -> None:
+    """See the top."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--operations", type=int, default=50_000, help="of all judges together")
+    parser.add_argument("--judges", default=",".join(JUDGES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write operations and both answers there, as JSON lines")
+    options = parser.parse_args()
+    names = options.judges.split(",")
+    share = -(-options.operations // len(names))
+    work = {
+        name: episodes_for(JUDGES[name], options.seed + 1_000_000 * place, share) for place, name in enumerate(names)
+    }
+    with boot(Lab.find()) as session:
+        answers = ask(session, work)
+    bad = 0
+    for name, episodes in work.items():
+        found = differences(name, episodes, answers[name])
+        print(f"{name}: {sum(map(len, episodes.values()))} operations, {len(found)} of {len(episodes)} episodes differ")
+        for number, difference in found.items():
+            print(f"  episode {number}, {difference}")
+        bad += len(found)
+    if options.record:
+        with options.record.open("w") as out:
+            for name, episodes in work.items():
+                for number, episode in episodes.items():
+                    for operation, answer in zip(episode, answers[name][number], strict=True):
+                        print(json.dumps({"judge": name, "episode": number, **operation, "answer": answer}), file=out)
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
