@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
 from gntalloc.machine.home import Home
+from gntalloc.machine.machine import Machine as Core
+from gntalloc.machine.server import Server
+from gntalloc.testing import FakeMemory
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "drivers"))
 from event_program import Events
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from gntalloc.machine.machine import Machine as Core
 
 
 class Rig:
@@ -97,3 +99,23 @@ def test_a_home_is_as_blocking_as_the_file(make_core: Callable[..., Core]) -> No
         assert os.get_blocking(theirs.fileno()) is blocking
         home.sock.close()
         theirs.close()
+
+
+def test_the_server_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gntalloc.machine.home._QUEUE", 1)  # the least there is
+    server = Server(Core(), str(tmp_path))
+    file, theirs = server.open(server.create(1, uid=os.getuid()), "evtchn", os.O_RDWR, opener=1)
+    memory = FakeMemory()
+    argument = memory.put(0x1000, bytes(8))
+    bound = []
+    for _ in range(100):
+        argument[:] = pack("=II", 1, 0)
+        argument[:] = pack("=II", 1, file.ioctl(BIND_UNBOUND_PORT, 0x1000, memory))
+        bound.append(file.ioctl(BIND_INTERDOMAIN, 0x1000, memory))
+    seen: list[int] = []
+    while len(seen) < 100:
+        seen += memoryview(theirs.recv(4096, socket.MSG_DONTWAIT)).cast("I")
+        server._settle()
+    assert seen == bound
+    theirs.close()
+    server.close()
