@@ -12,7 +12,7 @@ import pytest
 import gntalloc
 from gntalloc.machine.machine import BEHAVIOURS
 from gntalloc.machine.machine import Machine as Core
-from gntalloc.testing import Snapshot, assert_cleaned_up
+from gntalloc.testing import Snapshot, assert_cleaned_up, recount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,10 +41,12 @@ def make_core() -> Iterator[Callable[..., Core]]:
 
     yield make
     for core in cores:
+        recount(core)
         for guest in core.guests.values():
             for file in list(guest.files):
                 core.close(guest, file)
         core.settle()
+        recount(core)
         statistics = core.statistics()
         assert (statistics["pages"], statistics["extents"]) == (0, 0)
         for domain in statistics["domains"]:
