@@ -19,7 +19,7 @@ from gntalloc.lab import Lab, Outcome, Session
 
 HERE = Path(__file__).parent
 JUDGED = HERE / "judged.json"
-FILES = [HERE / name for name in ("seat.py", "driving.py", "rows.py", "far.py", "judge.py")]
+FILES = [HERE / name for name in ("seat.py", "driving.py", "rows.py", "event_rows.py", "far.py", "judge.py")]
 
 
 def ask_all(session: Session) -> dict[str, Any]:

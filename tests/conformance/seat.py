@@ -211,6 +211,10 @@ class KernelSeat(Seat):
         """Read."""
         return os.read(self.files[file], size).hex()
 
+    def read_nowhere(self, file: str, size: int) -> int:
+        """Read into memory that is not there."""
+        return check(libc.read(self.files[file], 8, size))
+
     def write(self, file: str, data: str) -> int:
         """Write."""
         return os.write(self.files[file], bytes.fromhex(data))
@@ -257,6 +261,7 @@ class MachineSeat(Seat):
         self.devices = current_domain().devices
         self.files: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
+        self.pages: list[str] = []
 
     def open(self, device: str, flags: int) -> str:
         """Open a device."""
@@ -273,22 +278,29 @@ class MachineSeat(Seat):
         self.files.pop(file).close()
 
     def scratch(self) -> str:
-        """Memory that an argument points to."""
-        raise Cannot("the provider does not carry memory that an argument points to")
+        """A page of ordinary memory. It goes with every ioctl, as the kernel would find it."""
+        name = super().scratch()
+        self.pages.append(name)
+        return name
 
     def ioctl(self, file: str, request: int, spec: dict[str, Any]) -> list[Any]:
         """See KernelSeat."""
+        from gntalloc.guest.devices.machine import ARGUMENT_ADDRESS
+
         if spec.get("null"):
             return [self.files[file].ioctl(request, None), ""]
-        if spec.get("writable") is not None:
-            raise Cannot("the provider takes one argument, all of it writable or none")
         data = bytes.fromhex(spec["data"])
-        argument = data if spec.get("readonly") else bytearray(data)
+        writable = spec.get("writable", len(data))
+        argument = data if spec.get("readonly") else bytearray(data[:writable])
+        rest = data[len(argument) :]
+        memory: list[tuple[int, Any]] = [(ARGUMENT_ADDRESS + writable, rest)] if rest else []
+        for address, size in (self.maps[name] for name in self.pages):
+            memory.append((address, memoryview((ctypes.c_char * size).from_address(address)).cast("B")))
         try:
-            result = self.files[file].ioctl(request, argument)
+            result = self.files[file].ioctl(request, argument, memory=memory)
         except OSError as error:
-            raise Refused(error.errno or 0, bytes(argument).hex()) from error
-        return [result, bytes(argument).hex()]
+            raise Refused(error.errno or 0, (bytes(argument) + rest).hex()) from error
+        return [result, (bytes(argument) + rest).hex()]
 
     def mmap(self, file: str, offset: int, length: int, prot: int, shared: bool) -> str:
         """Map."""
@@ -324,9 +336,21 @@ class MachineSeat(Seat):
         """Seek: on the descriptor itself."""
         return check(libc.lseek(self.files[file].fileno(), 0, 0))
 
+    def read_nowhere(self, file: str, size: int) -> int:
+        """Of evtchn: the descriptor's own read."""
+        return check(libc.read(self._events(file), 8, size))
+
     def poll(self, file: str) -> int:
-        """Not said by the provider."""
-        raise Cannot("the home of a file is a socket, whose readiness is its own")
+        """Of evtchn: the descriptor's own poll."""
+        poll = select.poll()
+        poll.register(self._events(file), select.POLLIN | select.POLLOUT)
+        return sum(events for _, events in poll.poll(0))
+
+    def _events(self, file: str) -> int:
+        if self.files[file].name != "evtchn":
+            raise Cannot("the home of a file is a socket, whose readiness is its own")
+        descriptor: int = self.files[file].fileno()
+        return descriptor
 
     def get_limit(self) -> int:
         """Pages."""
@@ -340,7 +364,7 @@ class MachineSeat(Seat):
 STEPS = (
     "open", "close", "ioctl", "mmap", "munmap", "mremap", "mprotect", "madvise", "peek", "poke", "touch", "own_touch",
     "offset_hole", "address", "scratch", "open_as_nobody", "pid", "read", "write", "lseek", "poll",
-    "get_limit", "set_limit",
+    "read_nowhere", "get_limit", "set_limit",
 )  # fmt: skip
 
 
