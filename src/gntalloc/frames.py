@@ -140,7 +140,11 @@ class Frames(Generic[Holder]):
         # A program that opens a memory file just while a lease is being tried breaks it, and the kernel says so
         # with SIGIO, whose default is death.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
-        self._inotify = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        try:
+            self._inotify = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            why = f"this user can have no more inotify instances ({error.strerror}): each machine needs one"
+            raise DeviceError(error.errno, f"{why}; end some, or raise fs.inotify.max_user_instances") from error
         self._watches: dict[int, Extent[Holder]] = {}
         self._suspects: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
         self._fresh: dict[Extent[Holder], None] = {}  # suspects of few looks
@@ -314,6 +318,11 @@ class Frames(Generic[Holder]):
             else:
                 self._acquit(extent)
         return NewsOfFrames(died, list(touched))
+
+    @property
+    def restless(self) -> bool:
+        """Whether `news` should be called before anything else is done, even if nothing has happened."""
+        return bool(self._fresh) or (bool(self._next_looks) and self._next_looks[0][0] <= time.monotonic())
 
     def patience(self) -> float | None:
         """Seconds until `news` should be called even if nothing happens. None: there is no need."""

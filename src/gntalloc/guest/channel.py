@@ -11,6 +11,7 @@ import array
 import errno
 import os
 import socket
+import struct
 import threading
 import weakref
 from collections import deque
@@ -26,6 +27,7 @@ __all__ = ["Answer", "Channel", "Descriptor"]
 
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
+_TIMEVAL = struct.Struct("@ll")
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
 
 
@@ -78,7 +80,7 @@ class Channel:
         self._sock = sock
         self._once = sock is not None
         if sock is not None:
-            sock.settimeout(DEADLINE)
+            _set_deadline(sock)
         self._hello = hello
         self._begin()
         _channels.add(self)
@@ -133,7 +135,7 @@ class Channel:
         if self._once:
             raise MachineGone("the machine has ended, or this object was closed; start another machine")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(DEADLINE)
+        _set_deadline(sock)
         try:
             sock.connect(self.path)
         except OSError as error:
@@ -209,7 +211,7 @@ class Channel:
     def _gone(self, error: OSError) -> OSError:
         if error.errno == errno.EMFILE:
             return DeviceError(errno.EMFILE, f"{error.strerror}; close some, or raise RLIMIT_NOFILE")
-        if isinstance(error, TimeoutError):
+        if isinstance(error, BlockingIOError):
             return MachineGone(f"the machine at {self.path} did not answer for {DEADLINE:.0f} s; is it stopped?")
         return MachineGone(
             f"the machine at {self.path} is gone ({error.strerror}). Pages that are mapped stay valid until they are "
@@ -220,6 +222,14 @@ class Channel:
         """The parent goes on using its channel; this is a copy of its descriptor, and of a lock that may be held."""
         self.lock = threading.RLock()
         self.close()
+
+
+def _set_deadline(sock: socket.socket) -> None:
+    # Not settimeout: that asks poll(2) before every call. When the time is over the call fails with EAGAIN.
+    seconds, fraction = divmod(DEADLINE, 1)
+    limit = _TIMEVAL.pack(int(seconds), int(fraction * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()

@@ -11,6 +11,7 @@ import array
 import errno
 import logging
 import os
+import select
 import socket
 import struct
 import time
@@ -57,6 +58,8 @@ class Channel:
         self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
+        self.wanted = select.EPOLLIN  # the loop's: what it waits for here
+        self.queued = False  # the loop's: whether it waits for its turn
 
     def serve(self, message: wire.Message, descriptors: list[int]) -> None:
         """Answer one message. The descriptors are closed by the caller."""

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from gntalloc.errors import GntallocError
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
 
@@ -57,7 +58,10 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
     # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     protect_and_provide()
-    server = make_server(folder, json.loads(settings))
+    try:
+        server = make_server(folder, json.loads(settings))
+    except GntallocError as error:
+        sys.exit(f"gntalloc machine: {error}")
     server.adopt_control(socket.socket(fileno=descriptor))
     stop_on_signals(server, signal.SIGTERM)
     try:

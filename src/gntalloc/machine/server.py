@@ -57,14 +57,17 @@ class Server:
         self._ready: dict[int, Callable[[int], None]] = {}
         self._channels: dict[int, Channel] = {}
         self._turns: deque[Channel] = deque()  # channels with something to serve
+        self._slow: set[Channel] = set()  # channels that keep the machine waiting
         self._listeners: dict[str, socket.socket] = {}
         self._homes: dict[int, Home] = {}
         self._homes_by_identity: dict[tuple[int, int], Home] = {}
         self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
         self._hang_ups = select.epoll()  # homes and waiters: their ends, and what programs write to homes
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._watch(self._hang_ups.fileno(), lambda _events: self._settle())
-        self._watch(machine.frames.fileno(), lambda _events: self._settle())
+        self._news = select.epoll()  # of homes and of frames: one look tells whether there is any
+        self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
+        self._news.register(machine.frames.fileno(), select.EPOLLIN)
+        self._watch(self._news.fileno(), lambda _events: self._settle())
         self._listen(control_path(folder), 0o600, self._accept_control)
 
     # Domains.
@@ -178,6 +181,7 @@ class Server:
             home.sock.close()
         for sock, _, _ in self._waiters.values():
             sock.close()
+        self._news.close()
         self._hang_ups.close()
         self._epoll.close()
         os.close(self._spare)
@@ -200,12 +204,14 @@ class Server:
     def _patience(self) -> float:
         if self._turns:
             return 0.0
-        waits = [self.machine.frames.patience()]
-        if any(channel.waits() for channel in self._channels.values()):
-            waits.append(_CHECK_FOR_STALLS)
-        return min((wait for wait in waits if wait is not None), default=-1.0)
+        patience = self.machine.frames.patience()
+        if self._slow:
+            return _CHECK_FOR_STALLS if patience is None else min(patience, _CHECK_FOR_STALLS)
+        return -1.0 if patience is None else patience
 
     def _settle(self) -> None:
+        if not self._news.poll(0) and not self.machine.frames.restless:
+            return
         for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
             if descriptor in self._homes:
                 self._serve_home(descriptor, events)
@@ -284,9 +290,18 @@ class Server:
         except Dropped as reason:
             self._drop(channel, str(reason))
             return
-        self._plan(channel)
+        if channel.runnable:
+            self._queue(channel)  # and is looked at again when it has had its turn
+        else:
+            self._plan(channel)
+
+    def _queue(self, channel: Channel) -> None:
+        if not channel.queued:
+            channel.queued = True
+            self._turns.append(channel)
 
     def _turn(self, channel: Channel) -> None:
+        channel.queued = False
         if channel.sock.fileno() not in self._channels:
             return
         try:
@@ -308,23 +323,32 @@ class Server:
             wanted |= select.EPOLLOUT
         elif not channel.inbox:  # who has sent enough waits for answers first
             wanted |= select.EPOLLIN
-        self._epoll.modify(channel.sock.fileno(), wanted)
-        if channel.runnable and channel not in self._turns:
-            self._turns.append(channel)
+        if wanted != channel.wanted:
+            channel.wanted = wanted
+            self._epoll.modify(channel.sock.fileno(), wanted)
+        if channel.waits():
+            self._slow.add(channel)
+        else:
+            self._slow.discard(channel)
+        if channel.runnable:
+            self._queue(channel)
 
     def _drop(self, channel: Channel, why: str) -> None:
         descriptor = channel.sock.fileno()
         if self._channels.pop(descriptor, None) is None:
             return
         log.debug("%s: %s", type(channel).__name__, why)
+        self._slow.discard(channel)
         self._unwatch(descriptor)
         channel.close()
         if isinstance(channel, Control) and channel.ends_the_machine:
             self.stopping = True
 
     def _drop_the_stalled(self) -> None:
+        if not self._slow:
+            return
         now = time.monotonic()
-        for channel in [channel for channel in self._channels.values() if channel.stalled(now)]:
+        for channel in [channel for channel in self._slow if channel.stalled(now)]:
             self._drop(channel, "it left a message half sent, or a reply unread, for too long")
 
     # Descriptors.
