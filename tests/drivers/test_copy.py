@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SEGMENTS = 0x7F00_1000_0000
 BUFFER = 0x7F00_2000_0000
+F_SEAL_FUTURE_WRITE = 0x0010
 FROM, TO = 1, 2  # which side is a granted page
 UNTOUCHED = 77
 
@@ -181,6 +183,20 @@ def test_the_first_of_two_refusals_is_the_status(copying: Copying) -> None:
     assert copying.copy(segment(page(20000), page(0, 0, 99), 4, FROM | TO)) == [BAD_GNTREF]
     over_a_boundary = segment(page(20000), local(BUFFER + PAGE_SIZE - 2), 4, FROM)
     assert copying.copy(over_a_boundary) == [BAD_GNTREF]
+
+
+def test_a_granter_that_seals_its_pages_spoils_only_its_own_segments(copying: Copying) -> None:
+    """With a read-only grant it may: the machine can then make no map of it any more."""
+    sealed = copying.granter.alloc(2, 1, 0)
+    (loan,) = copying.core.carry_out(copying.granter.plan(sealed.at))
+    fcntl.fcntl(loan.descriptor, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    loan.close()
+    copying.core.settle()
+    statuses = copying.copy(
+        segment(page(sealed.refs[0]), local(BUFFER), 4, FROM), segment(page(copying.refs[0]), local(BUFFER), 4, FROM)
+    )
+    assert statuses == [GENERAL_ERROR, OKAY]
+    assert copying.granter.guest.table.mapped_by(sealed.refs[0]) == ()
 
 
 # What is an error.

@@ -15,7 +15,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.abi.gntdev import COPY_DEST_GREF, COPY_SOURCE_GREF, ForeignPage, GrantCopy, GrantCopySegment
-from gntalloc.abi.grants import DOMID_SELF, OKAY
+from gntalloc.abi.grants import DOMID_SELF, GENERAL_ERROR, OKAY
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
@@ -122,7 +122,10 @@ class Copier:
         granter = self._domid if side.domid == DOMID_SELF else side.domid
         handle = self._hypervisor.map(self._domid, granter, side.ref, writable=writable)
         handles.append(handle)
-        self._frames.open_window(handle.frame.extent)
+        try:
+            self._frames.open_window(handle.frame.extent)
+        except DeviceError as error:  # its granter may have seen to that: no reason to fail other segments
+            raise MapRefused(GENERAL_ERROR, str(error)) from error
         return self._frames.page(*handle.frame)[side.offset :]
 
 

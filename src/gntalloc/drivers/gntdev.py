@@ -156,7 +156,8 @@ class GntdevDriver:
             for domid, ref in entry.refs:
                 handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
             self._seal(handles, writable=writable)
-            self._open_window(entry.promise, handles)
+            if writable:
+                self._open_window(entry.promise, handles)
         except MapRefused as refusal:
             self._undo(handles)
             entry.mapped = True  # even a failed map is the only one
