@@ -24,12 +24,12 @@ _GRANTER = {"alloc": 14, "dealloc": 8, "limit": 2}
 _PEER = {"attach": 16, "reserve": 4, "unreserve": 8}
 _BOTH = {
     "open": 5, "close": 2, "mmap": 10, "munmap": 9, "peek": 10, "poke": 10, "notify": 6, "fork": 1, "kill": 1,
-    "bind": 3, "connect": 3, "unbind": 1, "send": 4, "events": 5, "rearm": 3,
+    "bind": 4, "connect": 9, "unbind": 1, "send": 5, "events": 5, "rearm": 4,
 }  # fmt: skip
 KINDS = frozenset({*_GRANTER, *_PEER, *_BOTH})
 
 _SPOTS = (0, 7, PAGE - 8)  # where in a page things happen, so that they meet
-_STAY = 0.8  # how often the next operation is of the same process: far ones travel in batches
+_STAY, _STAY_ON_SIDE = 0.8, 0.6  # how often the next is of the same process, or side: far ones travel in batches
 _MOST_SEATS = 8
 _LIMITS = (0, 4, 8, 16, 64)
 
@@ -47,11 +47,13 @@ class _Writer:
 
     def write(self, length: int) -> Episode:
         """`length` operations, and a last look at all there is."""
-        for self.seat in self.world.seats:
-            self._take({"seat": self.seat, **self._opening(self._grants())})
+        for seat in self.world.seats:
+            self.seat = seat
+            for device in (self._grants(), "evtchn"):
+                self._take({"seat": seat, **self._opening(device)})
         while len(self.episode) < length:
-            if self.random.random() > _STAY or self.seat not in self.world.seats:
-                self.seat = self.random.choice(sorted(self.world.seats))
+            if self.seat not in self.world.seats or not self._chance(_STAY):
+                self.seat = self._another_seat()
             weights = {**(_GRANTER if side_of(self.seat) == "g" else _PEER), **_BOTH}
             kinds = [kind for kind in weights if kind in self._kinds]
             (kind,) = self.random.choices(kinds, [weights[kind] for kind in kinds])
@@ -63,6 +65,12 @@ class _Writer:
                 continue  # IndexError: there is nothing to choose from
         self._look()
         return self.episode
+
+    def _another_seat(self) -> str:
+        side = side_of(self.seat)
+        if not self._chance(_STAY_ON_SIDE):
+            side = "p" if side == "g" else "g"
+        return self.random.choice([name for name in sorted(self.world.seats) if side_of(name) == side])
 
     def _take(self, operation: Operation) -> None:
         self.world.step(operation)
@@ -234,9 +242,7 @@ class _Writer:
         there = self.world.allocs[of].pages if side_of(self.seat) == "g" else self.world.entries[of].pages
         at = self.random.randrange(max(len(there) + self._chance(0.05), 1)) * PAGE + self.random.choice(_SPOTS)
         action = self.random.choices((CLEAR_BYTE, 2, 3, 0, 4), (8, 4, 8, 1, 1))[0]
-        ports = [
-            name for name, port in self.world.ports.items() if port.references and port.side == side_of(self.seat)
-        ]
+        ports = [name for name, port in self.world.ports.items() if port.references and port.side == side_of(self.seat)]
         port = self.random.choice(ports) if ports and self._chance(0.95) else None
         return [{"do": "notify", "file": file, "of": of, "at": at, "action": action, "port": port}]
 

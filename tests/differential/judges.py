@@ -74,7 +74,7 @@ def boot(lab: Lab) -> Session:
 
 
 def ask(session: Session, work: Mapping[str, dict[int, Episode]]) -> dict[str, Answers]:
-    """What judges answer to their episodes. A guest serves once a boot, so ask all of its in one call."""
+    """What judges answer to their episodes."""
     answers: dict[str, Answers] = {}
     for guest in ("dom0", "pv", "pvh"):
         alone = [name for name in work if JUDGES[name].guest == guest and JUDGES[name].alone]

@@ -20,7 +20,7 @@ import time
 import traceback
 from itertools import groupby
 from struct import iter_unpack, pack
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from driving import PAGE, Program
 from seat import Seat, carry_out, make
@@ -44,11 +44,11 @@ class Actor:
 
     _ours: ClassVar[set[int]] = set()  # our ends of all lines: a child must not keep another's open
 
-    def __init__(self, pid: int, ask: IO[str], answers: IO[str]) -> None:
-        self._ask_stream = ask
-        self._answers = answers
+    def __init__(self, pid: int, ask: int | str, answers: int | str) -> None:
         self._process = os.pidfd_open(pid)  # a number may be another's by the time it is killed
-        self._ours.update((ask.fileno(), answers.fileno()))
+        self._questions = open(ask, "w")  # noqa: SIM115  closed in close
+        self._answers = open(answers)  # noqa: SIM115
+        self._ours.update((self._questions.fileno(), self._answers.fileno()))
 
     @classmethod
     def start(cls, kind: str, environment: dict[str, str]) -> Actor:
@@ -60,10 +60,10 @@ class Actor:
             for descriptor in (ask, answer, *cls._ours):
                 os.close(descriptor)
             os.environ.update(environment)
-            _act(lambda: make(kind), open(questions), open(answers, "w"))
+            _act(lambda: make(kind), questions, answers)
         os.close(questions)
         os.close(answers)
-        return cls(pid, open(ask, "w"), open(answer))
+        return cls(pid, ask, answer)
 
     def fork(self) -> Actor:
         """Its child, which has its files and maps."""
@@ -72,12 +72,12 @@ class Actor:
             for way in ways:
                 os.mkfifo(way)
             pid = json.loads(self.ask(json.dumps(["fork", *ways])))["ok"]
-            return Actor(pid, open(ways[0], "w"), open(ways[1]))
+            return Actor(pid, *ways)
 
     def ask(self, line: str) -> str:
         """See Transport."""
-        self._ask_stream.write(line + "\n")
-        self._ask_stream.flush()
+        self._questions.write(line + "\n")
+        self._questions.flush()
         return self._answers.readline()
 
     def kill(self) -> None:
@@ -88,33 +88,37 @@ class Actor:
 
     def close(self) -> None:
         """Hang up."""
-        self._ours.difference_update((self._ask_stream.fileno(), self._answers.fileno()))
-        self._ask_stream.close()
+        self._ours.difference_update((self._questions.fileno(), self._answers.fileno()))
+        self._questions.close()
         self._answers.close()
         os.close(self._process)
 
 
-def _act(make_seat: Callable[[], Seat], questions: IO[str], answers: IO[str]) -> None:
-    """The life of an actor. Never returns."""
+def _act(make_seat: Callable[[], Seat], *lines: int | str) -> None:
+    """The life of an actor, and of the children it is told to fork. Never returns."""
     try:
         seat = make_seat()
-        while line := questions.readline():
-            step, *arguments = json.loads(line)
-            if step == "fork":
-                child = os.fork()
-                if not child:
-                    questions.close()
-                    answers.close()
-                    questions, answers = open(arguments[0]), open(arguments[1], "w")
-                    continue
-                answer: Any = {"ok": child}
-            else:
-                answer = carry_out(seat, step, arguments)
-            print(json.dumps(answer), file=answers, flush=True)
+        while lines:
+            lines = _serve(seat, *lines)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
+
+
+def _serve(seat: Seat, questions: int | str, answers: int | str) -> tuple[str, ...]:
+    """Answer until there is no more to answer. In a child: go on with the lines returned."""
+    with open(questions) as steps, open(answers, "w") as out:
+        for line in steps:
+            step, *arguments = json.loads(line)
+            if step != "fork":
+                answer = carry_out(seat, step, arguments)
+            elif child := os.fork():
+                answer = {"ok": child}
+            else:
+                return tuple(arguments)
+            print(json.dumps(answer), file=out, flush=True)
+    return ()
 
 
 class Side(Protocol):
@@ -231,8 +235,8 @@ class Player:
     def _index(self, operation: Operation) -> int:
         """Of an ALLOC or a MAP_GRANT_REF, and a page or a byte from there on."""
         value = self._values[operation["of"]]
-        index: int = value if isinstance(value, int) else value[0]
-        return index + operation.get("page", 0) * PAGE + operation.get("at", 0)
+        index = value if isinstance(value, int) else value[0]
+        return int(index + operation.get("page", 0) * PAGE + operation.get("at", 0))
 
     # gntdev.
 
@@ -432,7 +436,10 @@ def main(arguments: list[str]) -> None:
     if arguments == ["serve"]:
         serve()
         return
+    from far import ANSWER, Far
+
     from gntalloc.guest.devices.kernel import KernelDevices
+    from gntalloc.xenstore.client import Store
 
     here = KernelDevices().domid
     far = None
@@ -442,8 +449,6 @@ def main(arguments: list[str]) -> None:
         sides: dict[str, Side] = {"g": Player("kernel", {}), "p": Player("kernel", {})}
         if way != "alone":
             if far is None:
-                from far import Far
-
                 far = Far.wait_for(int(os.environ["PEER_DOMID"]))
             away = {"out-of": "g", "into": "p"}[way]
             sides[away], domids[away] = FarSide(far), far.domid
@@ -458,6 +463,8 @@ def main(arguments: list[str]) -> None:
         print(f"{way}: {count} operations in {time.monotonic() - started:.0f} s", flush=True)
     if far is not None:
         far.say("end")
+        with Store() as store:  # or the next who waits for the guest would find the old answer
+            store.remove(f"/local/domain/{far.domid}/{ANSWER}")
 
 
 if __name__ == "__main__":

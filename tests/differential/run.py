@@ -18,11 +18,16 @@ from judges import JUDGES, ask, boot, episodes_for
 
 from differ import Difference, first_difference  # isort: skip
 from replay import replay_on_machine  # isort: skip
+from shrink import shrink  # isort: skip
 
 from gntalloc.lab import Lab
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from world import Episode
+
+    from gntalloc.lab import Session
 
 
 def differences(name: str, episodes: dict[int, Episode], theirs: dict[int, list[Any]]) -> dict[int, Difference]:
@@ -36,6 +41,17 @@ def differences(name: str, episodes: dict[int, Episode], theirs: dict[int, list[
     return {number: difference for number, difference in found.items() if difference is not None}
 
 
+def asking(session: Session, name: str) -> Callable[[list[Episode]], list[bool]]:
+    """What `shrink` asks: which of these differ."""
+
+    def differ(candidates: list[Episode]) -> list[bool]:
+        numbered = dict(enumerate(candidates))
+        found = differences(name, numbered, ask(session, {name: numbered})[name])
+        return [number in found for number in numbered]
+
+    return differ
+
+
 def main() -> None:
     """See the top."""
     parser = argparse.ArgumentParser()
@@ -43,21 +59,27 @@ def main() -> None:
     parser.add_argument("--judges", default=",".join(JUDGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="write operations and both answers there, as JSON lines")
+    parser.add_argument("--shrink", type=int, default=2, help="so many differing episodes of each judge")
     options = parser.parse_args()
     names = options.judges.split(",")
     share = -(-options.operations // len(names))
     work = {
         name: episodes_for(JUDGES[name], options.seed + 1_000_000 * place, share) for place, name in enumerate(names)
     }
+    bad = 0
     with boot(Lab.find()) as session:
         answers = ask(session, work)
-    bad = 0
-    for name, episodes in work.items():
-        found = differences(name, episodes, answers[name])
-        print(f"{name}: {sum(map(len, episodes.values()))} operations, {len(found)} of {len(episodes)} episodes differ")
-        for number, difference in found.items():
-            print(f"  episode {number}, {difference}")
-        bad += len(found)
+        for name, episodes in work.items():
+            found = differences(name, episodes, answers[name])
+            count = sum(map(len, episodes.values()))
+            print(f"{name}: {count} operations, {len(found)} of {len(episodes)} episodes differ", flush=True)
+            for number, difference in found.items():
+                print(f"  episode {number}, {difference}", flush=True)
+            for number in list(found)[: options.shrink]:
+                episode = episodes[number][: found[number].step + 1]
+                for operation in shrink(episode, asking(session, name), pv=JUDGES[name].pv):
+                    print(f"    {json.dumps(operation)}", flush=True)
+            bad += len(found)
     if options.record:
         with options.record.open("w") as out:
             for name, episodes in work.items():

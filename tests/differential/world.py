@@ -120,6 +120,7 @@ class File:
     pages: dict[int, Page] = field(default_factory=dict)  # gntalloc's, by index
     entries: dict[int, Entry] = field(default_factory=dict)  # gntdev's, by index
     ports: dict[str, Port] = field(default_factory=dict)  # evtchn's, by name
+    lost_ports: bool = False  # so that a number that it still has to read may be another port's by now
 
 
 @dataclass(slots=True)
@@ -424,6 +425,7 @@ class World:
         file = self._with_port(seat, operation)
         if operation["port"] in file.ports:
             self._detach(file, operation["port"])
+            file.lost_ports = True
 
     def _send(self, seat: Seat, operation: Operation) -> None:
         self._with_port(seat, operation)
@@ -450,7 +452,8 @@ class World:
             return
         port.references -= 1
         if not port.references and port.peer is not None:
-            port.peer.peer = port.peer = None
+            port.peer.peer = None
+            port.peer = None
 
     @staticmethod
     def _named(names: dict[str, Any], name: str) -> Any:
