@@ -44,6 +44,7 @@ __all__ = [
     "IOCTL",
     "MAX_DESCRIPTORS",
     "MAX_PAYLOAD",
+    "MAX_REGIONS",
     "MMAP",
     "OPEN",
     "PLACED",
@@ -66,6 +67,7 @@ __all__ = [
 
 VERSION = 1
 MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
+MAX_REGIONS = 4096  # of one ioctl
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
 
 HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL = range(1, 11)
@@ -192,11 +194,13 @@ def decode_regions(data: bytes) -> list[Region]:
     """The other way round.
 
     Raises:
-        Garbage: the last one is not whole.
+        Garbage: the last one is not whole, or there are too many.
     """
-    regions = []
+    regions: list[Region] = []
     at = 0
     while at < len(data):
+        if len(regions) == MAX_REGIONS:
+            raise Garbage(f"more than {MAX_REGIONS} regions")
         if len(data) - at < _REGION.size:
             raise Garbage("a region without its head")
         address, length, flags = _REGION.unpack_from(data, at)

@@ -64,10 +64,13 @@ def test_copy_with_real_addresses(alice: Domain, bob: Domain, gntdev: DeviceFile
         assert caught.value.errno == errno.EFAULT
 
 
-def test_more_memory_than_a_message_holds(gntdev: DeviceFile) -> None:
+@pytest.mark.parametrize("sizes", [[3 << 20], [1] * 4096])
+def test_more_memory_than_a_message_holds(gntdev: DeviceFile, sizes: list[int]) -> None:
+    memory = [((1 << 20) + at, bytes(size)) for at, size in enumerate(sizes)]
     with pytest.raises(DeviceError, match="several calls") as caught:
-        gntdev.ioctl(GRANT_COPY, GrantCopy(0, 0).pack(), memory=[(1 << 20, bytes(3 << 20))])
+        gntdev.ioctl(GRANT_COPY, GrantCopy(0, 0).pack(), memory=memory)
     assert caught.value.errno == errno.E2BIG
+    assert gntdev.ioctl(GRANT_COPY, GrantCopy(0, 0).pack(), memory=memory[:4095] if len(sizes) > 1 else ()) == 0
 
 
 def reserve(file: DeviceFile, *refs: int) -> int:

@@ -84,11 +84,11 @@ class MessageCaller:
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
-        found = b""
+        found = bytearray()
         while len(found) < size:
             region, start = self._find(address + len(found), size - len(found))
             found += region.data[start : start + size - len(found)]
-        return found
+        return bytes(found)
 
     def write(self, address: int, data: bytes) -> None:
         """See `Caller`."""

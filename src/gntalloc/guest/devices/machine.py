@@ -31,7 +31,7 @@ _DOMIDS = Struct("=I")
 _INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
-_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 65536
+_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 4096 - 16 * wire.MAX_REGIONS
 _MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
@@ -99,8 +99,9 @@ class MachineFile:
         if request == RESET and self.name == "evtchn":
             self._empty()
         there = dict(memory)
-        if sum(map(len, there.values())) > _MOST_MEMORY:
-            why = f"more than {_MOST_MEMORY} bytes of memory go with request {request:#010x}; make several calls"
+        if sum(map(len, there.values())) > _MOST_MEMORY or len(there) >= wire.MAX_REGIONS:
+            most = f"{wire.MAX_REGIONS - 1} buffers of {_MOST_MEMORY} bytes together"
+            why = f"more memory than {most} goes with request {request:#010x}; make several calls"
             raise DeviceError(errno.E2BIG, why)
         address = 0
         if argument is not None:
