@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import gntalloc
+from gntalloc.lab import Lab, NothingToRunOn
 from gntalloc.machine.machine import BEHAVIOURS
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.testing import Snapshot, assert_cleaned_up, recount
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gntalloc import Domain, Machine
+    from gntalloc.lab import Session
 
 
 @pytest.fixture(params=["ours", "linux"])
@@ -141,3 +145,33 @@ def alice(machine: Machine) -> Iterator[Domain]:
 def bob(machine: Machine) -> Iterator[Domain]:
     """Domain 2."""
     yield from _domain(machine, 2)
+
+
+# A real Xen, booted once for all tests that leave it alive.
+
+HERE = Path(__file__).parent
+FOR_THE_LAB = [
+    *(HERE / "lab" / name for name in ("granter.py", "grantee.py")),
+    *(HERE / "conformance" / f"{name}.py" for name in ("seat", "driving", "rows", "event_rows", "far", "judge")),
+]
+
+
+@pytest.fixture(scope="session")
+def some_bytes() -> bytes:
+    """More than any ring, and no multiple of anything. In the lab it is the file `some-bytes`."""
+    return random.Random(1).randbytes(3_000_017)
+
+
+@pytest.fixture(scope="session")
+def xen(some_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Dom0, a PV and a PVH guest in QEMU. Where the lab cannot run that is a skip with its reason; in CI a failure."""
+    try:
+        lab = Lab.find()
+    except NothingToRunOn as why:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(why))
+    file = tmp_path_factory.mktemp("lab") / "some-bytes"
+    file.write_bytes(some_bytes)
+    with lab.boot(("pv", "pvh"), files=[*FOR_THE_LAB, file], timeout=400) as session:
+        yield session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,7 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from compare import NOT_DONE, PAGE, documented, judged, page, text, verdict
 from judge import judge_machine
+from record import ask_all
 from rows import BETWEEN_DOMAINS, NOT_RUN, PROBES, ROWS
+
+if TYPE_CHECKING:
+    from gntalloc.lab import Session
 
 LAB = os.environ.get("GNTALLOC_LAB") == "1"
 
@@ -68,20 +72,9 @@ def test_the_rows_of_a_probe_agree() -> None:
 
 @pytest.mark.skipif(not LAB, reason="boots a real Xen: set GNTALLOC_LAB=1")
 @pytest.mark.timeout(600)
-def test_the_real_drivers_still_answer_as_recorded() -> None:
+def test_the_real_drivers_still_answer_as_recorded(xen: Session) -> None:
     """Rows that a probe decides may change with the kernel, all of a probe together; the others may not."""
-    from record import FILES, ask_all
-
-    from gntalloc.lab import Lab, NothingToRunOn
-
-    try:
-        lab = Lab.find()
-    except NothingToRunOn as why:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(why))
-    with lab.boot(("pv", "pvh"), files=FILES, timeout=400) as session:
-        now = ask_all(session)
+    now = ask_all(xen)
     recorded = judged()
     probed = {key for answers in PROBES.values() for key in answers}
     changed = {

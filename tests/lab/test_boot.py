@@ -13,14 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from gntalloc.lab import Crashed, Lab, LabError, LabTimedOut, NothingToRunOn, Session
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("GNTALLOC_LAB") != "1", reason="boots a real Xen: set GNTALLOC_LAB=1"),
@@ -41,11 +37,10 @@ def find() -> Lab:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Session]:
-    """One boot with all three kinds of domain, for all tests that leave it alive."""
-    with find().boot(GUESTS, files=[HERE / "granter.py", HERE / "grantee.py"], timeout=300) as session:
-        yield session
+@pytest.fixture
+def lab(xen: Session) -> Session:
+    """The boot with all three kinds of domain, for all tests that leave it alive."""
+    return xen
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
