@@ -21,9 +21,9 @@ __all__ = ["KINDS", "generate"]
 
 # How often what is tried: on the granting side, on the peer's, or on both.
 _GRANTER = {"alloc": 14, "dealloc": 8, "limit": 2}
-_PEER = {"attach": 16, "reserve": 4, "unreserve": 8}
+_PEER = {"attach": 16, "reserve": 4, "unreserve": 8, "copy": 8, "offset": 3}
 _BOTH = {
-    "open": 5, "close": 2, "mmap": 10, "munmap": 9, "peek": 10, "poke": 10, "notify": 6, "fork": 1, "kill": 1,
+    "open": 5, "close": 2, "mmap": 10, "munmap": 9, "peek": 10, "poke": 14, "notify": 6, "fork": 1, "kill": 1,
     "bind": 4, "connect": 9, "unbind": 1, "send": 5, "events": 5, "rearm": 4,
 }  # fmt: skip
 KINDS = frozenset({*_GRANTER, *_PEER, *_BOTH})
@@ -184,12 +184,14 @@ class _Writer:
         }  # fmt: skip
 
     def _refs(self) -> list[tuple[str, int]]:
-        allocs = self.world.allocs
-        name = self.random.choice(list(allocs)[-6:])
-        pages = list(range(len(allocs[name].pages)))
+        """Of one ALLOC, or of several in any order; mostly of such as can be mapped."""
+        lately = dict(list(self.world.allocs.items())[-8:])
+        if self._chance(0.85):
+            lately = {name: a for name, a in lately.items() if a.for_peer and all(page.users for page in a.pages)}
+        name = self.random.choice(list(lately))
         if self._chance(0.6):
-            return [(name, page) for page in pages]
-        every = [(name, page) for name in list(allocs)[-6:] for page in range(len(allocs[name].pages))]
+            return [(name, page) for page in range(len(lately[name].pages))]
+        every = [(name, page) for name, alloc in lately.items() for page in range(len(alloc.pages))]
         return self.random.choices(every, k=self.random.choice((1, 1, 2, 3)))
 
     def reserve(self) -> list[Operation]:
@@ -217,6 +219,19 @@ class _Writer:
         pages = len(self.world.entries[of].pages)
         count = self.random.choices((pages, 0, pages + 1), (10, 1, 1))[0]
         return [{"do": "unreserve", "file": file, "of": of, "count": count}]
+
+    def copy(self) -> list[Operation]:
+        """From a granted page, to one, or between two."""
+        refs = self._refs()
+        there = [(name, page, self.random.choice(_SPOTS)) for name, page in (refs[0], refs[-1])]
+        source, dest = self.random.choice([(there[0], None), (None, there[0]), (there[0], there[1])])
+        size = self.random.choice((0, 1, 8, 8, 9))  # the last is too long for the last spot
+        data = self.random.randbytes(size).hex()
+        return [{"do": "copy", "file": self._file("gntdev"), "source": source, "dest": dest, "data": data}]
+
+    def offset(self) -> list[Operation]:
+        name, at = self._place()
+        return [{"do": "offset", "file": self._file("gntdev"), "map": name, "at": at}]
 
     def munmap(self) -> list[Operation]:
         maps = self.world.seats[self.seat].maps

@@ -27,6 +27,16 @@ from seat import Seat, carry_out, make
 from world import Episode, Operation, side_of
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT, NOTIFY, UNBIND
+from gntalloc.abi.gntdev import (
+    COPY_DEST_GREF,
+    COPY_SOURCE_GREF,
+    GET_OFFSET_FOR_VADDR,
+    GRANT_COPY,
+    ForeignPage,
+    GetOffsetForVaddr,
+    GrantCopy,
+    GrantCopySegment,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +47,7 @@ __all__ = ["Player", "replay", "replay_on_machine"]
 
 NOBODY = 12345  # no domain has this number
 NO_PORT = 9999
+NO_STATUS = 77  # what a segment's status is before
 
 
 class Actor:
@@ -149,6 +160,7 @@ class Player:
         self._programs: dict[str, Program] = {}
         self._values: dict[str, Any] = {}  # what names stand for
         self._ports: dict[int, str] = {}
+        self._scratch: dict[str, str] = {}  # a process's page of memory for what arguments point to
         self._domid = self._peer = 0
         self._limit_before: int | None = None
 
@@ -157,6 +169,7 @@ class Player:
         self._domid, self._peer = domid, peer
         self._values.clear()
         self._ports.clear()
+        self._scratch.clear()
         for name in seats:
             self._add(name, Actor.start(self._kind, self._environment))
 
@@ -195,6 +208,8 @@ class Player:
 
     def _fork(self, program: Program, operation: Operation) -> Any:
         self._add(operation["as"], self._actors[operation["seat"]].fork())
+        if operation["seat"] in self._scratch:
+            self._scratch[operation["as"]] = self._scratch[operation["seat"]]
         return "done"
 
     def _kill(self, program: Program, operation: Operation) -> Any:
@@ -250,6 +265,34 @@ class Player:
 
     def _unreserve(self, program: Program, operation: Operation) -> Any:
         return program.unreserve(self._values[operation["file"]], self._index(operation), operation["count"])
+
+    def _copy(self, program: Program, operation: Operation) -> Any:
+        """Of one segment: its status, and what its local side has afterwards, where `data` was. They lie together."""
+        memory = self._scratch.get(operation["seat"]) or program.must("scratch")
+        self._scratch[operation["seat"]] = memory
+        address = program.must("address", memory)
+        places = (operation["source"], operation["dest"])
+        source, dest = (address + GrantCopySegment.SIZE if place is None else self._word(*place) for place in places)
+        flags = COPY_SOURCE_GREF * (places[0] is not None) | COPY_DEST_GREF * (places[1] is not None)
+        local = bytes.fromhex(operation["data"])
+        segment = GrantCopySegment(source, dest, len(local), flags, NO_STATUS).pack()
+        program.must("poke", memory, 0, (segment + local).hex())
+        result, _ = program.ioctl(self._values[operation["file"]], GRANT_COPY, GrantCopy(1, address).pack())
+        after = bytes.fromhex(program.must("peek", memory, 0, len(segment) + len(local)))
+        status = GrantCopySegment.unpack_from(after).status
+        return {"result": result, "status": status, "local": after[len(segment) :].hex()}
+
+    def _word(self, name: str, page: int, at: int) -> int:
+        return ForeignPage(self._values[name][1][page], at, self._peer).to_word()
+
+    def _offset(self, program: Program, operation: Operation) -> Any:
+        address = program.step("address", self._values[operation["map"]]) + operation["at"]
+        argument = GetOffsetForVaddr(address, 0, 0).pack()
+        result, after = program.ioctl(self._values[operation["file"]], GET_OFFSET_FOR_VADDR, argument)
+        if result != 0:
+            return result
+        answer = GetOffsetForVaddr.unpack_from(after)
+        return {"offset": answer.offset, "count": answer.count}
 
     # Both.
 

@@ -184,6 +184,10 @@ BREAKING: dict[str, Episode] = {
         *(*_MAPPED, _clear("p1", "f3", "em1")),
         {"seat": "p1", "do": "munmap", "map": "m1", "page": 0, "pages": 1},
     ],
+    "another's map": [
+        *(*_MAPPED, {**_PEERS, "as": "f4"}),
+        {"seat": "p1", "do": "offset", "file": "f4", "map": "m1", "at": 0},
+    ],
     "reader's ports": [
         {**_A_FILE, "device": "evtchn"},
         {"seat": "g1", "do": "bind", "file": "f1", "as": "c1"},

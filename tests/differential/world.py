@@ -32,6 +32,7 @@ RULES = {
     "fork": "gntdev maps are not inherited in a PV guest, and are in a PVH guest",
     "read-only clear": "a byte to be cleared in an entry that is then mapped read-only: the real driver stores into it",
     "piecemeal clear": "in a PV guest the byte goes with its page's munmap, in a PVH guest with the whole entry",
+    "another's map": "the real driver tells the index of any file's map, ours of the file that is asked",
     "reader's ports": "a port's number may be another's by now",
 }
 
@@ -340,7 +341,7 @@ class World:
 
     _poke = _peek
 
-    # The peer's entries.
+    # The peer's entries, and what it copies without any.
 
     def _reserve(self, seat: Seat, operation: Operation) -> None:
         file = _file(seat, operation)
@@ -367,6 +368,18 @@ class World:
         if entry.holds:
             for page in entry.pages:
                 page.holders -= 1
+
+    def _copy(self, seat: Seat, operation: Operation) -> None:
+        _file(seat, operation)
+        for place in (operation["source"], operation["dest"]):
+            if place is not None:
+                name, page, _ = place
+                self._can_map(self._named(self.allocs, name).pages[page], writable=False)
+
+    def _offset(self, seat: Seat, operation: Operation) -> None:
+        self._peek(seat, operation)
+        if _file(seat, operation) is not seat.maps[operation["map"]].file:
+            raise Unfit("another's map")
 
     # SET_UNMAP_NOTIFY, of both.
 
