@@ -369,9 +369,11 @@ class Connection(Channel):
     def _placed(self, message: wire.Message, descriptors: list[int]) -> None:
         number, address = wire.PLACED_REQUEST.unpack_from(message.payload)
         record = self._unplaced.pop(number, None)
-        if record is not None and record.loans:
+        if record is None:
+            return
+        if record.loans:
             record.place(self.pid, address)
-            record.file.driver.placed(record)
+        record.file.driver.placed(record)  # also if it was unmapped at once, and that was seen first: it was there
 
     def _read(self, message: wire.Message, descriptors: list[int]) -> None:
         handle, size = wire.READ_REQUEST.unpack_from(message.payload)
