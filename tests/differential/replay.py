@@ -313,6 +313,8 @@ class Player:
         return program.step("munmap", self._values[operation["map"]], start, length)
 
     def _peek(self, program: Program, operation: Operation) -> Any:
+        if self._kind == "machine":  # it may be about to clear a byte: before it answers it has heard of all munmaps
+            program.must("get_limit")
         return program.step("peek", self._values[operation["map"]], operation["at"], 8)
 
     def _poke(self, program: Program, operation: Operation) -> Any:

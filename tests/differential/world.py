@@ -174,6 +174,10 @@ class World:
             map_.pieces[operation["as"]] = set(map_.pieces[operation["seat"]])
 
     def _kill(self, seat: Seat, operation: Operation) -> None:
+        for map_ in seat.maps.values():
+            users = {*map_.file.openers, *(name for other in map_.file.maps for name in other.pieces)}
+            if self._to_clear(map_) and users != {operation["seat"]}:
+                raise Unfit("piecemeal clear")
         for map_ in list(seat.maps.values()):
             self._take_piece(map_, operation["seat"], None)
         for file in seat.files.values():
@@ -308,14 +312,16 @@ class World:
         there = map_.pieces[operation["seat"]]
         if not pages or not pages <= there:
             raise Unfit("gone")
-        entry = map_.what
-        if self.pv and isinstance(entry, Entry) and entry.promise is not None and entry.promise.clear:
-            listed = entry in map_.file.entries.values() and map_.file.openers
-            if listed or len(pages) < len(entry.pages):
-                raise Unfit("piecemeal clear")
+        if self._to_clear(map_) and (map_.what in map_.file.entries.values() or pages != there):
+            raise Unfit("piecemeal clear")
         self._take_piece(map_, operation["seat"], pages)
         if pages == there:
             del seat.maps[operation["map"]]
+
+    def _to_clear(self, map_: Map) -> bool:
+        """Whether it is not the same when a byte of it is cleared in a PV guest as elsewhere."""
+        promise = map_.what.promise if isinstance(map_.what, Entry) else None
+        return self.pv and promise is not None and promise.clear
 
     def _take_piece(self, map_: Map, seat: str, pages: set[int] | None) -> None:
         """One process has these pages, or all of them, no longer."""
