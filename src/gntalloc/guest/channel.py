@@ -28,6 +28,7 @@ __all__ = ["Answer", "Channel", "Descriptor"]
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
 _TIMEVAL = struct.Struct("@ll")
+_TRUNCATED = int(socket.MSG_CTRUNC)  # as a number: a flag costs as much as the call
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
 
 
@@ -202,7 +203,7 @@ class Channel:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 numbers = array.array("i", content[: len(content) // 4 * 4])
                 self._descriptors.extend(map(Descriptor, numbers))
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise OSError(errno.EMFILE, "this program has no descriptors left for what the machine sent")
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up")

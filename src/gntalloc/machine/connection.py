@@ -38,6 +38,8 @@ MESSAGES_A_TURN = 8  # then it is somebody else's turn
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
 _DESCRIPTORS_A_MESSAGE = 8  # more than any has
+_NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTORS_A_MESSAGE * 4)
 _MANY_UNPLACED = 64
 _NO_LINGER = struct.pack("ii", 0, 0)
@@ -98,7 +100,7 @@ class Channel:
         for level, kind, content in controls:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._received.extend(array.array("i", content[: len(content) // 4 * 4]))
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise Dropped("it sent more descriptors than any message has")
         if not data:
             raise Dropped("it went away")
@@ -154,11 +156,10 @@ class Channel:
         self._outbox.append((data[sent:], keep))
 
     def _try_to_send(self, data: bytes, descriptors: Sequence[int]) -> int:
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
             if descriptors:
-                return socket.send_fds(self.sock, [data], list(descriptors), flags)
-            return self.sock.send(data, flags)
+                return socket.send_fds(self.sock, [data], list(descriptors), _NEVER_WAIT)
+            return self.sock.send(data, _NEVER_WAIT)
         except BlockingIOError:
             return 0
         except OSError as error:

@@ -1,0 +1,43 @@
+"""What the README shows, works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_complete_program_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "program.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("domain 2 reads hello\n", "")
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_every_link_leads_somewhere(page: str) -> None:
+    source = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", source.read_text()):
+        assert "://" in target or (source.parent / target).exists(), target
+
+
+def test_the_program_in_the_package_s_own_words_runs() -> None:
+    """The example in the docstring of `gntalloc`."""
+    import gntalloc
+
+    assert gntalloc.__doc__ is not None
+    example = "\n".join(line[4:] for line in gntalloc.__doc__.splitlines() if line.startswith("    "))
+    subprocess.run([sys.executable, "-W", "error", "-c", example], timeout=30, check=True)
