@@ -313,9 +313,17 @@ class Player:
         return program.step("munmap", self._values[operation["map"]], start, length)
 
     def _peek(self, program: Program, operation: Operation) -> Any:
-        if self._kind == "machine":  # it may be about to clear a byte: before it answers it has heard of all munmaps
-            program.must("get_limit")
+        self._settle(program)
         return program.step("peek", self._values[operation["map"]], operation["at"], 8)
+
+    def _settle(self, program: Program) -> None:
+        """Let what was done have its effect on what only looks at memory, or at a ring.
+
+        A kernel clears bytes and sends events within munmap, kill and write. A machine hears of them a moment later,
+        and surely before it answers anybody anything.
+        """
+        if self._kind == "machine":
+            program.must("get_limit")
 
     def _poke(self, program: Program, operation: Operation) -> Any:
         return program.step("poke", self._values[operation["map"]], operation["at"], operation["data"])
@@ -352,6 +360,7 @@ class Player:
         return program.step("write", self._values[operation["file"]], data.hex())
 
     def _events(self, program: Program, operation: Operation) -> Any:
+        self._settle(program)
         data = program.step("read", self._values[operation["file"]], 256)
         if data.startswith("E"):
             return data
