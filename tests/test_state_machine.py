@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SET_NOTIFY = 0x00104707
-LIMIT = 12
+LIMIT = 6
 MORE_THAN_THE_TABLE = 700
 
 RARELY = st.integers(0, 3)
@@ -113,8 +113,8 @@ class Calls(RuleBasedStateMachine):
 
     core: Core
 
-    @initialize(writable=st.booleans())
-    def begin(self, writable: bool) -> None:
+    @initialize(writable=st.booleans(), filled=st.sampled_from([0, 0, 0, model.CAPACITY - 5]))
+    def begin(self, writable: bool, filled: int) -> None:
         self.core = Core(limit=LIMIT, table_frames=1)
         for domid in (1, 2):
             self.core.create(domid, uid=os.getuid())
@@ -126,6 +126,9 @@ class Calls(RuleBasedStateMachine):
         self.model.bound = {1, 2}
         for domid, device in ((1, "gntalloc"), (2, "gntdev")):
             self.open(domid, device)
+        if filled:  # the table, nearly
+            self.set_limit(1, MORE_THAN_THE_TABLE)
+            self.alloc(0, 2, filled, writable, model.Fault())
         self.alloc(0, 2, 3, writable, model.Fault())
 
     def same(self, modelled: Callable[[], Any], real: Callable[[], Any]) -> tuple[Any, Any]:
