@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from struct import pack
@@ -22,7 +23,6 @@ ANYWHERE = 0x10000
 def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Domain, bob: Domain) -> None:
     with RawClient(alice) as client:
         handle, home = client.open("gntalloc")
-        client._descriptors.append(home)
         index, refs = client.alloc(handle, bob.domid, flags=0)
         mapped = client.mmap(handle, index).close()
         client.call(wire.HELLO, pack("=I", wire.VERSION))  # when that is answered the munmap has been seen
@@ -30,3 +30,4 @@ def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Dom
         client.call(wire.HELLO, pack("=I", wire.VERSION))
         with bob.map(alice.domid, refs, timeout=0) as pages:
             assert bytes(pages.memory[:4]) == bytes(4)
+        os.close(home)
