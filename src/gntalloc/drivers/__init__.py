@@ -3,6 +3,7 @@
 chardev    what every device file does, once
 gntalloc   allocate pages, grant them, take them back: the heart
 gntdev     map what others granted
+indexes    which index a map gets, as Linux chooses
 copy       copy from and to granted pages
 evtchn     event channels: bind, send, wait
 notify     what the two grant drivers promise to do when pages go

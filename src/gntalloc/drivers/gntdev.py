@@ -10,7 +10,6 @@ Sources: Linux's gntdev.c as of 6.1, in a PVH guest; docs/differences.md for whe
 from __future__ import annotations
 
 import errno
-from bisect import insort
 from struct import Struct
 from typing import TYPE_CHECKING, cast
 
@@ -30,6 +29,7 @@ from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
 from gntalloc.drivers.copy import Copier
+from gntalloc.drivers.indexes import Indexes
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
@@ -68,7 +68,7 @@ class FileState:
     __slots__ = ("entries",)
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
+        self.entries: Indexes[Entry] = Indexes()
 
 
 class GntdevDriver:
@@ -125,10 +125,10 @@ class GntdevDriver:
         array = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
         refs = [(domid, ref) for domid, ref in _GRANT_REF.iter_unpack(array)]
         entries = _state(file).entries
-        entry = Entry(_first_gap(entries, asked.count), refs)
+        entry = Entry(entries.first_gap(asked.count), refs)
         answer = asked._replace(index=entry.first * PAGE_SIZE).pack()
         caller.write(address, answer + head[len(answer) :])
-        insort(entries, entry, key=lambda entry: entry.first)
+        entries.put(entry.first, entry.count, entry)
         self._noted += entry.count
         return 0
 
@@ -143,7 +143,7 @@ class GntdevDriver:
         if writable and not shared:
             raise DeviceError(errno.EINVAL, "granted pages are shared: a private map cannot be writable")
         first, count = offset // PAGE_SIZE, length // PAGE_SIZE
-        entry = next((entry for entry in _state(file).entries if entry.first == first), None)
+        entry = _state(file).entries.at(first)
         if entry is None or entry.count != count:
             there = f"the one there has {entry.count} pages" if entry else "there is none"
             what = f"a map of {count} pages at index {offset:#x} needs a MAP_GRANT_REF of just that"
@@ -250,7 +250,7 @@ class GntdevDriver:
         """The last piece of this mmap is gone, and with it the grants."""
         entry = cast("Entry", record.payload)
         entry.record = None
-        if entry not in _state(record.file).entries:
+        if _state(record.file).entries.at(entry.first) is not entry:
             self._end(entry)
         elif self._behaviour.munmap_releases:
             self._let_go(entry)
@@ -276,11 +276,11 @@ class GntdevDriver:
         asked = UnmapGrantRef.unpack_from(caller.read(address, UnmapGrantRef.SIZE))
         first = asked.index // PAGE_SIZE
         entries = _state(file).entries
-        entry = next((entry for entry in entries if entry.first == first and asked.count in {0, entry.count}), None)
-        if entry is None:
+        entry = entries.at(first)
+        if entry is None or asked.count not in {0, entry.count}:
             what = f"{asked.count} pages at index {asked.index:#x} were to be unmapped"
             raise DeviceError(errno.ENOENT, f"{what}, and there was no MAP_GRANT_REF of just that")
-        entries.remove(entry)
+        entries.remove(first)
         self._noted -= entry.count
         if entry.record is None:
             self._end(entry)
@@ -291,7 +291,7 @@ class GntdevDriver:
         for entry in _state(file).entries:
             self._noted -= entry.count
             self._end(entry)
-        _state(file).entries.clear()
+        _state(file).entries = Indexes()
 
 
 _GRANT_REF = Struct("=II")
@@ -303,22 +303,11 @@ def _entry_with(file: File, index: int) -> Entry:
     Raises:
         DeviceError: ENOENT there is none.
     """
-    page = index // PAGE_SIZE
-    for entry in _state(file).entries:
-        if entry.first <= page < entry.first + entry.count:
-            return entry
-    raise DeviceError(errno.ENOENT, f"no MAP_GRANT_REF of this file is at index {index:#x}")
+    entry = _state(file).entries.around(index // PAGE_SIZE)
+    if entry is None:
+        raise DeviceError(errno.ENOENT, f"no MAP_GRANT_REF of this file is at index {index:#x}")
+    return entry
 
 
 def _state(file: File) -> FileState:
     return cast("FileState", file.state)
-
-
-def _first_gap(entries: list[Entry], count: int) -> int:
-    """The page number for `count` pages. A gap that would just fit is not taken, as in Linux."""
-    first = 0
-    for entry in entries:
-        if first + count < entry.first:
-            break
-        first = entry.first + entry.count
-    return first
