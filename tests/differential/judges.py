@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 CONFORMANCE = HERE.parent / "conformance"
 sys.path[:0] = [str(HERE), str(CONFORMANCE)]
 
+from found import FOUND  # noqa: E402
 from generate import generate  # noqa: E402
 from replay import read_lines, write_lines  # noqa: E402
 
@@ -58,8 +59,8 @@ Answers = dict[int, list[Any]]
 
 
 def episodes_for(judge: Judge, seed: int, operations: int, length: int = 100) -> dict[int, Episode]:
-    """As many episodes from this seed on as it takes for so many operations."""
-    episodes: dict[int, Episode] = {}
+    """What was found before, and as many episodes from this seed on as it takes for so many operations."""
+    episodes = {-number: episode for number, episode in enumerate(FOUND.values(), 1)}
     count = 0
     while count < operations:
         episodes[seed] = generate(seed, length, pv=judge.pv)

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--judges", default=",".join(JUDGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="write operations and both answers there, as JSON lines")
-    parser.add_argument("--shrink", type=int, default=2, help="so many differing episodes of each judge")
+    parser.add_argument("--shrink", type=int, default=1, help="so many differing episodes of each judge")
     options = parser.parse_args()
     names = options.judges.split(",")
     share = -(-options.operations // len(names))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 
 from differ import comparable, first_difference
+from found import FOUND
 from generate import KINDS, generate
 from replay import Player, read_lines, replay, replay_on_machine, write_lines
 from shrink import repaired, shrink
@@ -74,6 +75,14 @@ def test_the_model_knows_what_succeeds(episodes: list[Episode], answers: list[li
                 names = {**world.allocs, **world.entries, **world.ports, **world.seats[operation["seat"]].maps}
                 succeeded = not (isinstance(answer, str) and answer.startswith("E"))
                 assert (operation["as"] in names) == succeeded, (operation, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), list(zip(FOUND, ["00" * 8, {"ports": ["c2", "c2"]}, "0013" + "00" * 6], strict=True))
+)
+def test_what_was_found(name: str, expected: Any) -> None:
+    """The end of it is as on the real drivers, whoever is faster."""
+    assert [answers[-1] for answers in replay_on_machine([FOUND[name]] * 10)] == [expected] * 10
 
 
 def test_nothing_is_missing_and_references_are_new(episodes: list[Episode], answers: list[list[Any]]) -> None:
