@@ -38,7 +38,7 @@ format:
 # In this order: the last of test_boot's tests let the guests of the shared boot panic.
 lab-test:
 	@tools/venv dev
-	GNTALLOC_LAB=1 $(BIN)/python -m pytest --durations=8 tests/conformance tests/lab/test_stream.py tests/lab/test_boot.py
+	GNTALLOC_LAB=1 $(BIN)/python -m pytest --durations=8 tests/conformance tests/differential tests/lab/test_stream.py tests/lab/test_boot.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -216,6 +216,16 @@ def test_a_rule_refuses_what_breaks_it_and_nothing_before(rule: str) -> None:
         world.step(last)
 
 
+def test_a_real_difference_is_found() -> None:
+    """G6: ours counts a page that its peer still holds."""
+    limit: dict[str, Any] = {"seat": "g1", "do": "limit", "pages": 1}
+    episode: Episode = [limit, *_MAPPED, _dealloc("a1"), _alloc("a2")]
+    linux, ours = (replay_on_machine([episode], behaviour)[0] for behaviour in ("linux", "ours"))
+    found = first_difference(episode, linux, ours)
+    assert found is not None
+    assert (found.step, found.ours) == (len(episode) - 1, "ENOSPC")
+
+
 @pytest.mark.skipif(not LAB, reason="boots a real Xen: set GNTALLOC_LAB=1")
 @pytest.mark.timeout(900)
 def test_two_thousand_operations_in_the_lab_without_a_difference() -> None:
