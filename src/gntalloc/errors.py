@@ -14,6 +14,8 @@
 
 Each carries `errno` and a text of three parts: what was asked, what stood in the way, what to do.
 Each survives pickle, so that it can cross a process boundary.
+
+`BooksWrong` is none of them: it ends the machine.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ __all__ = [
     "TimedOut",
     "ViewsStillExported",
 ]
+
+
+class BooksWrong(BaseException):
+    """The machine has found its own counters wrong. No handler may go on after that, so it is no Exception."""
 
 
 class GntallocError(OSError):

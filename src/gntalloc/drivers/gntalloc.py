@@ -32,7 +32,7 @@ from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
-from gntalloc.errors import DeviceError
+from gntalloc.errors import BooksWrong, DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
 
@@ -167,6 +167,7 @@ class GntallocDriver:
                 if self._behaviour.put_index_back and not any(gref in self._grefs for gref in grefs):
                     state.next_index = index
             raise
+        self._check_books()
         return 0
 
     def _check_limit(self, count: int) -> None:
@@ -242,6 +243,7 @@ class GntallocDriver:
             state = _state(gref.file)
             state.released[gref.index] = state.grefs.pop(gref.index)
             self._let_go(gref)
+        self._check_books()
 
     # SET_UNMAP_NOTIFY: one promise a page, the last one made.
 
@@ -305,6 +307,7 @@ class GntallocDriver:
         """The last piece of this mmap is gone."""
         for gref in cast("list[Gref]", record.payload):
             self._let_go(gref)
+        self._check_books()
 
     # Release: the file goes, and with it all that is on its list.
 
@@ -318,6 +321,8 @@ class GntallocDriver:
         """One user less. With the last one the grant ends, now or when the peer lets go."""
         gref.users -= 1
         if gref.users:
+            if gref.users < 0:
+                raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
             return
         self._keep_promise(gref)
         if not self._behaviour.count_held_pages:
@@ -347,6 +352,17 @@ class GntallocDriver:
             self.in_use -= 1
         return True
 
+    def _check_books(self) -> None:
+        """Each page has one reference and counts once, or the next ALLOC could do harm: stop rather than go on wrong.
+
+        It is what can be afforded at each change; `gntalloc.testing.recount` counts everything.
+        """
+        pages, references = len(self._grefs), self._table.usage().live
+        counted = self.in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
+        if not pages == references == counted:
+            owner = self._table.owner
+            raise BooksWrong(f"domain {owner} has {pages} pages, {references} references, and {self.in_use} in use")
+
     def _peer_let_go(self, ref: int, frame: Frame) -> None:
         self.look_again(frame.extent)
 
@@ -358,6 +374,7 @@ class GntallocDriver:
                 del lingering[gref]
             if not lingering:
                 del self._lingering[extent]
+            self._check_books()
         for waiter in list(self._waiters.get(extent, ())):
             waiter.look()
 

@@ -31,6 +31,7 @@ from gntalloc.abi.grants import (
     RESERVED_REFS,
     V1_ENTRIES_PER_FRAME,
 )
+from gntalloc.errors import BooksWrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,6 +160,8 @@ class GrantTable(Generic[Frame]):
         entry = self._entries[ref]
         entry.pins -= 1
         entry.mappers[mapper] -= 1
+        if entry.mappers[mapper] < 0:
+            raise BooksWrong(f"domain {mapper} has unmapped reference {ref} of domain {self.owner} too often")
         if not entry.mappers[mapper]:
             del entry.mappers[mapper]
         if not entry.pins and self.on_idle is not None:
