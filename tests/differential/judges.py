@@ -2,6 +2,7 @@
 
     dom0, pv          a kernel alone, which grants to itself and maps its own grants
     pv to dom0, …     one domain grants, the other maps
+
 A PVH guest is never alone: mapping its own grants spoils its memory.
 """
 
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 HERE = Path(__file__).parent
 CONFORMANCE = HERE.parent / "conformance"
-sys.path[:0] = [str(HERE), str(CONFORMANCE)]
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(CONFORMANCE))
 
-from found import FOUND  # noqa: E402
-from generate import generate  # noqa: E402
-from replay import read_lines, write_lines  # noqa: E402
+from found import FOUND
+from generate import generate
+from replay import read_lines, write_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

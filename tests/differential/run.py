@@ -1,7 +1,7 @@
 """The long run: `python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]`.
 
 Boots a real Xen, gives each judge its share of the operations, does the same on a machine of ours with
-behaviour="linux", and shows every difference. Exit status 1 if there is one.
+behaviour="linux", and shows every difference, some of them shrunk. Exit status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 
+from differ import Difference, first_difference
 from judges import JUDGES, ask, boot, episodes_for
-
-from differ import Difference, first_difference  # isort: skip
-from replay import replay_on_machine  # isort: skip
-from shrink import shrink  # isort: skip
+from replay import replay_on_machine
+from shrink import shrink
 
 from gntalloc.lab import Lab
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=50_000, help="of all judges together")
     parser.add_argument("--judges", default=",".join(JUDGES))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", type=Path, help="write operations and both answers there, as JSON lines")
+    parser.add_argument("--record", type=Path, help="write operations and the judges' answers there, as JSON lines")
     parser.add_argument("--shrink", type=int, default=1, help="so many differing episodes of each judge")
     options = parser.parse_args()
     names = options.judges.split(",")
@@ -69,6 +69,14 @@ def main() -> None:
     bad = 0
     with boot(Lab.find()) as session:
         answers = ask(session, work)
+        if options.record:
+            with options.record.open("w") as out:
+                for name, episodes in work.items():
+                    for number, episode in episodes.items():
+                        for operation, answer in zip(episode, answers[name][number], strict=True):
+                            print(
+                                json.dumps({"judge": name, "episode": number, **operation, "answer": answer}), file=out
+                            )
         for name, episodes in work.items():
             found = differences(name, episodes, answers[name])
             count = sum(map(len, episodes.values()))
@@ -80,12 +88,6 @@ def main() -> None:
                 for operation in shrink(episode, asking(session, name), pv=JUDGES[name].pv):
                     print(f"    {json.dumps(operation)}", flush=True)
             bad += len(found)
-    if options.record:
-        with options.record.open("w") as out:
-            for name, episodes in work.items():
-                for number, episode in episodes.items():
-                    for operation, answer in zip(episode, answers[name][number], strict=True):
-                        print(json.dumps({"judge": name, "episode": number, **operation, "answer": answer}), file=out)
     sys.exit(bool(bad))
 
 
