@@ -13,10 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-HERE = Path(__file__).parent
-CONFORMANCE = HERE.parent / "conformance"
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(CONFORMANCE))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 
 from found import FOUND
 from generate import generate
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JUDGES", "Judge", "ask", "boot", "episodes_for"]
 
+HERE = Path(__file__).parent
+CONFORMANCE = HERE.parent / "conformance"
 FILES = [HERE / "replay.py", HERE / "world.py", *(CONFORMANCE / f"{name}.py" for name in ("seat", "driving", "far"))]
 TIMEOUT = 3000.0
 
