@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,3 +151,27 @@ def test_a_child_of_fork_neither_ends_the_machine_nor_commands_it(machine: Machi
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     assert machine.statistics()["pid"] == machine.pid
+
+
+def test_threads_that_make_the_same_domains(make_machine: Callable[..., Machine]) -> None:
+    """Each gets them all: whoever finds a domain there can enter it."""
+    machine = make_machine()
+    domids = range(1, 30)
+    barrier = threading.Barrier(4)
+    found: list[list[int]] = []
+
+    def make_all() -> None:
+        mine = []
+        for domid in domids:
+            barrier.wait()
+            domain = machine.domain(domid)
+            mine.append(domain.domid)
+            domain.devices.close()
+        found.append(mine)
+
+    threads = [threading.Thread(target=make_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [list(domids)] * 4

@@ -355,10 +355,14 @@ class Server:
 
     def _listen(self, path: str, mode: int, accept: Callable[[socket.socket], None]) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unheard = path + "-"
         try:
-            listener.bind(path)
-            os.chmod(path, mode)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            listener.bind(unheard)
+            os.chmod(unheard, mode)
             listener.listen(_BACKLOG)
+            os.rename(unheard, path)  # whoever sees it there may connect at once
         except OSError as error:
             listener.close()
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
