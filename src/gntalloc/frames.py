@@ -192,16 +192,16 @@ class Frames(Generic[Holder]):
         self.extents += 1
         return Extent(pages, master, changed)
 
-    def give_back(self, extent: Extent[Holder], page: int) -> None:
-        """One page is free. Its contents go at once; the extent goes with its last page."""
-        extent.in_use -= 1
+    def give_back(self, extent: Extent[Holder], page: int, pages: int = 1) -> None:
+        """Pages are free. Their contents go at once; the extent goes with its last page."""
+        extent.in_use -= pages
         if extent.next_byte:  # else nobody has ever had it
-            offset = page * PAGE_SIZE
+            offset, length = page * PAGE_SIZE, pages * PAGE_SIZE
             # A hole gives the memory back too. It is refused (EPERM) once the file is sealed, which the granter itself
             # can have done with read-only pages: then there may be no window, and no peer has ever had them.
-            punched = _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, PAGE_SIZE) == 0
+            punched = _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
             if not punched and extent.window is not None:
-                extent.window.memory[offset : offset + PAGE_SIZE] = bytes(PAGE_SIZE)
+                extent.window.memory[offset : offset + length] = bytes(length)
         if not extent.in_use:
             self._discard(extent)
 

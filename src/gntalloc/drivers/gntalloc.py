@@ -200,8 +200,7 @@ class GntallocDriver:
         except TableFull:
             for gref in grefs:
                 self._table.end(gref.ref)
-            for page in range(asked.count):
-                self._frames.give_back(extent, page)
+            self._frames.give_back(extent, 0, asked.count)
             usage = self._table.usage()
             raise DeviceError(
                 errno.ENOSPC,
@@ -239,10 +238,11 @@ class GntallocDriver:
         return f"this file has no page at index {missing:#x}: never allocated here, or freed already"
 
     def _drop(self, grefs: Iterable[Gref]) -> None:
-        for gref in list(grefs):
+        dropped = list(grefs)
+        for gref in dropped:
             state = _state(gref.file)
             state.released[gref.index] = state.grefs.pop(gref.index)
-            self._let_go(gref)
+        self._let_go(dropped)
         self._check_books()
 
     # SET_UNMAP_NOTIFY: one promise a page, the last one made.
@@ -305,8 +305,7 @@ class GntallocDriver:
 
     def unmapped(self, record: Record) -> None:
         """The last piece of this mmap is gone."""
-        for gref in cast("list[Gref]", record.payload):
-            self._let_go(gref)
+        self._let_go(cast("list[Gref]", record.payload))
         self._check_books()
 
     # Release: the file goes, and with it all that is on its list.
@@ -317,18 +316,23 @@ class GntallocDriver:
 
     # The end of a page.
 
-    def _let_go(self, gref: Gref) -> None:
-        """One user less. With the last one the grant ends, now or when the peer lets go."""
-        gref.users -= 1
-        if gref.users:
-            if gref.users < 0:
-                raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
-            return
-        self._keep_promise(gref)
-        if not self._behaviour.count_held_pages:
-            self.in_use -= 1
-        if not self._finish(gref):
-            self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+    def _let_go(self, grefs: Iterable[Gref]) -> None:
+        """One user less for each. With the last one a grant ends, now or when the peer lets go."""
+        ended = []
+        for gref in grefs:
+            gref.users -= 1
+            if gref.users:
+                if gref.users < 0:
+                    raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
+                continue
+            self._keep_promise(gref)
+            if not self._behaviour.count_held_pages:
+                self.in_use -= 1
+            if self._end(gref):
+                ended.append(gref)
+            else:
+                self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+        self._give_back(ended)
 
     def _keep_promise(self, gref: Gref) -> None:
         """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
@@ -338,19 +342,22 @@ class GntallocDriver:
                 clear_byte(self._frames, gref.frame, promise.byte)
             promise.send()
 
-    def _finish(self, gref: Gref) -> bool:
-        """End the grant and free the page, if the table and the kernel agree that nobody else has it."""
+    def _end(self, gref: Gref) -> bool:
+        """End the grant, if the table and the kernel agree that nobody else has the page."""
         extent = gref.frame.extent
         # No lock says who, but the kernel says that somebody has the memory open: its peer, and it hides.
         hidden = not extent.loans and self._frames.held(extent)
-        if not self._table.end(gref.ref, busy=hidden):
-            return False
-        self._frames.give_back(extent, gref.frame.page)
-        del self._grefs[gref]
-        del _state(gref.file).released[gref.index]
+        return self._table.end(gref.ref, busy=hidden)
+
+    def _give_back(self, ended: list[Gref]) -> None:
+        """Free pages whose grants have ended: neighbours together, since emptying them is a system call."""
+        for extent, page, pages in pieces_of(gref.frame for gref in ended):
+            self._frames.give_back(extent, page, pages)
+        for gref in ended:
+            del self._grefs[gref]
+            del _state(gref.file).released[gref.index]
         if self._behaviour.count_held_pages:
-            self.in_use -= 1
-        return True
+            self.in_use -= len(ended)
 
     def _check_books(self) -> None:
         """Each page has one reference and counts once, or the next ALLOC could do harm: stop rather than go on wrong.
@@ -370,7 +377,9 @@ class GntallocDriver:
         """Something changed about who holds this extent: free what can be freed, wake who waits for that."""
         lingering = self._lingering.get(extent)
         if lingering:
-            for gref in [gref for gref in lingering if self._finish(gref)]:
+            ended = [gref for gref in lingering if self._end(gref)]
+            self._give_back(ended)
+            for gref in ended:
                 del lingering[gref]
             if not lingering:
                 del self._lingering[extent]
