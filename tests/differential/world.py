@@ -29,7 +29,7 @@ RULES = {
     "read-only early": "G13: ours waits for the granter's map before a peer may map read-only pages",
     "read-only again": "G14: ours refuses the granter a writable map of read-only pages that a peer has mapped",
     "torn": "a map of several references, some of them bad, keeps the good ones in the kernel and gives them back here",
-    "fork": "gntdev maps are not inherited in a PV guest, and are in a PVH guest",
+    "fork": "gntdev maps are not inherited in a PV guest",
     "read-only clear": "a byte to be cleared in an entry that is then mapped read-only: the real driver stores into it",
     "piecemeal clear": "in a PV guest the byte goes with its page's munmap, in a PVH guest with the whole entry",
     "another's map": "the real driver tells the index of any file's map, ours of the file that is asked",
@@ -165,7 +165,7 @@ class World:
     # Processes and files.
 
     def _fork(self, seat: Seat, operation: Operation) -> None:
-        if any(map_.file.device == "gntdev" for map_ in seat.maps.values()):
+        if self.pv and any(map_.file.device == "gntdev" for map_ in seat.maps.values()):
             raise Unfit("fork")
         child = self.seats[operation["as"]] = Seat(dict(seat.files), dict(seat.maps))
         for file in child.files.values():
