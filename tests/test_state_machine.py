@@ -1,7 +1,7 @@
 """Random calls against a small model, with a fault at any step; after each step everything is counted again.
 
 A failure ends with one line that replays it. GNTALLOC_SEED chooses where chance begins, GNTALLOC_EXAMPLES how long it
-goes on: 100 runs of up to 50 steps unless it says otherwise.
+goes on: 200 runs of up to 50 steps unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -256,10 +256,10 @@ class Calls(RuleBasedStateMachine):
             if only:
                 self.unmap_this(entry.file, entry.first, len(entry.refs), model.Fault())
 
-    def an_entry(self, pick: int, *, fresh: bool = False) -> tuple[model.File, int, int]:
-        """Of a file of gntdev, mostly one that is there: its index and pages."""
+    def an_entry(self, pick: int, *, fresh: bool | None = None) -> tuple[model.File, int, int]:
+        """Of a file of gntdev, mostly one that is there, rather one (not) mapped yet: its index and pages."""
         entries = [entry for entry in self.model.entries if entry.listed and not entry.file.closed]
-        entries = [entry for entry in entries if fresh and not entry.burned] or entries
+        entries = [entry for entry in entries if entry.burned is not fresh] or entries
         if not entries or pick % 16 == 15:
             return self.a_file("gntdev", pick), pick % 5, 1 + pick % 3
         entry = entries[pick % len(entries)]
@@ -348,7 +348,7 @@ class Calls(RuleBasedStateMachine):
     )
     def notify(self, pick: int, of_page: bool, action: int, fault: model.Fault) -> None:
         of_page |= not self.model.entries
-        file, first, count = self.a_range(pick, 1) if of_page else self.an_entry(pick)
+        file, first, count = self.a_range(pick, 1) if of_page else self.an_entry(pick, fresh=False)
         index = first + pick % max(count, 1)
         judge = self.model.notify_page if of_page else self.model.notify_entry
         argument = pack("=QII", index * PAGE_SIZE, action, self.ends[file.domid][1])
@@ -456,7 +456,7 @@ def commit() -> str:
 @pytest.mark.timeout(0)  # GNTALLOC_EXAMPLES may ask for hours
 def test_random_calls_do_what_the_model_does() -> None:
     number = int(os.environ.get("GNTALLOC_SEED") or random.SystemRandom().randrange(1 << 32))
-    examples = int(os.environ.get("GNTALLOC_EXAMPLES") or 100)
+    examples = int(os.environ.get("GNTALLOC_EXAMPLES") or 200)
     chosen = settings(
         max_examples=examples,
         stateful_step_count=50,
