@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from world import PAGE, Unfit, World
 
 if TYPE_CHECKING:
-    from world import Episode, Operation
+    from world import Episode, File, Operation
 
 __all__ = ["Difference", "comparable", "first_difference"]
 
@@ -31,7 +31,7 @@ def comparable(episode: Episode, answers: list[Any], *, pv: bool = True) -> list
 
     Which number a reference or a port has is the system's own affair: compared is that references are new ones. In
     what order events came in is not, because it may depend on when a guest is awake; nor of which ports, if the file
-    has unbound one, whose number may have been given to another since.
+    has unbound one, whose number may have been given to another since; nor anything if an event may have met another.
     """
     world = World(pv=pv)
     live: dict[str, list[int]] = {}
@@ -56,12 +56,19 @@ def comparable(episode: Episode, answers: list[Any], *, pv: bool = True) -> list
             result.append({"index": index // PAGE, "refs": f"{len(refs)} new" if new else f"{refs}, taken: {taken}"})
         elif isinstance(answer, dict) and "port" in answer:
             result.append("a port")
-        elif isinstance(answer, dict) and "ports" in answer:
-            lost = world.seats[operation["seat"]].files[operation["file"]].lost_ports
-            result.append(len(answer["ports"]) if lost else sorted(answer["ports"]))
+        elif operation["do"] == "events":
+            result.append(_events(answer, world.seats[operation["seat"]].files[operation["file"]]))
         else:
             result.append(answer)
     return result
+
+
+def _events(answer: Any, file: File) -> Any:
+    if file.vague:
+        return "some or none"
+    if isinstance(answer, str):
+        return answer
+    return len(answer["ports"]) if file.lost_ports else sorted(answer["ports"])
 
 
 def first_difference(episode: Episode, theirs: list[Any], ours: list[Any], *, pv: bool = True) -> Difference | None:

@@ -53,6 +53,7 @@ class Port:
     file: File | None
     references: int = 1
     peer: Port | None = None
+    unheard: bool = False  # it has an event, and its side has done nothing since
 
 
 class Promise(NamedTuple):
@@ -122,6 +123,7 @@ class File:
     entries: dict[int, Entry] = field(default_factory=dict)  # gntdev's, by index
     ports: dict[str, Port] = field(default_factory=dict)  # evtchn's, by name
     lost_ports: bool = False  # so that a number that it still has to read may be another port's by now
+    vague: bool = False  # how many events a port of it had depends on whether a guest was awake between them
 
 
 @dataclass(slots=True)
@@ -160,6 +162,8 @@ class World:
         seat = self.seats.get(operation["seat"])
         if seat is None:
             raise Unfit("gone")
+        for port in self.ports.values():
+            port.unheard &= port.side != side_of(operation["seat"])
         getattr(self, "_" + operation["do"])(seat, operation)
 
     # Processes and files.
@@ -421,7 +425,8 @@ class World:
         owner.promise = promise
 
     def _keep(self, promise: Promise | None) -> None:
-        if promise is not None:
+        if promise is not None and promise.port is not None:
+            self._event(promise.port)
             self._drop(promise.port)
 
     # Event channels.
@@ -447,9 +452,20 @@ class World:
             file.lost_ports = True
 
     def _send(self, seat: Seat, operation: Operation) -> None:
-        self._with_port(seat, operation)
+        file = self._with_port(seat, operation)
+        if operation["port"] in file.ports:
+            self._event(file.ports[operation["port"]])
 
-    _rearm = _send
+    def _event(self, port: Port) -> None:
+        """Two before the other side is awake are one; else, while the port is masked, the second waits its turn."""
+        there = port.peer
+        if there is not None:
+            if there.unheard and there.file is not None:
+                there.file.vague = True
+            there.unheard = True
+
+    def _rearm(self, seat: Seat, operation: Operation) -> None:
+        self._with_port(seat, operation)
 
     def _events(self, seat: Seat, operation: Operation) -> None:
         _file(seat, operation)

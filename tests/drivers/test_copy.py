@@ -354,6 +354,17 @@ def test_two_processes_with_maps_at_one_address(placed: Placed) -> None:
     assert placed.ask(0x11000, 9) == (placed.indexes[1], 2)  # a child has what its parent mapped
 
 
+def test_a_later_map_where_pages_of_an_earlier_one_were_unmapped(placed: Placed, core: Core) -> None:
+    """The earlier one is still there, by another page of it."""
+    refs = Program(core, 1, "gntalloc").alloc(2, 8).refs
+    for ref in refs:
+        index = placed.program.map_refs(1, (ref,))
+        placed.maps.append(placed.program.mmap(index, 1))
+        next(record for record in placed.program.file.records if not record.addresses).place(7, 0x20000)
+        assert placed.ask(0x20000) == (index, 1)
+    assert placed.ask(0x21000) == (placed.indexes[1], 2)
+
+
 def test_faults_of_get_offset(placed: Placed) -> None:
     with refused(errno.EFAULT):
         placed.ask(0x10000, size=23)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from itertools import count
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_WRITE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from gntalloc import frames
 
@@ -112,7 +113,9 @@ class MessageCaller:
 class Record:
     """One mmap call: lives until the last piece of it is unmapped, in every process that inherited it."""
 
-    __slots__ = ("addresses", "file", "length", "loans", "payload", "process")
+    __slots__ = ("addresses", "file", "length", "loans", "payload", "process", "turn")
+
+    _turns: ClassVar[Iterator[int]] = count(1)
 
     def __init__(self, file: File, length: int, payload: object) -> None:
         self.file = file
@@ -121,11 +124,13 @@ class Record:
         self.loans: set[Loan] = set()  # the front end's: what it handed out for this
         self.addresses = range(0)  # the front end's too: where the program has it,
         self.process = 0  # and which program
+        self.turn = 0  # of two at one address the later one is there: the other was unmapped to make room
 
     def place(self, process: int, address: int) -> None:
         """The program `process` has these pages at `address`."""
         self.addresses = range(address, address + self.length)
         self.process = process
+        self.turn = next(self._turns)
 
 
 Frames: TypeAlias = "frames.Frames[Record]"

@@ -200,7 +200,7 @@ class GntdevDriver:
         if not there:
             raise DeviceError(errno.EINVAL, f"no pages of this file are mapped at {asked.vaddr:#x}")
         # A child made by fork has its parent's maps, where it has not made its own since.
-        record = next((record for record in there if record.process == caller.process), there[0])
+        record = max(there, key=lambda record: (record.process == caller.process, record.turn))
         entry = cast("Entry", record.payload)
         answer = asked._replace(offset=entry.first * PAGE_SIZE, count=entry.count).pack()
         caller.write(address, answer)
