@@ -153,7 +153,6 @@ HERE = Path(__file__).parent
 FOR_THE_LAB = [
     *(HERE / "lab" / name for name in ("granter.py", "grantee.py")),
     *(HERE / "conformance" / f"{name}.py" for name in ("seat", "driving", "rows", "event_rows", "far", "judge")),
-    *(HERE / "differential" / f"{name}.py" for name in ("replay", "world")),
 ]
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from world import Episode
 
     from gntalloc import Machine
-    from gntalloc.lab import Session
 
 LAB = os.environ.get("GNTALLOC_LAB") == "1"
 SEEDS = range(20)
@@ -229,11 +228,20 @@ def test_a_real_difference_is_found() -> None:
 
 @pytest.mark.skipif(not LAB, reason="boots a real Xen: set GNTALLOC_LAB=1")
 @pytest.mark.timeout(900)
-def test_two_thousand_operations_in_the_lab_without_a_difference(xen: Session) -> None:
-    from judges import JUDGES, ask, episodes_for
+def test_two_thousand_operations_in_the_lab_without_a_difference() -> None:
+    from judges import JUDGES, ask, boot, episodes_for
     from run import differences
 
+    from gntalloc.lab import Lab, NothingToRunOn
+
+    try:
+        lab = Lab.find()
+    except NothingToRunOn as why:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(why))
     work = {name: episodes_for(judge, 1000, 2000 // len(JUDGES)) for name, judge in JUDGES.items()}
-    theirs = ask(xen, work)
+    with boot(lab) as session:
+        theirs = ask(session, work)
     found = {name: differences(name, episodes, theirs[name]) for name, episodes in work.items()}
     assert {name: list(map(str, each.values())) for name, each in found.items() if each} == {}
