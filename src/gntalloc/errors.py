@@ -6,6 +6,10 @@
     ├── Busy                 somebody else is using it just now (EBUSY)
     ├── ViewsStillExported   a view of the pages is still alive (EBUSY, also a BufferError)
     ├── PeerBroke            the other side did what the protocol forbids (EPROTO)
+    ├── PeerGone             there is nobody at the other end of a channel (also a ConnectionError)
+    │   ├── PeerClosed       it closed its end (EPIPE)
+    │   └── PeerDied         it ended without closing (ECONNRESET)
+    ├── EventsLost           more events came than the port's file could keep (EFBIG)
     ├── TimedOut             the deadline passed (ETIMEDOUT, also a TimeoutError)
     ├── MachineGone          the machine went away under you (ECONNRESET, also a ConnectionError)
     ├── NoMachine            no machine, no domain, no device to talk to (ENODEV)
@@ -28,11 +32,15 @@ __all__ = [
     "Busy",
     "Closed",
     "DeviceError",
+    "EventsLost",
     "GntallocError",
     "MachineGone",
     "NoMachine",
     "NotKnownHere",
     "PeerBroke",
+    "PeerClosed",
+    "PeerDied",
+    "PeerGone",
     "TimedOut",
     "ViewsStillExported",
 ]
@@ -83,6 +91,30 @@ class PeerBroke(GntallocError):
     """The other side did something its protocol forbids."""
 
     code = _errno.EPROTO
+
+
+class PeerGone(GntallocError, ConnectionError):
+    """There is nobody at the other end of a channel any more. What it sent before can still be read."""
+
+    code = _errno.EPIPE
+
+
+class PeerClosed(PeerGone):
+    """The peer closed its end of the channel."""
+
+    code = _errno.EPIPE
+
+
+class PeerDied(PeerGone):
+    """The peer's process ended, or was killed, with the channel open: what it was sending is not whole."""
+
+    code = _errno.ECONNRESET
+
+
+class EventsLost(GntallocError):
+    """A port's events were not taken for so long that some had no room. Look at all they may have been about."""
+
+    code = _errno.EFBIG
 
 
 class TimedOut(GntallocError, TimeoutError):

@@ -1,0 +1,211 @@
+"""Event channels: a port here, a port in a peer's domain, and a bell between them.
+
+    port = domain.events.bind(peer)                 # here; tell the peer port.number
+    port = domain.events.connect(peer, number)      # there
+    port.notify()
+    port.wait(timeout=1.0)
+
+An event says that something happened, not how often: those that nobody has taken yet are one. So look at what the
+event is about after each `wait`, and at all of it.
+
+A port that has had its event is masked until it is *re-armed*. `wait` re-arms before it waits, so the order is the
+safe one: event, work, re-arm. Who waits on `fileno()` instead calls `take`, works, and calls `rearm`.
+
+Each port is a device file of its own: its descriptor tells of nothing else, and goes with it.
+
+Sources: the kernel's UAPI header xen/evtchn.h; xenevtchn.h of Xen for the order of things.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+import time
+import warnings
+from typing import TYPE_CHECKING, Self
+
+from gntalloc.abi.evtchn import (
+    BIND_INTERDOMAIN,
+    BIND_UNBOUND_PORT,
+    NOTIFY,
+    PORT,
+    RESET,
+    BindInterdomain,
+    BindUnboundPort,
+    Notify,
+)
+from gntalloc.errors import Busy, Closed, DeviceError, EventsLost, TimedOut
+
+if TYPE_CHECKING:
+    from gntalloc.guest.devices import DeviceFile, Devices
+
+__all__ = ["Events", "Port"]
+
+
+class Events:
+    """The event channels of a domain. `Domain.events` is one."""
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+
+    def bind(self, peer: int) -> Port:
+        """A new port that `peer` may connect to: tell it the port's number.
+
+        Events sent before it has connected are lost.
+
+        Raises:
+            DeviceError: ENOSPC the domain has no port left.
+        """
+        return self._open(peer, BIND_UNBOUND_PORT, BindUnboundPort(peer).pack())
+
+    def connect(self, peer: int, number: int) -> Port:
+        """A new port, connected to the port `number` that `peer` has bound for this domain.
+
+        It has an event from the start, without anybody's doing.
+
+        Raises:
+            DeviceError: ESRCH there is no such domain; EINVAL that port is not for this domain, or is connected
+                already; ENOSPC the domain has no port left.
+        """
+        return self._open(peer, BIND_INTERDOMAIN, BindInterdomain(peer, number).pack())
+
+    def _open(self, peer: int, request: int, argument: bytes) -> Port:
+        file = self._devices.open("evtchn")
+        try:
+            number = file.ioctl(request, bytearray(argument))
+        except BaseException:
+            file.close()
+            raise
+        return Port(file, number, peer)
+
+
+class Port:
+    """One end of an event channel. Any thread may notify; one at a time may wait.
+
+    Attributes:
+        number: of the port in this domain.
+        peer: the domid at the other end.
+    """
+
+    def __init__(self, file: DeviceFile, number: int, peer: int) -> None:
+        self.number = number
+        self.peer = peer
+        self._file = file
+        self._notify = Notify(number).pack()
+        self._written = PORT.pack(number)
+        self._masked = False
+        self._waiting = threading.Lock()
+        self._poll = select.poll()  # of the file alone; used with the lock held
+        self._poll.register(file.fileno(), select.POLLIN)
+        self._bell = -1  # an eventfd that wakes a waiter when the port is closed
+        self._closed = False
+
+    def notify(self) -> None:
+        """Send an event. That nobody is at the other end any more is no error."""
+        self._file.ioctl(NOTIFY, self._notify)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for an event. The port stays masked until the next `wait` or `rearm`.
+
+        Args:
+            timeout: seconds; None waits for ever, 0 does not wait.
+
+        Raises:
+            TimedOut: there was none.
+            Busy: another thread waits on this port.
+            EventsLost: see there. The port is as good as new.
+            Closed: the port was closed.
+            MachineGone: nobody will send events any more.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._waiting.acquire(blocking=False):
+            raise Busy(f"{self!r} cannot be waited on: another thread does; one waiter a port")
+        try:
+            if self._masked:
+                self.rearm()
+            if self._bell < 0 and not self._closed:  # before it is looked whether the port is closed
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+            while not self._take():
+                left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+                if not self._sleep(left):
+                    raise TimedOut(f"no event came to {self!r} within {timeout} s; wait again")
+        finally:
+            self._waiting.release()
+
+    def take(self) -> bool:
+        """Take an event if one is there. For use after select on `fileno()`; `rearm` when the work is done.
+
+        Raises:
+            Busy, EventsLost, Closed, MachineGone: as `wait`.
+        """
+        if not self._waiting.acquire(blocking=False):
+            raise Busy(f"{self!r} has a waiter, which will take the event")
+        try:
+            return self._take()
+        finally:
+            self._waiting.release()
+
+    def rearm(self) -> None:
+        """Let the port have its next event; one that came meanwhile follows at once. Too often does no harm."""
+        self._masked = False
+        self._file.write(self._written)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while an event waits to be taken, or the machine is gone."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Give the port back; the peer's is free to be connected to again. Can be repeated. A waiter gets Closed."""
+        self._closed = True
+        if self._bell >= 0:
+            os.eventfd_write(self._bell, 1)
+        with self._waiting:
+            self._file.close()
+            if self._bell >= 0:
+                os.close(self._bell)
+                self._bell = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<{'closed ' if self._closed else ''}Port {self.number}, of domain {self.peer}>"
+
+    def _sleep(self, milliseconds: float | None) -> bool:
+        """Until there may be an event, or the port is closed. False: neither."""
+        poll = select.poll()
+        poll.register(self._file.fileno(), select.POLLIN)
+        poll.register(self._bell, select.POLLIN)
+        return bool(poll.poll(milliseconds))
+
+    def _take(self) -> bool:
+        """Never waits: the descriptor is looked at first. Its O_NONBLOCK cannot be relied on with some kernels."""
+        if self._closed:
+            raise Closed(f"{self!r} cannot be waited on; bind another")
+        if not self._poll.poll(0):
+            return False
+        try:
+            events = self._file.read(PORT.size)
+        except DeviceError as error:
+            if error.errno == errno.EAGAIN:  # a child made by fork was faster
+                return False
+            if error.errno != errno.EFBIG:
+                raise
+            self._file.ioctl(RESET, None)
+            self.rearm()
+            raise EventsLost(
+                f"events of {self!r} were lost: it was re-armed without taking them; look at all that they may have "
+                "been about, and go on"
+            ) from error
+        self._masked = bool(events)
+        return self._masked
