@@ -42,10 +42,10 @@ def test_a_name_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_path_that_is_allowed_is_short_enough_for_a_socket() -> None:
     import socket
 
-    longest = "/tmp/" + "x" * (places.LONGEST_PATH - len("/tmp//control"))
+    longest = "/tmp/" + "x" * (places.LONGEST_PATH - len("/tmp//32751.store-"))
     folder = places.machine_folder(longest)
     with socket.socket(socket.AF_UNIX) as sock, pytest.raises(FileNotFoundError):
-        sock.connect(places.control_path(folder))
+        sock.connect(places.store_path(folder, 32751) + "-")
     with pytest.raises(GntallocError, match="shorter"):
         places.machine_folder(longest + "x")
 

@@ -15,7 +15,7 @@ from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.domain import Domain
-from gntalloc.places import domain_path, machine_folder, make_top_folder
+from gntalloc.places import domain_path, machine_folder, make_top_folder, store_path
 
 if TYPE_CHECKING:
     import subprocess
@@ -118,7 +118,8 @@ class Machine:
         """The environment that puts a program into domain `domid`, which is made if it is not there."""
         if not os.path.exists(domain_path(self.folder, domid)):
             self.domain(domid)
-        return {**os.environ, "GNTALLOC_DOMAIN": domain_path(self.folder, domid)}
+        where = {"GNTALLOC_DOMAIN": domain_path(self.folder, domid), "XENSTORED_PATH": store_path(self.folder, domid)}
+        return {**os.environ, **where}
 
     def statistics(self) -> dict[str, Any]:
         """Counters of the machine and of each domain."""

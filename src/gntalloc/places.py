@@ -3,6 +3,7 @@
     $XDG_RUNTIME_DIR/gntalloc/NAME/control     0600: listing, limits, making and ending domains
     $XDG_RUNTIME_DIR/gntalloc/NAME/1           domain 1
     $XDG_RUNTIME_DIR/gntalloc/NAME/2           domain 2
+    $XDG_RUNTIME_DIR/gntalloc/NAME/2.store     its xenstore, which speaks xenstored's wire
 
 Without XDG_RUNTIME_DIR it is /run/gntalloc for root and /tmp/gntalloc-UID for others.
 """
@@ -14,9 +15,10 @@ import stat
 
 from gntalloc.errors import GntallocError
 
-__all__ = ["control_path", "domain_path", "machine_folder", "machines", "top_folder"]
+__all__ = ["control_path", "domain_path", "machine_folder", "machines", "store_path", "top_folder"]
 
 LONGEST_PATH = 107  # of a Unix socket, less its final zero
+_LONGEST_NAME = "32751.store-"  # with the mark of one that is not listened to yet
 
 
 def top_folder() -> str:
@@ -37,7 +39,7 @@ def machine_folder(name: str) -> str:
     if not name or name in {".", ".."}:
         raise GntallocError(f"a machine cannot be called {name!r}; give it a word")
     folder = name if "/" in name else os.path.join(top_folder(), name)
-    longest = os.fsencode(os.path.join(os.path.abspath(folder), "control"))
+    longest = os.fsencode(os.path.join(os.path.abspath(folder), _LONGEST_NAME))
     if len(longest) > LONGEST_PATH:
         raise GntallocError(f"{folder} is too long for a socket's path ({LONGEST_PATH} bytes); choose a shorter name")
     return os.path.abspath(folder)
@@ -64,6 +66,11 @@ def control_path(folder: str) -> str:
 def domain_path(folder: str, domid: int) -> str:
     """The socket of domain `domid` of the machine in `folder`."""
     return os.path.join(folder, str(domid))
+
+
+def store_path(folder: str, domid: int) -> str:
+    """The socket of domain `domid`'s xenstore, of the machine in `folder`."""
+    return os.path.join(folder, f"{domid}.store")
 
 
 def machines() -> list[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from gntalloc.guest.devices import DeviceFile
     from gntalloc.maps import Mapping
+    from gntalloc.xenstore.client import Store
 
 __all__ = ["Domain", "current_domain"]
 
@@ -37,6 +38,7 @@ class Domain:
     def __init__(self, devices: MachineDevices | KernelDevices) -> None:
         self.devices = devices
         self._files: dict[tuple[int, str], DeviceFile] = {}
+        self._stores: dict[int, Store] = {}
 
     @property
     def domid(self) -> int:
@@ -56,6 +58,20 @@ class Domain:
     @limit.setter
     def limit(self, pages: int) -> None:
         self.devices.limit = pages
+
+    @property
+    def store(self) -> Store:
+        """The xenstore, as this domain sees it: one connection a process, made when it is first asked for.
+
+        Raises:
+            NoMachine: there is nothing to connect to.
+        """
+        store = self._stores.get(os.getpid())
+        if store is None or store.closed:
+            if store is not None:
+                store.close()
+            store = self._stores[os.getpid()] = self.devices.open_store()
+        return store
 
     def share(
         self, peer: int | Domain, pages: int | None = None, *, size: int | None = None, writable: bool = False
@@ -136,7 +152,10 @@ class Domain:
         self.devices.destroy()
 
     def close(self) -> None:
-        """Close this object's device files: what was shared through it and is not mapped any more goes."""
+        """Close this object's device files and store: what was shared through it and is not mapped any more goes."""
+        stores, self._stores = self._stores, {}
+        for store in stores.values():
+            store.close()
         files, self._files = self._files, {}
         for (pid, _name), file in files.items():
             if pid == os.getpid():

@@ -17,6 +17,8 @@ from gntalloc.frames import Frames
 from gntalloc.hypervisor.domains import DomainExists, Hypervisor
 from gntalloc.hypervisor.grants import GrantTable
 from gntalloc.hypervisor.ports import EventChannels
+from gntalloc.machine.toolstack import furnish, strip
+from gntalloc.xenstore.daemon.server import Server as Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +74,7 @@ class Machine:
     ) -> None:
         self.frames: Frames[Record] = Frames()
         self.guests: dict[int, Guest] = {}
+        self.store = Store()
         self._hypervisor: Hypervisor[Frame] = Hypervisor()
         self._event_channels = EventChannels()
         self._limit = limit
@@ -109,6 +112,7 @@ class Machine:
             evtchn,
         ]
         guest = self.guests[domid] = Guest(domid, uid, table, drivers)
+        furnish(self.store, domid)
         return guest
 
     def guest(self, domid: int) -> Guest:
@@ -130,6 +134,7 @@ class Machine:
             self.close(guest, file)
         self._event_channels.destroy(domid)
         self._hypervisor.destroy(domid)
+        strip(self.store, domid)
         del self.guests[domid]
 
     # Files.

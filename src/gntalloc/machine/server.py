@@ -24,8 +24,9 @@ from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.connection import Channel, Connection, Dropped
 from gntalloc.machine.control import Control
 from gntalloc.machine.home import Home, identity_of
+from gntalloc.machine.store import StoreFront
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.places import control_path, domain_path
+from gntalloc.places import control_path, domain_path, store_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +69,8 @@ class Server:
         self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
         self._news.register(machine.frames.fileno(), select.EPOLLIN)
         self._watch(self._news.fileno(), lambda _events: self._settle())
+        self._store = StoreFront(machine.store)
+        self._watch(self._store.fileno(), lambda _events: self._store.serve())
         self._listen(control_path(folder), 0o600, self._accept_control)
 
     # Domains.
@@ -85,8 +88,11 @@ class Server:
             mode = 0o666
             os.chmod(self.folder, 0o711)
         try:
+            self._listen(store_path(self.folder, domid), mode, lambda sock: self._accept_store(sock, guest))
             self._listen(domain_path(self.folder, domid), mode, lambda sock: self._accept(sock, guest))
         except GntallocError:
+            if store_path(self.folder, domid) in self._listeners:
+                self._stop_listening(store_path(self.folder, domid))
             self.machine.destroy(domid)
             raise
         return guest
@@ -99,6 +105,7 @@ class Server:
         """
         guest = self.machine.guest(domid)
         self._stop_listening(domain_path(self.folder, domid))
+        self._stop_listening(store_path(self.folder, domid))
         for channel in list(self._channels.values()):
             if isinstance(channel, Connection) and channel.guest is guest:
                 self._drop(channel, "its domain was destroyed")
@@ -106,6 +113,7 @@ class Server:
             if home.guest is guest:
                 self._close_home(descriptor)
         self.machine.destroy(domid)
+        self._store.serve()  # tells those who watch, and hangs up on its programs
 
     # Files.
 
@@ -157,6 +165,24 @@ class Server:
         self._hang_ups.register(descriptor, 0)
         return theirs
 
+    def open_store(self, guest: Guest) -> socket.socket:
+        """A connection to xenstore as a program of this domain, which speaks its wire. The program's end.
+
+        Raises:
+            DeviceError: EMFILE the machine has no descriptors left, or too many programs are connected.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        try:
+            self._store.connect(ours, guest.domid)
+        except DeviceError:
+            ours.close()
+            theirs.close()
+            raise
+        return theirs
+
     # The loop.
 
     def run(self) -> None:
@@ -181,6 +207,7 @@ class Server:
             home.sock.close()
         for sock, _, _ in self._waiters.values():
             sock.close()
+        self._store.close()
         self._news.close()
         self._hang_ups.close()
         self._epoll.close()
@@ -262,6 +289,16 @@ class Server:
             self._refuse(sock, errno.EMFILE, f"{there} programs are connected to domain {guest.domid}; end some")
             return
         self._add(Connection(sock, self, guest, pid))
+
+    def _accept_store(self, sock: socket.socket, guest: Guest) -> None:
+        _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        try:
+            if uid not in {guest.uid, 0}:
+                raise DeviceError(errno.EACCES, f"domain {guest.domid} is for uid {guest.uid}, not for {uid}")
+            self._store.connect(sock, guest.domid)
+        except DeviceError as why:  # xenstore's wire has no word for it
+            log.info("refused a program at xenstore: %s", why)
+            sock.close()
 
     def _refuse(self, sock: socket.socket, code: int, why: str) -> None:
         try:

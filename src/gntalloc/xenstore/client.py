@@ -209,6 +209,11 @@ class Store(_Tree):
                 if deadline is not None and time.monotonic() >= deadline:
                     raise TimedOut(f"{attempts} attempts at a transaction met a conflict; try later") from conflict
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is of no use any more: closed, or the daemon went away."""
+        return self._connection.failed
+
     def close(self) -> None:
         """Close the connection; xenstored forgets its watches and transactions. Can be repeated."""
         self._connection.close()

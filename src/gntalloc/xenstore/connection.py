@@ -141,6 +141,11 @@ class Connection:
                     self._reading = False
                     self.changed.notify_all()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is closed, or broken for good."""
+        return self.fd < 0 or self._failure is not None
+
     def add_watcher(self, watcher: Watcher) -> str:
         """Give events to this watcher, and get the token that says so. No token is used twice."""
         self._check_process()

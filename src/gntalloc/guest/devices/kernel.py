@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.guest.devices import Buffer, Holders
+    from gntalloc.xenstore.client import Store
 
 __all__ = ["KernelDevices", "KernelFile"]
 
@@ -66,6 +67,16 @@ class KernelDevices:
             NotKnownHere: always.
         """
         raise NotKnownHere("a program cannot destroy the Xen domain it runs in; use the toolstack (xl destroy)")
+
+    def open_store(self) -> Store:
+        """A connection of its own to xenstore.
+
+        Raises:
+            NoMachine: it cannot be reached.
+        """
+        from gntalloc.xenstore.client import Store  # only who asks pays for it
+
+        return Store()
 
     def open(self, name: str, flags: int = os.O_RDWR) -> KernelFile:
         """Open a device file.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.guest.devices import Buffer
+    from gntalloc.xenstore.client import Store
 
 __all__ = ["MachineDevices", "MachineFile"]
 
@@ -74,6 +75,16 @@ class MachineDevices:
     def close(self) -> None:
         """Hang up. The next call connects again."""
         self._channel.close()
+
+    def open_store(self) -> Store:
+        """A connection of its own to xenstore.
+
+        Raises:
+            NoMachine: there is none.
+        """
+        from gntalloc.xenstore.client import Store  # only who asks pays for it
+
+        return Store(f"{self.address}.store")
 
     def _control(self) -> ControlClient:
         return ControlClient(os.path.dirname(self.address))

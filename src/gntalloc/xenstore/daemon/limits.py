@@ -1,0 +1,41 @@
+"""Quotas, and what a refusal is.
+
+Sources: Xen 4.17, tools/xenstore (the defaults and their names), docs/misc/xenstore.txt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Quotas", "Refused"]
+
+
+class Refused(Exception):
+    """The answer to a request is this errno."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass
+class Quotas:
+    """What an unprivileged domain may use. Domain 0 may use what there is.
+
+    Some are tested before the thing is counted and some after, so that 129 watches and 11 transactions fit, and
+    1000 nodes.
+    """
+
+    nodes: int = 1000
+    watches: int = 128
+    transactions: int = 10
+    outstanding: int = 20
+    """Answers that a connection may leave unread before it is not listened to any more."""
+    transaction_nodes: int = 1024
+    memory: int = (2 << 20) + (512 << 10)
+    """Bytes of nodes, changes in transactions, watches and unread messages together."""
+    node_size: int = 2048
+    """Bytes of a node: 24, its value, 8 for each permission, its children's names with a zero each."""
+    path_max: int = 2048
+    """Of a path; what is below a domain's own /local/domain/N/ counts from there."""
+    permissions: int = 5

@@ -1,0 +1,450 @@
+"""Server: requests to answers and events. What the C daemon of Xen 4.17 answers, errno for errno.
+
+Sources: Xen 4.17.7, docs/misc/xenstore.txt and how tools/xenstore behaves, compared with the running daemon request
+by request (tests/xenstore/differential). docs/xenstore.md lists what is different here, and why.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from gntalloc.xenstore import wire
+from gntalloc.xenstore.daemon import arguments
+from gntalloc.xenstore.daemon.control import OK, Control
+from gntalloc.xenstore.daemon.domains import Domain, Domains
+from gntalloc.xenstore.daemon.limits import Quotas, Refused
+from gntalloc.xenstore.daemon.permissions import OWNER, READ, WRITE, Entry, pack, parse
+from gntalloc.xenstore.daemon.session import Session
+from gntalloc.xenstore.daemon.transactions import Transaction
+from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, parent
+from gntalloc.xenstore.daemon.view import Keeper, View
+from gntalloc.xenstore.daemon.watches import Watches
+from gntalloc.xenstore.wire import Message, Type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Server"]
+
+SELF = 0x7FF0  # DOMID_SELF
+INTRODUCED, RELEASED = "@introduceDomain", "@releaseDomain"
+_NUMBERS = 1 << 32  # of transactions
+_LONGEST_SPECIAL = 2048
+
+
+class Request(NamedTuple):
+    """One request, and where it acts."""
+
+    session: Session
+    transaction: Transaction | None
+    view: View
+    body: bytes
+
+
+class Kind(NamedTuple):
+    """How one type of request is served."""
+
+    serve: Callable[[Request], bytes]
+    privileged: bool = False
+    outside: bool = False
+    """Whether the number of a transaction is overlooked."""
+
+
+class Server:
+    """The whole store. Make sessions with `connect`, feed `handle`; domains come with `create` and `introduce`.
+
+    Domain 0 is there from the start.
+    """
+
+    def __init__(self, quotas: Quotas | None = None) -> None:
+        self.quotas = quotas or Quotas()
+        self.tree = Tree()
+        self.domains = Domains(self.tree)
+        self._watches = Watches(self.tree, self.domains, self.quotas)
+        self._keeper = Keeper(self.tree, self.domains, self._watches, self.quotas)
+        self._special: dict[str, tuple[Entry, ...]] = {INTRODUCED: (Entry(0, 0),), RELEASED: (Entry(0, 0),)}
+        self._last_session = 0
+        self.talking: set[Session] = set()
+        """Connections to which something is to be sent, or that were ended. Whoever sends takes them out."""
+        control = Control(self.quotas, self.domains)
+        self._kinds: dict[int, Kind] = {
+            Type.CONTROL: Kind(lambda request: control.obey(request.body), privileged=True),
+            Type.DIRECTORY: Kind(self._directory),
+            Type.READ: Kind(self._read),
+            Type.GET_PERMS: Kind(self._get_perms),
+            Type.WATCH: Kind(self._watch, outside=True),
+            Type.UNWATCH: Kind(self._unwatch, outside=True),
+            Type.TRANSACTION_START: Kind(self._transaction_start),
+            Type.TRANSACTION_END: Kind(self._transaction_end),
+            Type.INTRODUCE: Kind(self._introduce, privileged=True),
+            Type.RELEASE: Kind(self._release, privileged=True),
+            Type.GET_DOMAIN_PATH: Kind(self._get_domain_path),
+            Type.WRITE: Kind(self._write),
+            Type.MKDIR: Kind(self._mkdir),
+            Type.RM: Kind(self._rm),
+            Type.SET_PERMS: Kind(self._set_perms),
+            Type.IS_DOMAIN_INTRODUCED: Kind(self._is_domain_introduced, privileged=True),
+            Type.RESUME: Kind(self._resume, privileged=True),
+            Type.SET_TARGET: Kind(self._set_target, privileged=True),
+            Type.RESET_WATCHES: Kind(self._reset_watches),
+            Type.DIRECTORY_PART: Kind(self._directory_part),
+        }
+        self.tree["/"] = Node(0, (Entry(0, 0),))
+        self.introduce(0)
+        self.own_view().make("/tool/xenstored", b"")
+
+    # Domains and connections.
+
+    def create(self, domid: int) -> None:
+        """There is a domain of that number from now on, which permissions can name. It may be there already."""
+        self.domains.existing.add(domid)
+        self.domains.know(domid)
+
+    def introduce(self, domid: int) -> None:
+        """Talk with a domain, which is there. One that was introduced loses its watches and transactions."""
+        domain = self.domains.know(domid)
+        if domain is None:
+            raise Refused(errno.ENOENT)
+        if domain.introduced:
+            for session in domain.sessions:
+                self._reset(session)
+                session.drop_unread()
+            return
+        domain.introduced = True
+        if domid:
+            self._watches.fire_special(INTRODUCED, self._special[INTRODUCED])
+
+    def release(self, domid: int) -> None:
+        """Talk no more with a domain: its connections end, its nodes go, and so do its permissions."""
+        domain = self.domains.get(domid)
+        if domain is None:
+            return
+        self._hang_up(domain)
+        self._remove_nodes_of(domain)
+        del self.domains[domid]
+        for other in self.domains.values():
+            if other.target == domid:
+                other.target = None  # or the next domain of that number would be served
+        for name, entries in self._special.items():
+            owner = entries[0]._replace(domid=0) if entries[0].domid == domid else entries[0]
+            self._special[name] = (owner, *(entry for entry in entries[1:] if entry.domid != domid))
+        if domain.introduced:
+            self._watches.fire_special(RELEASED, self._special[RELEASED])
+
+    def destroy(self, domid: int) -> None:
+        """There is no domain of that number any more. Of domain 0, which cannot go, the connections end."""
+        if domid:
+            self.domains.existing.discard(domid)
+            self.release(domid)
+        else:
+            self._hang_up(self.domains[0])
+
+    def connect(self, domid: int) -> Session:
+        """A connection of a program in an introduced domain.
+
+        Raises:
+            Refused: ENOENT it was not introduced.
+        """
+        domain = self.domains.connected(domid)
+        self._last_session += 1
+        session = Session(domain, self._last_session, self.talking)
+        domain.sessions.append(session)
+        return session
+
+    def disconnect(self, session: Session) -> None:
+        """A connection has ended."""
+        self._reset(session)
+        session.drop_unread()
+        if session in session.domain.sessions:
+            session.domain.sessions.remove(session)
+
+    def own_view(self) -> View:
+        """The tree for the daemon itself: it may do everything, and nothing counts."""
+        return View(self._keeper, None)
+
+    def handle(self, session: Session, message: Message) -> None:
+        """Serve one request: its answer and what it causes are in the sessions' outboxes then."""
+        events: list[Callable[[], None]] = []
+        self._afterwards = events
+        try:
+            kind, body = message.type, self._serve(session, message)
+            if len(body) > wire.PAYLOAD_MAX:
+                raise Refused(errno.E2BIG)
+        except Refused as refusal:
+            kind, body = Type.ERROR, wire.join(wire.error_name(refusal.code))
+        session.answer(Message(kind, message.req_id, message.tx_id, body))
+        for event in events:
+            event()
+
+    def _serve(self, session: Session, message: Message) -> bytes:
+        kind = self._kinds.get(message.type)
+        if kind is None:
+            raise Refused(errno.ENOSYS)
+        if kind.privileged and not session.privileged:
+            raise Refused(errno.EACCES)
+        transaction = None
+        if message.tx_id and not kind.outside:
+            transaction = session.transactions.get(message.tx_id)
+            if transaction is None:
+                raise Refused(errno.ENOENT)
+        view = View(self._keeper, session, transaction)
+        return kind.serve(Request(session, transaction, view, message.body))
+
+    def _hang_up(self, domain: Domain) -> None:
+        for session in list(domain.sessions):
+            self.disconnect(session)
+            session.end()
+
+    def _reset(self, session: Session) -> None:
+        for watch in list(session.watches.values()):
+            self._watches.remove(watch)
+        for transaction in list(session.transactions.values()):
+            self._forget(session, transaction)
+
+    def _forget(self, session: Session, transaction: Transaction) -> None:
+        del session.transactions[transaction.number]
+        session.domain.transactions -= 1
+        View(self._keeper, session).forget(transaction)
+
+    def _remove_nodes_of(self, domain: Domain) -> None:
+        """From the top; below a node that is removed nothing is left to look at."""
+        view = self.own_view()
+        pending = ["/"]
+        while pending and domain.nodes > 0:
+            path = pending.pop()
+            node = self.tree[path]
+            if node.permissions[0].domid == domain.domid:
+                view.remove(path)
+            else:
+                prefix = "" if path == "/" else path
+                pending.extend(f"{prefix}/{name}" for name in reversed(node.children))
+
+    # Nodes.
+
+    def _directory(self, request: Request) -> bytes:
+        return self._node(request, READ).listing()
+
+    def _directory_part(self, request: Request) -> bytes:
+        if arguments.count(request.body) != 2:
+            raise Refused(errno.EINVAL)
+        path, offset, *_ = request.body.split(b"\0")
+        node = request.view.get(_whole(request.session, path), READ)
+        head = b"%d\0" % node.generation
+        start = arguments.decimal(offset)
+        if start >= node.names:
+            return head + b"\0"
+        names = node.listing()[start:]
+        room = wire.PAYLOAD_MAX - len(head) - 1
+        if len(names) <= room:
+            return head + names + b"\0"
+        return head + names[: names.rindex(b"\0", 0, room) + 1]
+
+    def _read(self, request: Request) -> bytes:
+        return self._node(request, READ).value
+
+    def _get_perms(self, request: Request) -> bytes:
+        return pack(self._node(request, READ).permissions)
+
+    def _write(self, request: Request) -> bytes:
+        first, value = _split(request.body)
+        path = _whole(request.session, first)
+        view = request.view
+        try:
+            node = view.get(path, WRITE)
+        except Refused as refusal:
+            if refusal.code != errno.ENOENT:
+                raise
+            node = view.make(path, value)
+        else:
+            node = node._replace(value=value)
+            view.put(path, node)
+        view.tell(path, node)
+        return OK
+
+    def _mkdir(self, request: Request) -> bytes:
+        path = _whole(request.session, arguments.one(request.body))
+        try:
+            request.view.get(path, WRITE)
+        except Refused as refusal:
+            if refusal.code != errno.ENOENT:
+                raise
+            request.view.tell(path, request.view.make(path, b""))
+        return OK
+
+    def _rm(self, request: Request) -> bytes:
+        path = _whole(request.session, arguments.one(request.body))
+        try:
+            request.view.get(path, WRITE)
+        except Refused as refusal:
+            if refusal.code != errno.ENOENT or request.view.find(parent(path)) is None:
+                raise
+            return OK
+        if path == "/":
+            raise Refused(errno.EINVAL)
+        request.view.remove(path)
+        return OK
+
+    def _set_perms(self, request: Request) -> bytes:
+        first, *texts = arguments.strings(request.body, 2)
+        view = request.view
+        if view.limited and len(texts) > self.quotas.permissions:
+            raise Refused(errno.ENOSPC)
+        entries = self.domains.meant(parse(texts))
+        if entries[0].void:
+            raise Refused(errno.ENOENT)
+        if first.startswith(b"@"):
+            return self._set_special(request, first.decode("latin-1"), entries)
+        path = _whole(request.session, first)
+        node = view.get(path, WRITE | OWNER)
+        before = node.permissions
+        if view.limited and entries[0].domid != before[0].domid:
+            raise Refused(errno.EPERM)
+        changed = view.change_owner(node, entries)
+        try:
+            view.put(path, changed)
+        except Refused:
+            view.change_owner(changed, before)
+            raise
+        view.tell(path, changed, before=before)
+        return OK
+
+    def _set_special(self, request: Request, name: str, entries: tuple[Entry, ...]) -> bytes:
+        before = self._special.get(name)
+        if before is None:
+            raise Refused(errno.EINVAL)
+        if request.session.rights(before) & (WRITE | OWNER) != WRITE | OWNER:
+            raise Refused(errno.EACCES)
+        self._special[name] = entries
+        return OK
+
+    def _node(self, request: Request, wanted: int) -> Node:
+        return request.view.get(_whole(request.session, arguments.one(request.body)), wanted)
+
+    # Watches.
+
+    def _watch(self, request: Request) -> bytes:
+        session = request.session
+        path, token, relative = self._watch_arguments(request)
+        special = path.startswith("@")
+        if len(path) > _LONGEST_SPECIAL if special else not is_name(path, self.quotas.path_max):
+            raise Refused(errno.EINVAL)
+        if (path, token) in session.watches:
+            raise Refused(errno.EEXIST)
+        domain = session.domain
+        if not session.privileged:
+            if domain.watches > self.quotas.watches:
+                raise Refused(errno.E2BIG)
+            if domain.memory + len(path) + len(token) >= self.quotas.memory:
+                raise Refused(errno.ENOMEM)
+        watch = self._watches.add(session, path, token, relative)
+        self._afterwards.append(lambda: self._watches.tell(watch, path))
+        return OK
+
+    def _unwatch(self, request: Request) -> bytes:
+        path, token, _ = self._watch_arguments(request)
+        watch = request.session.watches.get((path, token))
+        if watch is None:
+            raise Refused(errno.ENOENT)
+        self._watches.remove(watch)
+        return OK
+
+    def _watch_arguments(self, request: Request) -> tuple[str, bytes, int]:
+        first, token, *more = arguments.strings(request.body, 2)
+        if more:
+            raise Refused(errno.EINVAL)
+        relative = 0 if first[:1] in (b"/", b"@") else len(home(request.session.domain.domid)) + 1
+        return _whole(request.session, first), token, relative
+
+    def _reset_watches(self, request: Request) -> bytes:
+        self._reset(request.session)
+        return OK
+
+    # Transactions.
+
+    def _transaction_start(self, request: Request) -> bytes:
+        if request.transaction is not None:
+            raise Refused(errno.EBUSY)
+        session = request.session
+        if not session.privileged and session.domain.transactions > self.quotas.transactions:
+            raise Refused(errno.ENOSPC)
+        number = session.last_transaction
+        while True:
+            number = (number + 1) % _NUMBERS
+            if number and number not in session.transactions:
+                break
+        session.last_transaction = number
+        session.transactions[number] = Transaction(number)
+        session.domain.transactions += 1
+        self.tree.advance()
+        return b"%d\0" % number
+
+    def _transaction_end(self, request: Request) -> bytes:
+        how = arguments.one(request.body)
+        if how not in (b"T", b"F"):
+            raise Refused(errno.EINVAL)
+        transaction = request.transaction
+        if transaction is None:
+            raise Refused(errno.ENOENT)
+        try:
+            if how == b"T":
+                View(self._keeper, request.session).commit(transaction)
+        finally:
+            self._forget(request.session, transaction)
+        return OK
+
+    # Domains, for domain 0.
+
+    def _introduce(self, request: Request) -> bytes:
+        domid, _frame, port, *_ = arguments.strings(request.body, 3)
+        if arguments.integer(port) <= 0:
+            raise Refused(errno.EINVAL)
+        self.introduce(arguments.decimal(domid))
+        return OK
+
+    def _release(self, request: Request) -> bytes:
+        self.release(self._other_domain(request).domid)
+        return OK
+
+    def _resume(self, request: Request) -> bytes:
+        self._other_domain(request)
+        return OK
+
+    def _other_domain(self, request: Request) -> Domain:
+        domid = arguments.decimal(arguments.one(request.body))
+        if not domid:
+            raise Refused(errno.EINVAL)
+        return self.domains.connected(domid)
+
+    def _get_domain_path(self, request: Request) -> bytes:
+        return home(arguments.decimal(arguments.one(request.body))).encode() + b"\0"
+
+    def _is_domain_introduced(self, request: Request) -> bytes:
+        domid = arguments.decimal(arguments.one(request.body))
+        domain = self.domains.get(domid)
+        known = domid == SELF or (domain is not None and domain.introduced)
+        return b"T\0" if known else b"F\0"
+
+    def _set_target(self, request: Request) -> bytes:
+        domid, target, *_ = arguments.strings(request.body, 2)
+        domain = self.domains.connected(arguments.decimal(domid))
+        domain.target = self.domains.connected(arguments.decimal(target)).domid
+        return OK
+
+
+def _split(body: bytes) -> tuple[bytes, bytes]:
+    """A path and what follows it.
+
+    Raises:
+        Refused: EINVAL there is no path.
+    """
+    path, end, rest = body.partition(b"\0")
+    if not end:
+        raise Refused(errno.EINVAL)
+    return path, rest
+
+
+def _whole(session: Session, name: bytes) -> str:
+    """A path with the domain's home in front, if it is relative."""
+    text = name.decode("latin-1")
+    return text if text[:1] in ("/", "@") else f"{home(session.domain.domid)}/{text}"

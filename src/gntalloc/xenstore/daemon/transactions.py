@@ -1,0 +1,60 @@
+"""What a transaction has seen and changed.
+
+It sees each node as it was when it first looked, and its own changes. At the end every node that it has seen must be
+of the same generation still; then its changes become everybody's, in the order in which it first met the nodes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gntalloc.xenstore.daemon.permissions import Entry
+    from gntalloc.xenstore.daemon.tree import Node
+
+__all__ = ["Seen", "Transaction"]
+
+
+@dataclass(slots=True)
+class Seen:
+    """One node in a transaction."""
+
+    node: Node | None
+    """As the transaction sees it. None: there is none."""
+    generation: int | None
+    """Everybody's node, when the transaction met it. None: there was none."""
+    permissions: tuple[Entry, ...] | None
+    """Of everybody's node, then."""
+    changed: bool = False
+    tells: bool = False
+    """Whether watches fire for it in the end."""
+    exactly: bool = False
+    """Whether only those on this very node."""
+    charged: int = 0
+    """Memory that the change takes."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One transaction of one connection."""
+
+    number: int
+    seen: dict[str, Seen] = field(default_factory=dict)
+    owned: Counter[int] = field(default_factory=Counter)
+    """By how many nodes each domain will own more."""
+    created: bool = False
+    """Whether it has made nodes, so that the quota must be looked at."""
+    failed: bool = False
+    """Whether it has met an error that cannot be undone: it cannot be committed any more."""
+
+    def tell(self, path: str, *, exactly: bool) -> None:
+        """Let watches fire for this node in the end."""
+        seen = self.seen.get(path)
+        if seen is None:
+            self.failed = True
+        elif not seen.tells:
+            seen.tells, seen.exactly = True, exactly
+        elif not exactly:
+            seen.exactly = False

@@ -1,0 +1,92 @@
+"""Nodes, and names of nodes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from gntalloc.xenstore.daemon.permissions import Entry
+
+__all__ = ["Node", "Tree", "above", "home", "is_name", "last", "parent"]
+
+_NAME = re.compile(r"/|(?:/[A-Za-z0-9_@-]+)+")
+_HOME = re.compile(r"/local/domain/(?:-[0-9]{1,4}|[0-9]{1,5})/")
+
+_HEADER = 24  # bytes that the daemon's database needs for a node, and 8 for each permission
+_ENTRY = 8
+
+
+class Node(NamedTuple):
+    """One node. It is never changed, but replaced."""
+
+    generation: int
+    permissions: tuple[Entry, ...]
+    value: bytes = b""
+    children: tuple[str, ...] = ()
+    names: int = 0
+    """Bytes of the children's names, with a zero each."""
+
+    @property
+    def size(self) -> int:
+        """What counts against a quota."""
+        return _HEADER + _ENTRY * len(self.permissions) + len(self.value) + self.names
+
+    def with_child(self, name: str) -> Node:
+        """The node with one more child, the last."""
+        return self._replace(children=(*self.children, name), names=self.names + len(name) + 1)
+
+    def without_child(self, name: str) -> Node:
+        """The node with one child fewer."""
+        place = self.children.index(name)
+        children = self.children[:place] + self.children[place + 1 :]
+        return self._replace(children=children, names=self.names - len(name) - 1)
+
+    def listing(self) -> bytes:
+        """The children's names, as an answer has them."""
+        return b"".join(name.encode() + b"\0" for name in self.children)
+
+
+class Tree(dict[str, Node]):
+    """All nodes by name, and the count of changes that tells one state of a node from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation = 0
+
+    def advance(self) -> int:
+        """The next generation."""
+        self.generation += 1
+        return self.generation
+
+
+def is_name(path: str, longest: int) -> bool:
+    """Whether a node can be called that. What is below a domain's home may be `longest` from there on."""
+    if not _NAME.fullmatch(path):
+        return False
+    found = _HOME.match(path)
+    return len(path) <= longest + (found.end() if found else 0)
+
+
+def home(domid: int) -> str:
+    """Where a domain's own nodes are."""
+    return f"/local/domain/{domid}"
+
+
+def parent(path: str) -> str:
+    """The node above; / is above itself."""
+    return path.rpartition("/")[0] or "/"
+
+
+def last(path: str) -> str:
+    """The last part of a name."""
+    return path.rpartition("/")[2]
+
+
+def above(path: str) -> list[str]:
+    """The node itself and all above it, up to /."""
+    names = [path]
+    while path != "/":
+        path = parent(path)
+        names.append(path)
+    return names

@@ -1,0 +1,334 @@
+"""The tree as one request sees it: as it is for everybody, or in a transaction.
+
+Each look at a node counts in a transaction, those for permissions too, because it is what conflicts are made of.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from gntalloc.xenstore.daemon.limits import Refused
+from gntalloc.xenstore.daemon.permissions import ALL
+from gntalloc.xenstore.daemon.transactions import Seen, Transaction
+from gntalloc.xenstore.daemon.tree import Node, is_name, last, parent
+
+if TYPE_CHECKING:
+    from gntalloc.xenstore.daemon.domains import Domains
+    from gntalloc.xenstore.daemon.limits import Quotas
+    from gntalloc.xenstore.daemon.permissions import Entry
+    from gntalloc.xenstore.daemon.session import Session
+    from gntalloc.xenstore.daemon.tree import Tree
+    from gntalloc.xenstore.daemon.watches import Watches
+
+__all__ = ["Keeper", "View"]
+
+
+class Keeper:
+    """What all views look at."""
+
+    def __init__(self, tree: Tree, domains: Domains, watches: Watches, quotas: Quotas) -> None:
+        self.tree = tree
+        self.domains = domains
+        self.watches = watches
+        self.quotas = quotas
+
+
+class View:
+    """The tree for one request.
+
+    Args:
+        keeper: the tree, and all around it.
+        session: who asks. None: the daemon itself, which may do everything.
+        transaction: in which.
+    """
+
+    def __init__(self, keeper: Keeper, session: Session | None, transaction: Transaction | None = None) -> None:
+        self._tree = keeper.tree
+        self._domains = keeper.domains
+        self._watches = keeper.watches
+        self._quotas = keeper.quotas
+        self._session = session
+        self._transaction = transaction
+
+    # Looking.
+
+    @property
+    def limited(self) -> bool:
+        """Whether permissions and quotas hold."""
+        return self._session is not None and not self._session.privileged
+
+    def rights(self, entries: tuple[Entry, ...]) -> int:
+        """What may be done with a node of these permissions."""
+        return ALL if self._session is None else self._session.rights(entries)
+
+    def find(self, path: str) -> Node | None:
+        """A node, whoever may see it.
+
+        Raises:
+            Refused: ENOSPC the transaction has seen too many.
+        """
+        if self._transaction is None:
+            node = self._tree.get(path)
+        elif (seen := self._transaction.seen.get(path)) is not None:
+            node = seen.node
+        else:
+            return self._meet(self._transaction, path).node
+        return None if node is None else self._domains.current(node)
+
+    def get(self, path: str, wanted: int) -> Node:
+        """A node with which `wanted` may be done.
+
+        Raises:
+            Refused: EINVAL that is no name. ENOENT there is no such node, or EACCES it may not be done: the latter too
+                where the node above would not let the asker know.
+        """
+        if not is_name(path, self._quotas.path_max):
+            raise Refused(errno.EINVAL)
+        node = self.find(path)
+        if node is not None and self.rights(node.permissions) & wanted == wanted:
+            return node
+        over = None
+        name = path
+        while over is None:
+            name = parent(name)
+            over = self.find(name)
+            if name == "/":
+                break
+        may_know = over is not None and self.rights(over.permissions) & wanted
+        raise Refused(errno.ENOENT if node is None and may_know else errno.EACCES)
+
+    # Changing.
+
+    def put(self, path: str, node: Node, *, free: bool = False) -> None:
+        """Set a node.
+
+        Args:
+            path: its name.
+            node: what it shall be; it gets a generation.
+            free: whatever its size.
+
+        Raises:
+            Refused: ENOSPC it is too large, EIO the domain has no memory left.
+        """
+        node = self._domains.current(node._replace(generation=self._tree.advance()))
+        limit = self.limited and not free
+        transaction = self._transaction
+        if transaction is None:
+            if limit and node.size >= self._quotas.node_size:
+                raise Refused(errno.ENOSPC)
+            old = self._tree.get(path)
+            freed = 0 if old is None or old.permissions[0].domid != node.permissions[0].domid else _cost(path, old)
+            self._afford(node.permissions[0].domid, _cost(path, node) - freed, limit=limit)
+            if old is not None:
+                self._domains.charge(old.permissions[0].domid, -_cost(path, old))
+            self._domains.charge(node.permissions[0].domid, _cost(path, node))
+            self._tree[path] = node
+            return
+        seen = self._change(transaction, path)
+        try:
+            if limit and node.size >= self._quotas.node_size:
+                raise Refused(errno.ENOSPC)
+            self._charge(seen, _cost(path, node), limit=limit)
+        except Refused:
+            transaction.failed = True
+            raise
+        seen.node = node
+
+    def make(self, path: str, value: bytes) -> Node:
+        """Make a node that is not there, and those above it that are not. They inherit permissions.
+
+        Raises:
+            Refused: ENOSPC a quota is reached, EIO the domain has no memory left; nothing was made then.
+        """
+        lacking: list[str] = []
+        name, over = path, None
+        while over is None:
+            lacking.append(name)
+            name = parent(name)
+            over = self.find(name)
+            if over is None and name == "/":
+                raise Refused(errno.ENOENT)
+        entries = over.permissions
+        if self._session is not None and self.limited:
+            entries = (entries[0]._replace(domid=self._session.domain.domid), *entries[1:])
+        if self._transaction is not None:
+            self._transaction.created = True
+        node = Node(0, entries, value)
+        made: list[str] = []
+        below = ""
+        try:
+            for new in lacking:  # from the last one up, as each is a child of the next
+                if self.limited and self._owned() >= self._quotas.nodes:
+                    raise Refused(errno.ENOSPC)
+                self.put(new, node.with_child(last(below)) if below else node)
+                made.append(new)
+                if not self._count(entries[0].domid, 1):
+                    raise Refused(errno.ENOMEM)
+                node, below = Node(0, entries), new
+            self.put(name, over.with_child(last(below)))
+        except Refused:
+            self._unmake(made, entries[0].domid)
+            raise
+        return Node(0, entries, value)
+
+    def remove(self, path: str) -> None:
+        """Remove a node that is there and is not /, and all below it. Watches are told of each.
+
+        Raises:
+            Refused: EIO the transaction has seen too many nodes.
+        """
+        over = self.find(parent(path))
+        if over is None:
+            raise Refused(errno.EINVAL)
+        try:
+            self._remove_below(path)
+        except Refused:
+            raise Refused(errno.EIO) from None
+        self.put(parent(path), over.without_child(last(path)), free=True)
+
+    def tell(self, path: str, node: Node, *, exactly: bool = False, before: tuple[Entry, ...] | None = None) -> None:
+        """Let watches fire, or remember to when the transaction ends."""
+        if self._transaction is not None:
+            self._transaction.tell(path, exactly=exactly)
+        else:
+            self._watches.fire(path, node, exactly=exactly, before=before)
+
+    def change_owner(self, node: Node, entries: tuple[Entry, ...]) -> Node:
+        """The node with other permissions, and counted among the nodes of its new owner."""
+        self._count(node.permissions[0].domid, -1)
+        self._count(entries[0].domid, 1)
+        return node._replace(permissions=entries)
+
+    # Transactions.
+
+    def commit(self, transaction: Transaction) -> None:
+        """Make a transaction's changes everybody's.
+
+        Raises:
+            Refused: ENOMEM it has failed before, ENOSPC a domain would have too many nodes, EAGAIN somebody changed
+                what it has seen. Nothing was done.
+        """
+        if transaction.failed:
+            raise Refused(errno.ENOMEM)
+        for domid, more in transaction.owned.items():
+            owner = self._domains.know(domid)
+            if owner is None:
+                raise Refused(errno.ENOMEM)
+            judged = transaction.created and self.limited and not owner.privileged
+            if judged and max(0, owner.nodes + more) >= self._quotas.nodes:
+                raise Refused(errno.ENOSPC)
+        for path, seen in transaction.seen.items():
+            now = self._tree.get(path)
+            if seen.generation != (None if now is None else now.generation):
+                raise Refused(errno.EAGAIN)
+        for path, seen in transaction.seen.items():
+            if seen.changed:
+                self._carry_over(path, seen)
+        for domid, more in transaction.owned.items():
+            self._domains[domid].nodes += more
+
+    def forget(self, transaction: Transaction) -> None:
+        """A transaction is over."""
+        for seen in transaction.seen.values():
+            if seen.charged and self._session is not None:
+                self._session.domain.memory -= seen.charged
+
+    def _carry_over(self, path: str, seen: Seen) -> None:
+        old = self._tree.get(path)
+        if old is not None:
+            self._domains.charge(old.permissions[0].domid, -_cost(path, old))
+        if seen.node is not None:
+            self._tree[path] = node = seen.node._replace(generation=self._tree.advance())
+            self._domains.charge(node.permissions[0].domid, _cost(path, node))
+        elif old is not None:
+            del self._tree[path]
+        if seen.tells:
+            self._watches.fire(path, exactly=seen.exactly, before=seen.permissions)
+
+    # What the transaction remembers.
+
+    def _meet(self, transaction: Transaction, path: str) -> Seen:
+        if self.limited and len(transaction.seen) >= self._quotas.transaction_nodes:
+            transaction.failed = True
+            raise Refused(errno.ENOSPC)
+        node = self._tree.get(path)
+        if node is None:
+            seen = Seen(None, None, None)
+        else:
+            node = self._domains.current(node)
+            seen = Seen(node, node.generation, node.permissions)
+        transaction.seen[path] = seen
+        return seen
+
+    def _change(self, transaction: Transaction, path: str) -> Seen:
+        seen = transaction.seen.get(path) or self._meet(transaction, path)
+        seen.changed = True
+        return seen
+
+    # Removing and counting.
+
+    def _remove_below(self, path: str) -> None:
+        """Children first, as the daemon does: each is met, told of and uncounted."""
+        node = self.find(path)
+        assert node is not None
+        pending = [(path, node, iter(node.children))]
+        while pending:
+            name, node, children = pending[-1]
+            child = next(children, None)
+            if child is not None:
+                below = f"{name}/{child}"
+                found = self.find(below)
+                assert found is not None
+                pending.append((below, found, iter(found.children)))
+                continue
+            pending.pop()
+            self._erase(name)
+            self.tell(name, node, exactly=name != path)
+            self._count(node.permissions[0].domid, -1)
+            if pending:
+                self._tree.advance()  # the daemon writes the node above without this child
+
+    def _erase(self, path: str) -> None:
+        self._tree.advance()
+        if self._transaction is not None:
+            seen = self._change(self._transaction, path)
+            self._charge(seen, 0, limit=False)
+            seen.node = None
+            return
+        node = self._tree.pop(path)
+        self._domains.charge(node.permissions[0].domid, -_cost(path, node))
+
+    def _unmake(self, made: list[str], owner: int) -> None:
+        for path in made:
+            self._erase(path)
+            self._count(owner, -1)
+            if self._transaction is not None:
+                self._transaction.failed = True
+
+    def _count(self, domid: int, by: int) -> bool:
+        if self._transaction is not None:
+            self._transaction.owned[domid] += by
+            return True
+        return self._domains.count_node(domid, by)
+
+    def _owned(self) -> int:
+        return 0 if self._session is None else self._session.domain.nodes
+
+    def _charge(self, seen: Seen, cost: int, *, limit: bool) -> None:
+        """A change in a transaction takes memory of whoever makes it."""
+        if self._session is None:
+            return
+        domain = self._session.domain
+        self._afford(domain.domid, cost - seen.charged, limit=limit)
+        domain.memory += cost - seen.charged
+        seen.charged = cost
+
+    def _afford(self, domid: int, more: int, *, limit: bool) -> None:
+        domain = self._domains.get(domid)
+        if limit and domain is not None and not domain.privileged and domain.memory + more >= self._quotas.memory:
+            raise Refused(errno.EIO)
+
+
+def _cost(path: str, node: Node) -> int:
+    return node.size + len(path)
