@@ -94,9 +94,13 @@ class PeerBroke(GntallocError):
 
 
 class PeerGone(GntallocError, ConnectionError):
-    """There is nobody at the other end of a channel any more. What it sent before can still be read."""
+    """There is nobody at the other end of a channel any more. What it sent before can still be read.
+
+    `done`: so many bytes had been written before; nobody may have read them.
+    """
 
     code = _errno.EPIPE
+    done: int = 0
 
 
 class PeerClosed(PeerGone):
@@ -118,9 +122,13 @@ class EventsLost(GntallocError):
 
 
 class TimedOut(GntallocError, TimeoutError):
-    """The deadline you gave passed first. Nothing was lost: the call can be repeated."""
+    """The deadline you gave passed first. Nothing was lost: the call can be repeated.
+
+    `done`: so many bytes were written before; leave them out when you repeat it.
+    """
 
     code = _errno.ETIMEDOUT
+    done: int = 0
 
 
 class MachineGone(GntallocError, ConnectionError):

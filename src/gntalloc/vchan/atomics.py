@@ -1,0 +1,114 @@
+"""The memory orders a vchan needs, from Python.
+
+A processor may let a load overtake a store before it. Who publishes an index and then looks whether the peer wants to
+be told, or says that it wants to be told and then looks at the index, must forbid that: a *fence* in between. And who
+clears the peer's bit in a byte that the peer also writes must do it in one step.
+
+Of the bits there is this to know: an end sets bits only in the byte of which the other clears them. So a set needs no
+atomic: the setter knows what it wants, and writes all of it. Only the clearing does.
+
+    libatomic       any processor. fetch_and clears; a fence is a call
+    x86-64 without  the bit stays, and the peer is told once too often until it takes it back; one event more, none less
+
+On x86-64 stores are seen in their order and so are loads, and every locked instruction is a full fence. Taking and
+releasing a lock is one, so there a fence costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import errno
+import platform
+import threading
+from functools import cache
+from typing import Any
+
+from gntalloc.errors import DeviceError
+
+__all__ = ["Atomics", "atomics", "find", "plain"]
+
+_SEQ_CST = 5
+_ORDERED = frozenset({"x86_64", "amd64"})  # processors where only a load overtakes a store
+
+
+class Atomics:
+    """What can be done here.
+
+    Attributes:
+        ordered: stores are seen in their order, loads too, and releasing a lock is a fence.
+        clears: `take` leaves the bit cleared.
+    """
+
+    def __init__(self, *, ordered: bool, library: Any) -> None:
+        self.ordered = ordered
+        self.clears = library is not None
+        if library is not None:
+            self._fetch_and = library["__atomic_fetch_and_1"]  # as an attribute its name would be mangled
+            self._fetch_and.argtypes = ctypes.c_void_p, ctypes.c_uint8, ctypes.c_int
+            self._fetch_and.restype = ctypes.c_uint8
+            self._thread_fence = library["atomic_thread_fence"]
+            self._thread_fence.argtypes = (ctypes.c_int,)
+            self._thread_fence.restype = None
+        self._lock = threading.Lock()
+
+    def fence(self) -> None:
+        """Nothing that comes after overtakes anything that came before."""
+        if self.ordered:
+            with self._lock:
+                pass
+        else:
+            self._thread_fence(_SEQ_CST)
+
+    def take(self, memory: memoryview, offset: int, address: int, bit: int) -> bool:
+        """Clear a bit of a byte, if that can be done in one step. Whether it was set.
+
+        Args:
+            memory: where the byte is, at `offset`.
+            offset: see `memory`.
+            address: of `memory`, in this process.
+            bit: the value of the bit.
+        """
+        if self.clears:
+            return bool(self._fetch_and(address + offset, ~bit & 0xFF, _SEQ_CST) & bit)
+        return bool(memory[offset] & bit)
+
+
+def find(machine: str, library: Any) -> Atomics:
+    """Choose for a processor and the libatomic that was found, or None.
+
+    Raises:
+        DeviceError: ENOSYS nothing would be safe.
+    """
+    ordered = machine.lower() in _ORDERED
+    if library is None and not ordered:
+        raise DeviceError(
+            errno.ENOSYS,
+            f"a vchan on {machine} needs libatomic, which is not here; install it (Debian: apt install libatomic1)",
+        )
+    return Atomics(ordered=ordered, library=library)
+
+
+@cache
+def atomics() -> Atomics:
+    """What can be done here. See `find`."""
+    return find(platform.machine(), _library())
+
+
+@cache
+def plain() -> Atomics:
+    """The way without libatomic, where it is safe."""
+    return find(platform.machine(), None)
+
+
+def _library() -> Any:
+    for name in ("libatomic.so.1", ctypes.util.find_library("atomic")):
+        if name is None:
+            continue
+        try:
+            library = ctypes.CDLL(name)
+            library["__atomic_fetch_and_1"], library["atomic_thread_fence"]  # noqa: B018  are they there
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None

@@ -1,0 +1,117 @@
+"""connect: wait for a server, and map its page.
+
+The order of things is libxenvchan's: the nodes, the port, the page with its notification, the rings, the live byte, an
+event. What it does not do: wait; say why not; look whether the page still belongs to a living server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from gntalloc.errors import DeviceError, PeerBroke, TimedOut
+from gntalloc.vchan import extension, layout
+from gntalloc.vchan.atomics import atomics
+from gntalloc.vchan.bells import Bells
+from gntalloc.vchan.channel import CLIENT, SPIN, Channel
+from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
+from gntalloc.vchan.layout import Orders, pages_of
+from gntalloc.vchan.nodes import Address, Nodes, full_path
+from gntalloc.vchan.pages import ChannelPages
+
+if TYPE_CHECKING:
+    from gntalloc.guest.domain import Domain
+    from gntalloc.vchan.nodes import Tree
+
+__all__ = ["connect"]
+
+
+class _NotNow(Exception):  # noqa: N818  it is no error, but a reason to wait
+    """This server cannot be connected to. Another may come, or it may be free later."""
+
+
+def connect(
+    domain: Domain,
+    peer: int,
+    path: str,
+    *,
+    timeout: float | None = None,
+    extensions: bool | None = None,
+    spin: float = SPIN,
+    store: Tree | None = None,
+) -> Channel:
+    """See `Domain.connect`."""
+    domid = domain.domid
+    if peer == domid:
+        raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
+    deadline = None if timeout is None else time.monotonic() + timeout
+    nodes = Nodes(store or domain.store, full_path(path, peer, domid, only_ours=extensions is True))
+    reason: object = ""
+    for address in nodes.attempts(deadline):
+        try:
+            return _try(domain, peer, address, extensions=extensions, spin=spin)
+        except _NotNow as why:
+            reason = why
+    raise TimedOut(f"no connection with domain {peer} at {nodes.path} within {timeout} s: {reason}")
+
+
+def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None, spin: float) -> Channel:
+    barriers = atomics()  # first: it may refuse
+    with contextlib.ExitStack() as undo:
+        try:
+            port = undo.enter_context(domain.events.connect(peer, address.port))
+            header = undo.enter_context(domain.map(peer, address.reference, writable=True))
+        except DeviceError as refusal:
+            raise _NotNow(f"its server is gone, or has another client ({refusal})") from None
+        bells = Bells(port)
+        undo.callback(bells.close)
+        header.notify_when_unmapped(clear=layout.CLI_LIVE, port=port.number)
+        page = header.memory
+        if page[layout.SRV_LIVE] == layout.GONE:
+            raise _NotNow("its server has closed, and left its nodes")
+        # What is in the page is read once: the server could change it.
+        orders = Orders.read(page)
+        count = sum(map(pages_of, orders))
+        references = struct.unpack_from(f"={count}I", page, layout.REFERENCES)
+        at = extension.place(orders)
+        offer = None if extensions is False else Offer.read(page, at)
+        if offer is None and extensions:
+            raise PeerBroke("the server is a libxenvchan, and `extensions=True` asks for an end of this package")
+        sizes = orders
+        if offer is not None and offer.flags & LARGE:
+            sizes = offer.orders
+            with domain.map(peer, offer.directory) as directory:
+                count = sum(map(pages_of, sizes))
+                references = struct.unpack_from(f"={count}I", directory.memory, 0)
+        try:
+            split = pages_of(sizes.left)
+            left = domain.map(peer, references[:split], writable=True) if split else None
+            if left is not None:
+                undo.enter_context(left)
+            right = domain.map(peer, references[split:]) if references[split:] else None
+            if right is not None:
+                undo.enter_context(right)
+        except DeviceError as refusal:
+            raise _NotNow(f"its server is gone, or went just now ({refusal})") from None
+        pages = ChannelPages(header, orders, left, right)
+        channel = Channel(CLIENT, peer, pages, bells, barriers, spin=spin)
+        if offer is not None:
+            flags = offer.flags & LARGE
+            if offer.flags & DIRECT and domain.on_machine:
+                name = bells.offer_direct()
+                if name and bells.connect_direct(offer.name):
+                    flags |= DIRECT
+            else:
+                name = b""
+            Confirmation(flags, name).write(page, at)
+            channel.joined(at)
+            channel.enlarge(1 << sizes.left, 1 << sizes.right)
+        page[layout.SRV_NOTIFY] = layout.NOTIFY_WRITE
+        barriers.fence()
+        page[layout.CLI_LIVE] = layout.CONNECTED
+        barriers.fence()
+        port.notify()
+        undo.pop_all()
+        return channel

@@ -1,0 +1,138 @@
+"""How two ends find each other: two nodes in xenstore, `<path>/ring-ref` and `<path>/event-channel`.
+
+The server writes them, readable by the client and nobody else; the client waits until it can read both. ring-ref comes
+first and event-channel last, and a client reads ring-ref again after it, so no transaction is needed: a domain may have
+ten of those open, and programs that set up many channels at once have run out of them.
+
+The C library builds the nodes' names in 64 bytes, and cuts longer ones off without a word. So a path has 49 characters
+at most, unless both ends are this package's.
+
+Sources: libxenvchan's init.c, as it behaves; docs/misc/xenstore-paths of Xen for the convention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from gntalloc.errors import TimedOut
+from gntalloc.xenstore.errors import Denied, NoNode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
+__all__ = ["LONGEST", "Address", "Nodes", "Tree", "full_path"]
+
+LONGEST = 49  # characters of a path that the C library can use
+_LOOK_AGAIN = 0.25  # seconds: what is not seen in xenstore (a port that is free again) is tried at this rate
+
+
+class Watching(Protocol):
+    """See `gntalloc.xenstore.watch.Watch`."""
+
+    def wait(self, timeout: float | None = None) -> str:
+        """Until something may have changed."""
+
+
+class Tree(Protocol):
+    """What is needed of `gntalloc.xenstore.client.Store`."""
+
+    def read(self, path: str) -> bytes:
+        """The value of a node."""
+
+    def write(self, path: str, value: bytes | str) -> None:
+        """Set it."""
+
+    def remove(self, path: str) -> None:
+        """Remove it, and all below."""
+
+    def set_permissions(self, path: str, permissions: Iterable[str]) -> None:
+        """Who may read it."""
+
+    def watch(self, path: str) -> AbstractContextManager[Watching]:
+        """Be told of changes."""
+
+
+class Address(NamedTuple):
+    """Where a server waits: the reference of its page, and its port."""
+
+    reference: int
+    port: int
+
+
+def full_path(path: str, server: int, client: int, *, only_ours: bool = False) -> str:
+    """Where the nodes of a channel are. A path that does not begin with / is below the usual place of such channels.
+
+    Raises:
+        ValueError: it is too long for a C library at the other end.
+    """
+    full = path if path.startswith("/") else f"/local/domain/{server}/data/vchan/{client}/{path}"
+    if len(full) > LONGEST and not only_ours:
+        raise ValueError(
+            f"{full} has {len(full)} characters, and libxenvchan cuts names off after {LONGEST}; choose a shorter one, "
+            "or say extensions=True if both ends are this package's"
+        )
+    return full
+
+
+class Nodes:
+    """The two nodes of a path."""
+
+    def __init__(self, store: Tree, path: str) -> None:
+        self.path = path
+        self._store = store
+        self._reference, self._port = f"{path}/ring-ref", f"{path}/event-channel"
+
+    def publish(self, server: int, client: int, address: Address) -> None:
+        """Tell the client, and it alone, where this server waits. What was there before is replaced."""
+        with contextlib.suppress(NoNode):  # of a server that was killed: nobody shall mix its port with our page
+            self._store.remove(self._port)
+        for node, value in zip((self._reference, self._port), address, strict=True):
+            self._store.write(node, str(value))
+            self._store.set_permissions(node, (f"n{server}", f"r{client}"))
+
+    def withdraw(self) -> None:
+        """Take both away, and the path."""
+        with contextlib.suppress(NoNode):
+            self._store.remove(self.path)
+
+    def read(self) -> Address | None:
+        """Where a server waits; None: none does, or it is not for us."""
+        try:
+            before = self._store.read(self._reference)
+            port = self._store.read(self._port)
+            if self._store.read(self._reference) != before:
+                return None
+        except (NoNode, Denied):
+            return None
+        if not (before.isdigit() and port.isdigit() and max(len(before), len(port)) < 11):
+            return None
+        address = Address(int(before), int(port))
+        return address if all(address) else None  # the C library takes no zeros either
+
+    def attempts(self, deadline: float | None) -> Iterable[Address]:
+        """Each time that there may be a server, where it waits. Ends with the deadline; that may be past already.
+
+        Raises:
+            TimedOut: there was none all the time.
+        """
+        found = self.read()
+        if found:
+            yield found
+        if deadline is None or time.monotonic() < deadline:
+            with self._store.watch(self._port) as watch:
+                while deadline is None or time.monotonic() < deadline:
+                    left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, deadline - time.monotonic())
+                    with contextlib.suppress(TimedOut):
+                        watch.wait(max(0.0, left))
+                    address = self.read()
+                    if address:
+                        found = address
+                        yield address
+        if not found:
+            raise TimedOut(
+                f"no server waits at {self.path}: the nodes ring-ref and event-channel are not there, or are not for "
+                "this domain; start the server, or see that both sides mean the same path"
+            )

@@ -1,0 +1,236 @@
+"""listen: a page for each client, one after another.
+
+The order of things is libxenvchan's: the port, the page with its notification, the page's contents, the rings, the
+nodes. Once a client has come the nodes go, so that nobody finds a page that is taken; the next `accept` makes another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+from gntalloc.errors import Closed, GntallocError, PeerBroke, TimedOut
+from gntalloc.vchan import extension, layout
+from gntalloc.vchan.atomics import atomics
+from gntalloc.vchan.bells import Bells
+from gntalloc.vchan.channel import SERVER, SPIN, Channel
+from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
+from gntalloc.vchan.layout import Orders, pages_of
+from gntalloc.vchan.nodes import Address, Nodes, full_path
+from gntalloc.vchan.pages import ChannelPages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.pages import SharedPages
+    from gntalloc.vchan.nodes import Tree
+
+__all__ = ["SIZE", "Listener"]
+
+SIZE = 65536
+"""Bytes of each ring, if not told otherwise."""
+
+
+class Listener:
+    """Waits for clients of one domain at one path. Made by `Domain.listen`. Any thread may accept, one at a time.
+
+    Attributes:
+        peer: whose clients.
+        path: where the nodes are, in full.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        peer: int,
+        path: str,
+        *,
+        size: int | tuple[int, int] = SIZE,
+        extensions: bool | None = None,
+        spin: float = SPIN,
+        store: Tree | None = None,
+    ) -> None:
+        domid = domain.domid
+        if peer == domid:
+            raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
+        self.peer = peer
+        self.path = full_path(path, domid, peer, only_ours=extensions is True)
+        self._domain = domain
+        self._extensions = extensions
+        self._spin = spin
+        self._sizes = _sizes(size, extensions)
+        self._nodes = Nodes(store or domain.store, self.path)
+        self._accepting = threading.Lock()
+        self._offer: Channel | None = None
+        self._closed = False
+        self._owner = os.getpid()
+        self.offer()
+
+    def offer(self) -> Channel:
+        """The channel of the next client, who may not have come yet: what is written is there when it comes.
+
+        `accept` is this and `Channel.wait_connected`. The same channel, until somebody has come or it is closed.
+        """
+        with self._accepting:
+            return self._next()
+
+    def accept(self, timeout: float | None = None) -> Channel:
+        """Wait for a client.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Returns:
+            The channel with it.
+
+        Raises:
+            TimedOut: nobody came. The next call goes on waiting.
+            Closed: this was closed.
+            DeviceError: ENOSPC there are not enough pages for another channel, or no port.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._accepting.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            raise TimedOut(f"another thread accepts at {self.path}, and had nobody within {timeout} s")
+        try:
+            while True:
+                channel = self._next()
+                try:
+                    channel.wait_connected(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                except PeerBroke:  # or a libxenvchan where none is wanted: it is no client
+                    channel.close()
+                    continue
+                except Closed:
+                    if self._closed:
+                        raise Closed(f"nobody can be accepted at {self.path}: this listener was closed") from None
+                    continue  # the offer was closed by its user
+                self._offer = None
+                return channel
+        finally:
+            self._accepting.release()
+
+    def __iter__(self) -> Iterator[Channel]:
+        """A channel for each client that comes."""
+        while True:
+            try:
+                yield self.accept()
+            except Closed:
+                return
+
+    def close(self) -> None:
+        """Wait for nobody any more. Channels that were accepted live on. Can be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        offer = self._offer
+        if offer is not None and offer.waiting:
+            self._withdraw()
+            offer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{'closed ' if self._closed else ''}Listener for domain {self.peer} at {self.path}>"
+
+    def _next(self) -> Channel:
+        if self._closed:
+            raise Closed(f"nobody can be accepted at {self.path}: this listener was closed")
+        if self._offer is None or self._offer.closed:
+            self._offer, address = self._make()
+            try:
+                self._nodes.publish(self._domain.domid, self.peer, address)
+            except BaseException:
+                self._offer.close()
+                raise
+        return self._offer
+
+    def _withdraw(self) -> None:
+        if os.getpid() == self._owner:
+            with contextlib.suppress(GntallocError):  # of a store that is gone, or a path that somebody removed
+                self._nodes.withdraw()
+
+    def _make(self) -> tuple[Channel, Address]:
+        """A channel that waits, and what its client needs to know."""
+        barriers = atomics()  # first: it may refuse
+        domain, peer = self._domain, self.peer
+        orders, large = self._sizes
+        with contextlib.ExitStack() as undo:
+            port = undo.enter_context(domain.events.bind(peer))
+            bells = Bells(port)
+            undo.callback(bells.close)
+            header = undo.enter_context(domain.share(peer, pages=1, writable=True))
+            header.notify_when_unmapped(clear=layout.SRV_LIVE, port=port.number)
+            page = header.memory
+            orders.write(page)
+            page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
+            page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
+            rings = [
+                undo.enter_context(domain.share(peer, pages=pages_of(order), writable=True)) if pages_of(order) else None
+                for order in large
+            ]
+            at = layout.REFERENCES
+            for order, ring in zip(orders, rings, strict=True):
+                if ring is not None:
+                    listed = ring.refs[: pages_of(order)]
+                    struct.pack_into(f"={len(listed)}I", page, at, *listed)
+                    at += 4 * len(listed)
+            directory = self._directory(large, rings) if large != orders else None
+            if directory is not None:
+                undo.enter_context(directory)
+            pages = ChannelPages(header, orders, *rings, directory)
+            offer = self._extend(pages, large, bells, directory)
+            channel = Channel(SERVER, peer, pages, bells, barriers, spin=self._spin)
+            channel.wait_with(lambda channel: self._join(channel, pages, bells, offer))
+            undo.pop_all()
+        return channel, Address(header.refs[0], port.number)
+
+    def _directory(self, large: Orders, rings: list[SharedPages | None]) -> SharedPages:
+        refs = [ref for ring in rings if ring is not None for ref in ring.refs]
+        directory = self._domain.share(self.peer, size=4 * len(refs), writable=True)
+        struct.pack_into(f"={len(refs)}I", directory.memory, 0, *refs)
+        return directory
+
+    def _extend(self, pages: ChannelPages, large: Orders, bells: Bells, directory: SharedPages | None) -> Offer | None:
+        if self._extensions is False:
+            return None
+        name = bells.offer_direct() if self._domain.on_machine else b""
+        flags = (DIRECT if name else 0) | (LARGE if directory is not None else 0)
+        offer = Offer(flags, large, name, directory.refs if directory is not None else ())
+        offer.write(pages.memory, extension.place(pages.orders))
+        return offer
+
+    def _join(self, channel: Channel, pages: ChannelPages, bells: Bells, offer: Offer | None) -> None:
+        """A client has come: what is it, and what does it take of the offer?"""
+        self._withdraw()
+        at = extension.place(pages.orders)
+        confirmed = None if offer is None else Confirmation.read(pages.memory, at, offer.flags)
+        if offer is None or confirmed is None:
+            if self._extensions:
+                raise PeerBroke("a libxenvchan has connected, and `extensions=True` asks for an end of this package")
+            return
+        if confirmed.flags & LARGE:
+            channel.enlarge(1 << offer.orders.left, 1 << offer.orders.right)
+        if confirmed.flags & DIRECT:
+            bells.connect_direct(confirmed.name)
+        channel.joined(at)
+
+
+def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders, Orders]:
+    """The rings as libxenvchan shall see them, and as two of our own ends use them."""
+    read, write = (size, size) if isinstance(size, int) else size
+    most, more = 1 << layout.LARGEST_ORDER, 1 << extension.LARGEST
+    if not (0 <= read <= more and 0 <= write <= more):
+        raise ValueError(f"rings of {read} and {write} bytes: between two ends of this package they are 0 to {more}")
+    if extensions is False and max(read, write) > most:
+        raise ValueError(f"rings of {read} and {write} bytes: libxenvchan's are 0 to {most}")
+    orders = Orders.choose(min(read, most), min(write, most))
+    large = Orders(*(max(order, (each - 1).bit_length()) if each > most else order for order, each in zip(orders, (read, write), strict=True)))
+    return orders, large
