@@ -48,9 +48,6 @@ class Machine:
     def __init__(
         self, limit: int = 1024, behaviour: str = "ours", *, strict: bool = False, table_frames: int = 64
     ) -> None:
-        import json  # only who starts a machine pays for these
-        import subprocess
-
         if behaviour not in {"ours", "linux"}:
             raise ValueError(f"behaviour is 'ours' or 'linux', not {behaviour!r}")
         if limit < 0 or not 0 < table_frames <= 1 << 16:
@@ -59,19 +56,9 @@ class Machine:
         self.folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
         _remove(self.folder)  # of a process that had our pid, and was killed
         os.mkdir(self.folder, 0o700)
-        ours, theirs = socket.socketpair()
-        settings = json.dumps({"limit": limit, "behaviour": behaviour, "strict": strict, "table_frames": table_frames})
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        arguments = [package, str(theirs.fileno()), self.folder, settings]
-        with theirs:
-            self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CHILD, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._control = ControlClient(self.folder, sock=ours)
+        settings = {"limit": limit, "behaviour": behaviour, "strict": strict, "table_frames": table_frames}
+        self._process, sock = start_machine(self.folder, settings)
+        self._control = ControlClient(self.folder, sock=sock)
         self._owner = os.getpid()
         self._closed = False
         _machines.add(self)
@@ -170,6 +157,34 @@ class Machine:
         """The machine is the parent's: a child must not keep it alive, nor give it orders over this channel."""
         self._closed = True
         self._process.returncode = 0  # it is no child of ours to wait for
+
+
+def start_machine(
+    folder: str, settings: dict[str, Any], *, quiet: bool = False
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a machine's process in `folder`, which is there and empty. Gives it, and its control channel.
+
+    Args:
+        folder: for its sockets.
+        settings: see `child_main` of the machine's process.
+        quiet: what it has to say about itself goes nowhere, since it may outlive whoever reads our standard error.
+    """
+    import json  # only who starts a machine pays for these
+    import subprocess
+
+    ours, theirs = socket.socketpair()
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    arguments = [package, str(theirs.fileno()), folder, json.dumps(settings)]
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if quiet else None,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    return process, ours
 
 
 def _remove(folder: str) -> None:

@@ -15,7 +15,7 @@ import stat
 
 from gntalloc.errors import GntallocError
 
-__all__ = ["control_path", "domain_path", "machine_folder", "machines", "store_path", "top_folder"]
+__all__ = ["control_path", "domain_path", "lock_path", "machine_folder", "machines", "store_path", "top_folder"]
 
 LONGEST_PATH = 107  # of a Unix socket, less its final zero
 _LONGEST_NAME = "32751.store-"  # with the mark of one that is not listened to yet
@@ -71,6 +71,11 @@ def domain_path(folder: str, domid: int) -> str:
 def store_path(folder: str, domid: int) -> str:
     """The socket of domain `domid`'s xenstore, of the machine in `folder`."""
     return os.path.join(folder, f"{domid}.store")
+
+
+def lock_path(folder: str) -> str:
+    """Whoever starts, joins or ends the machine in `folder` for a `run` holds a lock on this file beside it."""
+    return folder + ".lock"
 
 
 def machines() -> list[str]:

@@ -18,6 +18,7 @@ __all__ = ["main"]
 # Name of the command -> one line for `gntalloc --help`, kept here so that help imports no command.
 COMMANDS = {
     "demo": "Two domains share pages here and now: a file goes across, and a peer misbehaves.",
+    "run": "Run a program in a domain: it finds /dev/xen there, and is told of nothing else.",
     "machine": "Run a machine in the foreground, for programs to join by name.",
     "list": "Every machine, domain and grant: who granted, who maps, what is still held.",
     "limit": "Show or set how many pages a domain may have granted at once.",

@@ -29,6 +29,7 @@ class Control(Channel):
         self._server = server
         self._orders: dict[str, Callable[..., Any]] = {
             "create": self._create,
+            "enter": self._enter,
             "destroy": server.destroy,
             "get_limit": self._get_limit,
             "set_limit": self._set_limit,
@@ -69,6 +70,14 @@ class Control(Channel):
             _check_limit(limit)
         self._server.create(domid, uid=uid, limit=limit)
         return domain_path(self._server.folder, domid)
+
+    def _enter(self, *, domid: int) -> None:
+        self._server.visits.enter(self, domid)
+
+    def close(self) -> None:
+        """See `Channel`. A visitor leaves."""
+        super().close()
+        self._server.visits.leave(self)
 
     def _get_limit(self, *, domid: int) -> int:
         return self._server.machine.guest(domid).gntalloc.limit

@@ -53,16 +53,22 @@ def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
 
 
 def child_main(descriptor: int, folder: str, settings: str) -> None:
-    """The child of `gntalloc.Machine`: orders come over `descriptor`, whose end of file is ours."""
+    """The child of `gntalloc.Machine`: orders come over `descriptor`, whose end of file is ours.
+
+    With the setting `until_left` it ends when nobody is in it any more.
+    """
     logging.basicConfig(level=logging.WARNING, format="gntalloc machine: %(message)s", stream=sys.stderr)
     # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever it was for who started us
     protect_and_provide()
+    chosen = json.loads(settings)
+    until_left = chosen.pop("until_left", False)
     try:
-        server = make_server(folder, json.loads(settings))
+        server = make_server(folder, chosen)
     except GntallocError as error:
         sys.exit(f"gntalloc machine: {error}")
-    server.adopt_control(socket.socket(fileno=descriptor))
+    server.adopt_control(socket.socket(fileno=descriptor), until_left=until_left)
     stop_on_signals(server, signal.SIGTERM)
     try:
         server.run()

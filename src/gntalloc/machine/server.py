@@ -25,6 +25,7 @@ from gntalloc.machine.connection import Channel, Connection, Dropped
 from gntalloc.machine.control import Control
 from gntalloc.machine.home import Home, identity_of
 from gntalloc.machine.store import StoreFront
+from gntalloc.machine.visits import Visits
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import control_path, domain_path, store_path
 
@@ -42,6 +43,7 @@ log = logging.getLogger("gntalloc.machine")
 _CREDENTIALS = struct.Struct("=iII")
 _CHECK_FOR_STALLS = 1.0
 _BACKLOG = 512
+_LEAVING = 0.05  # seconds between looks whether nobody is coming in
 # Of one domain, so that it cannot use up the machine's descriptors. Files have a limit of their own.
 MAX_CONNECTIONS = 1024
 MAX_WAITS = 1024
@@ -69,6 +71,7 @@ class Server:
         self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
         self._news.register(machine.frames.fileno(), select.EPOLLIN)
         self._watch(self._news.fileno(), lambda _events: self._settle())
+        self.visits = Visits(self)
         self._store = StoreFront(machine.store)
         self._watch(self._store.fileno(), lambda _events: self._store.serve())
         self._listen(control_path(folder), 0o600, self._accept_control)
@@ -112,6 +115,7 @@ class Server:
         for descriptor, home in list(self._homes.items()):
             if home.guest is guest:
                 self._close_home(descriptor)
+        self.visits.forget(domid)
         self.machine.destroy(domid)
         self._store.serve()  # tells those who watch, and hangs up on its programs
 
@@ -196,6 +200,8 @@ class Server:
             for _ in range(len(self._turns)):
                 self._turn(self._turns.popleft())
             self._drop_the_stalled()
+            if self.visits.over:
+                self.stopping = self.visits.may_end()
 
     def close(self) -> None:
         """Disconnect everybody and take the sockets out of the folder."""
@@ -214,10 +220,12 @@ class Server:
         os.close(self._spare)
         self.machine.frames.close()
 
-    def adopt_control(self, sock: socket.socket) -> None:
-        """Take orders from `sock`, and end when it does."""
+    def adopt_control(self, sock: socket.socket, *, until_left: bool = False) -> None:
+        """Take orders from `sock`, and end when it does; or, `until_left`, when nobody is in the machine any more."""
         control = Control(sock, self)
-        control.ends_the_machine = True
+        control.ends_the_machine = not until_left
+        if until_left:
+            self.visits.wait_for(control)
         self._add(control)
 
     def wake_by(self, descriptor: int) -> None:
@@ -231,6 +239,8 @@ class Server:
     def _patience(self) -> float:
         if self._turns:
             return 0.0
+        if self.visits.over:
+            return _LEAVING
         patience = self.machine.frames.patience()
         if self._slow:
             return _CHECK_FOR_STALLS if patience is None else min(patience, _CHECK_FOR_STALLS)

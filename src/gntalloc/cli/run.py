@@ -1,0 +1,28 @@
+"""`gntalloc run`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from gntalloc.run.launcher import run
+
+__all__ = ["command"]
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--domid", type=click.IntRange(0, 32751), required=True, help="The domain; made if it is not there.")
+@click.option(
+    "--machine", default="default", show_default=True, help="The machine to join; started if it does not run."
+)
+@click.option("--userns", is_flag=True, help="A user namespace for the program: other domains cannot reach into it.")
+@click.option("--all-opens", is_flag=True, help="Serve opens for reading only too, and private maps; costs some time.")
+@click.argument("program", nargs=-1, required=True, metavar="-- PROGRAM [ARGUMENT]...", type=click.UNPROCESSED)
+def command(domid: int, machine: str, userns: bool, all_opens: bool, program: tuple[str, ...]) -> None:
+    """Run a program in a domain, as it is: it finds /dev/xen/gntalloc, gntdev and evtchn there.
+
+    The program and all that it starts are served. Streams, folder, signals and job control are the program's, and so is
+    the exit status. A machine that is started for this ends with the last run in it.
+    """
+    sys.exit(run(program, domid=domid, machine=machine, userns=userns, all_opens=all_opens))

@@ -1,0 +1,73 @@
+"""Visitors: programs that are in a domain for as long as a control channel of theirs is open.
+
+`gntalloc run` is one: the domain is made when the first of them enters it, unless it is there, and ends with the last
+of them. A machine that was started for them ends when nobody is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+from gntalloc.places import lock_path
+
+if TYPE_CHECKING:
+    from gntalloc.machine.control import Control
+    from gntalloc.machine.server import Server
+
+__all__ = ["Visits"]
+
+
+class Visits:
+    """Of one server."""
+
+    def __init__(self, server: Server) -> None:
+        self.ends_when_left = False
+        self._server = server
+        self._visitors: dict[Control, set[int]] = {}
+        self._made: set[int] = set()  # domains that are there for visitors only
+        self._lock = -1
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody is left, and the machine is there for visitors only."""
+        return self.ends_when_left and not self._visitors
+
+    def wait_for(self, visitor: Control) -> None:
+        """The machine was started for this one, who will enter, and ends when nobody is left."""
+        self.ends_when_left = True
+        self._visitors[visitor] = set()
+
+    def enter(self, visitor: Control, domid: int) -> None:
+        """Let a visitor in.
+
+        Raises:
+            GntallocError: there can be no such domain.
+        """
+        if domid not in self._server.machine.guests:
+            self._server.create(domid, uid=os.getuid())
+            self._made.add(domid)
+        self._visitors.setdefault(visitor, set()).add(domid)
+
+    def leave(self, visitor: Control) -> None:
+        """It is gone, and so are domains that nobody is in any more."""
+        left = self._visitors.pop(visitor, set())
+        for domid in left & self._made:
+            if not any(domid in domids for domids in self._visitors.values()):
+                self.forget(domid)
+                self._server.destroy(domid)
+
+    def forget(self, domid: int) -> None:
+        """The domain ends."""
+        self._made.discard(domid)
+
+    def may_end(self) -> bool:
+        """Whether nobody is just coming in: who comes has the lock, and from now on we have it, until our end."""
+        if self._lock < 0:
+            self._lock = os.open(lock_path(self._server.folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,255 @@
+"""An mmap of ours in place of the caller's: pages of other domains under the very addresses that it asked for.
+
+The caller sleeps in its mmap call. It gets the memory files as descriptors of its own for a moment, is answered, and
+is stopped by ptrace(2) on its way out of the kernel; there it makes, one instruction at a time, the calls that place
+the pages and close the descriptors. Then it has its registers back, with the address as its result. It keeps no
+descriptor, so it has what was mapped and can map nothing else.
+
+A caller that another tracer has (gdb, strace) cannot be stopped so; `Traced` says it.
+
+Sources: ptrace(2), linux/ptrace.h, sys/user.h. All numbers are x86-64's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gntalloc.run.listener import CallerGone
+from gntalloc.run.memory import leader_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gntalloc.run.listener import Call, Listener
+    from gntalloc.run.machine import Piece
+
+__all__ = ["Injector", "Traced"]
+
+_CONT, _SINGLESTEP, _GETREGS, _SETREGS, _DETACH = 7, 9, 12, 13, 17
+_SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK = 0x4206, 0x4207, 0x420A, 0x420B
+_EVENT_STOP = 128
+_WALL = 0x40000000
+_SYS_CLOSE, _SYS_MMAP, _SYS_MUNMAP, _SYS_TGKILL = 3, 9, 11, 234
+_SYSCALL = b"\x0f\x05"
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x100000
+_ALL_BUT_TRAP = ((1 << 64) - 1) & ~(1 << (signal.SIGTRAP - 1))
+_MASK = (1 << 64) - 1
+_LOWEST_ERROR = _MASK - 4095
+
+_REGISTERS = (
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
+
+
+class _Registers(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in _REGISTERS)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class Traced(Exception):
+    """Somebody else traces the caller, or the kernel lets nobody do so."""
+
+
+class _Died(Exception):
+    """The thread ended under our hands; its status."""
+
+
+def _ptrace(request: int, thread: int, address: int = 0, data: object = None) -> None:
+    if _libc.ptrace(request, thread, address, data) < 0:
+        code = ctypes.get_errno()
+        if code == errno.ESRCH:
+            raise _Died
+        raise OSError(code, os.strerror(code))
+
+
+class Injector:
+    """Makes calls in threads that wait for `listener` to answer them.
+
+    Args:
+        listener: where they wait.
+        mark: what the filter lets pass: see filter.py.
+        died: told the thread and wait status of each that died while we held it. Nobody else will hear of it: a
+            status is given out once.
+        read: reads a thread's memory: (thread, address, size) -> bytes.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        mark: int,
+        died: Callable[[int, int], None],
+        read: Callable[[int, int, int], bytes],
+    ) -> None:
+        self._listener = listener
+        self._mark = mark << 32
+        self._died = died
+        self._read = read
+
+    def place(self, call: Call, pieces: list[Piece], descriptors: list[int]) -> int:
+        """Answer the mmap `call` with a map of `pieces`. The address, or a negative errno.
+
+        Raises:
+            Traced: nothing has happened, and the call still waits.
+            CallerGone: there is nobody to map for.
+        """
+        thread = call.thread
+        try:
+            _ptrace(_SEIZE, thread)
+        except OSError as error:
+            raise Traced(error.strerror) from error
+        except _Died:
+            raise CallerGone from None
+        try:
+            _ptrace(_INTERRUPT, thread)
+            theirs, failure = self._give(call, descriptors)
+            self._listener.answer(call, 0)
+            held = self._until_stopped(thread)
+            result = self._make_calls(call, pieces, theirs, failure, held)
+            self._detach(thread, held)
+        except _Died:
+            self._bury(thread)
+            raise CallerGone from None
+        except CallerGone:
+            self._let_go(thread)
+            raise
+        return result
+
+    def _give(self, call: Call, descriptors: list[int]) -> tuple[list[int], int]:
+        """Their numbers in the caller, and why not all of them are there: a negative errno, or 0."""
+        theirs: list[int] = []
+        try:
+            for descriptor in descriptors:
+                theirs.append(self._listener.give(call, descriptor, flags=os.O_CLOEXEC))  # noqa: PERF401  each counts
+        except OSError as error:
+            return theirs, -(error.errno or errno.EMFILE)
+        return theirs, 0
+
+    def _make_calls(self, call: Call, pieces: list[Piece], theirs: list[int], failure: int, held: list[int]) -> int:
+        thread = call.thread
+        saved = _Registers()
+        _ptrace(_GETREGS, thread, 0, ctypes.byref(saved))
+        if self._read(thread, saved.rip - 2, 2) != _SYSCALL:  # it came by another door: leave it as it is
+            return self._finish(thread, saved, -errno.ENODEV)
+        with _signals_blocked(thread):
+
+            def make(number: int, *arguments: int) -> int:
+                return self._call(thread, saved, held, number, arguments)
+
+            result = failure or self._map(make, call, pieces, theirs)
+            for descriptor in theirs:
+                make(_SYS_CLOSE, descriptor)
+        return self._finish(thread, saved, result)
+
+    def _finish(self, thread: int, saved: _Registers, result: int) -> int:
+        saved.rax = result & _MASK
+        saved.orig_rax = _MASK
+        _ptrace(_SETREGS, thread, 0, ctypes.byref(saved))
+        return result
+
+    def _map(self, make: Callable[..., int], call: Call, pieces: list[Piece], theirs: list[int]) -> int:
+        address, length, prot, flags, *_ = call.arguments
+        if len(pieces) == 1:
+            place, offset, size = pieces[0]
+            return make(_SYS_MMAP, address, size, prot, flags, self._mark | theirs[place], offset)
+        # Of many parts: a range first, where the caller wants it, then the parts over it.
+        how = flags & (_MAP_FIXED | _MAP_FIXED_NOREPLACE)
+        start = make(_SYS_MMAP, address, length, 0, how | _MAP_PRIVATE | _MAP_ANONYMOUS, _MASK, 0)
+        if start < 0:
+            return start
+        how = flags & ~_MAP_FIXED_NOREPLACE | _MAP_FIXED
+        at = start
+        for place, offset, size in pieces:
+            done = make(_SYS_MMAP, at, size, prot, how, self._mark | theirs[place], offset)
+            if done < 0:
+                make(_SYS_MUNMAP, start, length)
+                return done
+            at += size
+        return start
+
+    def _call(self, thread: int, saved: _Registers, held: list[int], number: int, arguments: tuple[int, ...]) -> int:
+        """One system call in the stopped thread. Its result as the kernel gives it, errors negative."""
+        registers = _Registers.from_buffer_copy(saved)
+        registers.rip -= len(_SYSCALL)
+        registers.rax = number
+        registers.orig_rax = _MASK  # no call to restart
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
+            setattr(registers, name, value & _MASK)
+        _ptrace(_SETREGS, thread, 0, ctypes.byref(registers))
+        _ptrace(_SINGLESTEP, thread)
+        while True:
+            status = self._wait(thread)
+            stopped_by, event = os.WSTOPSIG(status), status >> 16
+            if stopped_by == signal.SIGTRAP and not event:
+                _ptrace(_GETREGS, thread, 0, ctypes.byref(registers))
+                if registers.rip == saved.rip:
+                    break
+            elif not event:
+                held.append(stopped_by)
+            _ptrace(_SINGLESTEP, thread)
+        result = int(registers.rax)
+        return result - (1 << 64) if result >= _LOWEST_ERROR else result
+
+    def _until_stopped(self, thread: int) -> list[int]:
+        """Wait for the stop that was asked for. Gives the signals that came first, which are held back."""
+        held: list[int] = []
+        while True:
+            status = self._wait(thread)
+            if status >> 16 == _EVENT_STOP:
+                return held
+            held.append(os.WSTOPSIG(status))
+            _ptrace(_CONT, thread)
+
+    def _detach(self, thread: int, held: list[int]) -> None:
+        leader = leader_of(thread) if held else 0
+        for number in held:  # not with the detach: a stop like ours loses it
+            _libc.syscall(_SYS_TGKILL, leader, thread, number)
+        _ptrace(_DETACH, thread)
+
+    def _wait(self, thread: int) -> int:
+        _, status = os.waitpid(thread, _WALL)
+        if not os.WIFSTOPPED(status):
+            self._died(thread, status)
+            raise _Died
+        return status
+
+    def _let_go(self, thread: int) -> None:
+        """The call is answered, or its caller is dying: wait until it stops, and detach."""
+        try:
+            self._detach(thread, self._until_stopped(thread))
+        except _Died:
+            self._bury(thread)
+
+    def _bury(self, thread: int) -> None:
+        """A thread that is ours to trace and dies must be waited for, or its parent waits for ever."""
+        try:
+            while True:
+                _, status = os.waitpid(thread, _WALL)
+                if not os.WIFSTOPPED(status):
+                    self._died(thread, status)
+                    return
+                _libc.ptrace(_CONT, thread, None, None)
+        except ChildProcessError:
+            pass  # it has been
+
+
+@contextmanager
+def _signals_blocked(thread: int) -> Iterator[None]:
+    """No handler of the program's may run between our instructions."""
+    mask = ctypes.c_uint64()
+    blocked = ctypes.c_uint64(_ALL_BUT_TRAP)
+    _ptrace(_GETSIGMASK, thread, 8, ctypes.byref(mask))
+    _ptrace(_SETSIGMASK, thread, 8, ctypes.byref(blocked))
+    try:
+        yield
+    finally:
+        _libc.ptrace(_SETSIGMASK, thread, ctypes.c_void_p(8), ctypes.byref(mask))

@@ -1,0 +1,73 @@
+"""Find the machine that a `run` joins, or start it. One that was started so ends with the last run in it.
+
+Runs that start at once agree by a lock beside the machine's folder: whoever has it finds a machine that answers, or
+starts one. A machine that nobody is left in takes the same lock before it goes, so nobody joins one that is going.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gntalloc.embed import start_machine
+from gntalloc.errors import GntallocError, MachineGone, NoMachine
+from gntalloc.guest.control import ControlClient
+from gntalloc.places import control_path, domain_path, lock_path, machine_folder, make_top_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["join"]
+
+
+def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
+    """Enter domain `domid` of machine `name`; both are made if they are not there.
+
+    Gives the connection that stands for us in the domain: it lives until the last such connection to it ends. None if
+    the machine is another user's, who has made the domain for us. And the path of the domain's socket.
+
+    Raises:
+        GntallocError: it cannot be; the text says why.
+    """
+    folder = machine_folder(name)
+    path = domain_path(folder, domid)
+    if os.path.exists(path) and not os.access(control_path(folder), os.W_OK):
+        return None, path
+    if "/" not in name:
+        make_top_folder()
+    with _alone(folder):
+        control = _enter(ControlClient(folder), domid) if os.path.exists(control_path(folder)) else None
+        if control is None:
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            os.makedirs(folder, mode=0o700)
+            _, sock = start_machine(folder, {"until_left": True}, quiet=True)
+            control = _enter(ControlClient(folder, sock=sock), domid)
+    if control is None:
+        raise GntallocError(f"the machine {name!r} did not start; `gntalloc doctor` may know why")
+    return control, path
+
+
+def _enter(control: ControlClient, domid: int) -> ControlClient | None:
+    """The same, in the domain. None if nobody answers."""
+    try:
+        control.order("enter", domid=domid)
+    except (NoMachine, MachineGone):
+        control.close()
+        return None
+    return control
+
+
+@contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    try:
+        lock = os.open(lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise GntallocError(error.errno or 5, f"{lock_path(folder)} cannot be locked: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,133 @@
+"""What the shell sees of a `run`: it is the program for whoever called us.
+
+    shell ── run ── supervisor ── PROGRAM ── its children
+
+It hands on signals that were sent to it, stops when the program stops, goes on when it does, and ends as it ends. The
+program is in the shell's process group, so what the terminal sends reaches it directly.
+
+The supervisor is the program's parent, since where Yama guards ptrace only an ancestor may read a program's memory. It
+lives until the last process of the run has ended; `run` does not wait for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.run.process import be_the_supervisor
+from gntalloc.run.program import Program, signal_descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["NOT_FOUND", "run"]
+
+NOT_FOUND = 127  # exit status, as of a shell
+
+_SIGNAL_INFO = struct.Struct("=Iii116x")  # struct signalfd_siginfo: number, errno, code
+_FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends has a higher one
+_NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+_DEADLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+
+_libc = ctypes.CDLL(None)
+
+
+def run(
+    command: Sequence[str], *, domid: int, machine: str = "default", userns: bool = False, all_opens: bool = False
+) -> int:
+    """Run `command` in a domain. Its exit status; if a signal ended it, this process ends by it too.
+
+    Args:
+        command: the program, looked for in PATH, and its arguments.
+        domid: the domain, made if it is not there.
+        machine: its name, or the path of its folder; started if it does not run.
+        userns: give the program a user namespace of its own, so that other domains' programs of the same user cannot
+            reach into it.
+        all_opens: serve opens for reading only too, and private maps. It costs all programs some time.
+
+    Raises:
+        GntallocError: it could not be started.
+    """
+    path = shutil.which(command[0])
+    if path is None:
+        print(f"gntalloc run: there is no program {command[0]!r} in PATH", file=sys.stderr)
+        return NOT_FOUND
+    every = signal.valid_signals()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
+    signals = signal_descriptor(every)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not os.fork():
+        ours.close()
+        program = Program(path, list(command), mask, userns=userns, all_opens=all_opens)
+        be_the_supervisor(program, theirs, machine, domid)
+    theirs.close()
+    try:
+        status = _accompany(ours, signals)
+    finally:
+        ours.close()
+        os.close(signals)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if os.WIFSIGNALED(status):
+        _end_by(os.WTERMSIG(status))
+    return os.waitstatus_to_exitcode(status)
+
+
+def _accompany(news: socket.socket, signals: int) -> int:
+    """Be the program until it ends: its wait status."""
+    poll = select.poll()
+    poll.register(news, select.POLLIN)
+    poll.register(signals, select.POLLIN)
+    process = -1
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == signals:
+                number, _, code = _SIGNAL_INFO.unpack(os.read(signals, _SIGNAL_INFO.size))
+                if process < 0 and number in _DEADLY:
+                    return int(number)  # before there is a program it is for us
+                if process >= 0 and code <= _FROM_A_PROCESS and number not in _NOT_HANDED_ON:
+                    _send(process, number)
+                continue
+            data, descriptors, _, _ = socket.recv_fds(news, 65536, 1)
+            if not data:
+                return signal.SIGKILL  # the supervisor was killed, and the program with it
+            what: dict[str, Any] = json.loads(data)
+            if "started" in what:
+                (process,) = descriptors
+                os.set_inheritable(process, False)
+            elif "say" in what:
+                print(f"gntalloc run: {what['say']}", file=sys.stderr, flush=True)
+            elif "stopped" in what:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                _send(process, signal.SIGCONT)  # somebody woke us
+            elif "failed" in what:
+                raise (NoMachine if what["no_machine"] else GntallocError)(what["errno"], what["failed"])
+            elif "ended" in what:
+                return int(what["ended"])
+
+
+def _send(process: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(process, number)
+    except OSError:
+        pass  # it has ended, and we hear of it in a moment
+
+
+def _end_by(number: int) -> NoReturn:
+    """End as the program did, without a memory image of our own."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number not in {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)

@@ -1,0 +1,165 @@
+"""The supervisor's process: joins the machine, starts the program, serves it, and collects what ends.
+
+It has all signals blocked and no streams, and is in a process group of its own, so that neither the terminal nor a
+signal to the program's group takes it away before the program. It ends when nobody is left under the filter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import socket
+from typing import Any, NoReturn
+
+from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.places import store_path
+from gntalloc.run.joining import join
+from gntalloc.run.listener import Listener
+from gntalloc.run.machine import Files
+from gntalloc.run.program import CannotExecute, Program, signal_descriptor, start
+from gntalloc.run.supervisor import Supervisor
+
+__all__ = ["be_the_supervisor"]
+
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
+_EXITED = 256  # a wait status: exit code 1
+_NOT_FOUND, _NOT_EXECUTABLE = 127 << 8, 126 << 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def be_the_supervisor(program: Program, news: socket.socket, machine: str, domid: int) -> NoReturn:
+    """Live as one. `news` goes to `run`, which tells the shell."""
+    run = _Run(news)
+    try:
+        run.begin(program, machine, domid)
+        run.serve()
+    except GntallocError as error:
+        run.tell(failed=str(error), errno=error.errno, no_machine=isinstance(error, NoMachine))
+    except CannotExecute as refusal:
+        run.tell(say=f"{program.path} cannot be executed: {os.strerror(refusal.code)}")
+        run.tell(ended=_NOT_FOUND if refusal.code == errno.ENOENT else _NOT_EXECUTABLE)
+    except BaseException as error:
+        run.tell(failed=f"the supervisor failed: {error!r}", errno=errno.EIO, no_machine=False)
+    finally:
+        os._exit(0)
+
+
+class _Run:
+    """One run, from its beginning to the end of its last process."""
+
+    def __init__(self, news: socket.socket) -> None:
+        self._news: socket.socket | None = news  # None: `run` has ended
+        self._child = -1
+        self._ended = False
+        self._poll = select.poll()
+
+    def tell(self, **what: Any) -> None:
+        """Tell `run` something."""
+        if self._news is not None:
+            try:
+                self._news.send(json.dumps(what).encode())
+            except OSError:
+                pass
+
+    def begin(self, program: Program, machine: str, domid: int) -> None:
+        """Join, and start the program.
+
+        Raises:
+            GntallocError, CannotExecute: see `join` and `start`.
+        """
+        self._standing, path = join(machine, domid)  # for as long as we live: it is our place in the domain
+        files = Files(path)
+        store = store_path(os.path.dirname(path), files.domid)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._children = signal_descriptor([signal.SIGCHLD])
+        self._child, descriptor = start(program, {"GNTALLOC_DOMAIN": path, "XENSTORED_PATH": store})
+        _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        self._listener = Listener(descriptor)
+        self._supervisor = Supervisor(
+            self._listener,
+            files,
+            mark=program.mark,
+            store=store,
+            died=self._saw_the_end,
+            say=lambda text: self.tell(say=text),
+        )
+        assert self._news is not None
+        self._process = os.pidfd_open(self._child)
+        socket.send_fds(self._news, [json.dumps({"started": self._child}).encode()], [self._process])
+        _stand_apart()
+
+    def serve(self) -> None:
+        """Until nobody is left."""
+        listener = self._listener.fileno()
+        self._poll.register(listener, select.POLLIN)
+        self._poll.register(self._children, select.POLLIN)
+        assert self._news is not None
+        news = self._news.fileno()
+        self._poll.register(news, select.POLLIN)
+        while True:
+            for descriptor, events in self._poll.poll():
+                if descriptor == listener:
+                    if events & select.POLLIN:
+                        self._supervisor.serve()
+                    elif events & (select.POLLHUP | select.POLLERR):
+                        self._wait_for_the_end()
+                        return
+                elif descriptor == self._children:
+                    os.read(self._children, 4096)
+                    self._collect()
+                elif descriptor == news:
+                    self._run_has_ended()
+
+    def _run_has_ended(self) -> None:
+        """If that was before the program has, somebody killed it, and meant the program."""
+        assert self._news is not None
+        self._poll.unregister(self._news)
+        self._news.close()
+        self._news = None
+        if not self._ended:
+            try:
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            except OSError:
+                pass
+
+    def _wait_for_the_end(self) -> None:
+        """Nobody is under the filter any more; that can be seen a moment before a status can be collected."""
+        while not self._ended:
+            self._saw_the_end(*os.waitpid(self._child, 0))
+
+    def _collect(self) -> None:
+        """Hear of children: the program stops or ends, others were left to us."""
+        while True:
+            try:
+                child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return
+            if not child:
+                return
+            if child == self._child and os.WIFSTOPPED(status):
+                self.tell(stopped=os.WSTOPSIG(status))
+            else:
+                self._saw_the_end(child, status)
+
+    def _saw_the_end(self, child: int, status: int) -> None:
+        if child == self._child and not self._ended:
+            self._ended = True
+            self.tell(ended=status)
+
+
+def _stand_apart() -> None:
+    """Hold nothing of the program's or the terminal's, and have room for descriptors."""
+    os.setpgid(0, 0)
+    os.chdir("/")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,163 @@
+"""Starting a program under the filter: what happens in its process before it is the program.
+
+The supervisor forks; the child takes the filter on, hands over the listener, and calls execve. All it has of us by
+then is what it was born with: streams, folder, process group, environment, limits, signals.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import signal
+import socket
+from typing import TYPE_CHECKING, NoReturn
+
+from gntalloc.errors import GntallocError
+from gntalloc.run.filter import filter_program, install
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["CannotExecute", "Program", "signal_descriptor", "start"]
+
+_PR_SET_PDEATHSIG = 1
+_CLONE_NEWUSER = 0x10000000
+_SFD_CLOEXEC, _SFD_NONBLOCK = 0o2000000, 0o4000
+_CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
+_ALL_IDS = (1 << 32) - 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Program:
+    """What is to be started.
+
+    Args:
+        path: of the file.
+        arguments: the zeroth too.
+        mask: signals that are blocked in it.
+    """
+
+    def __init__(self, path: str, arguments: list[str], mask: Iterable[int], *, userns: bool, all_opens: bool) -> None:
+        self.path = path
+        self.arguments = arguments
+        self.mask = mask
+        self.userns = userns
+        self.mark = secrets.randbits(32) | 1
+        self.filter = filter_program(self.mark, all_opens=all_opens)
+
+
+class CannotExecute(Exception):
+    """execve refused the program."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def start(program: Program, extra: dict[str, str]) -> tuple[int, int]:
+    """Start it with `extra` in its environment. Gives its pid and its listener.
+
+    Raises:
+        GntallocError: the kernel or a sandbox forbids what this needs.
+        CannotExecute: see there.
+    """
+    ours, theirs = socket.socketpair()
+    parent = os.getpid()
+    child = os.fork()
+    if not child:
+        ours.close()
+        _become(program, extra, theirs, parent)
+    theirs.close()
+    with ours:
+        if program.userns:
+            _expect(ours, "a user namespace cannot be entered")
+            _map_ids(child)
+            ours.send(b"\0")
+        _, listener = _expect(ours, "system calls cannot be brought to us (seccomp)")
+        failure = ours.recv(4)
+        if failure:
+            os.close(listener)
+            raise CannotExecute(int.from_bytes(failure, "little"))
+    return child, listener
+
+
+def _expect(line: socket.socket, what: str) -> tuple[int, int]:
+    data, descriptors, _, _ = socket.recv_fds(line, 4, 1)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    code = int.from_bytes(data, "little")
+    if len(data) < 4 or code:
+        why = "it runs under `gntalloc run` already" if code == errno.EBUSY else os.strerror(code or errno.ECHILD)
+        raise GntallocError(code or errno.ECHILD, f"{what}: {why}; `gntalloc doctor` says what this computer allows")
+    return code, descriptors[0] if descriptors else -1
+
+
+def _become(program: Program, extra: dict[str, str], line: socket.socket, parent: int) -> NoReturn:
+    """In the child. What goes wrong is told over `line`, as an errno."""
+    try:
+        if program.userns:
+            _check(_libc.unshare(_CLONE_NEWUSER))
+            line.send(bytes(4))
+            line.recv(1)
+        _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        if os.getppid() != parent:
+            os._exit(1)  # it died before it could take us along
+        listener = install(program.filter)
+        socket.send_fds(line, [bytes(4)], [listener])
+        os.close(listener)
+        for number in _CHANGED_BY_PYTHON:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, program.mask)
+        os.execve(
+            program.path, program.arguments, {**_environment(), **{k.encode(): v.encode() for k, v in extra.items()}}
+        )
+    except OSError as error:
+        line.send((error.errno or errno.EIO).to_bytes(4, "little"))
+    finally:
+        os._exit(127)
+
+
+def _environment() -> dict[bytes, bytes]:
+    """What we were started with. Python adds to it (LC_CTYPE) where the locale is C."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            pairs = [entry.partition(b"=") for entry in file.read().split(b"\0")]
+    except OSError:
+        return dict(os.environb)
+    ours = {name: value for name, sign, value in pairs if sign and name}
+    return {name: value for name, value in os.environb.items() if name in ours or name != b"LC_CTYPE"}
+
+
+def _map_ids(child: int) -> None:
+    """Let every id in the namespace of `child` be what it is outside; an ordinary user may do so for its own alone."""
+    root = os.geteuid() == 0
+    for what, number in (("uid", os.geteuid()), ("gid", os.getegid())):
+        if what == "gid" and not root:
+            _write(f"/proc/{child}/setgroups", "deny")
+        _write(f"/proc/{child}/{what}_map", f"0 0 {_ALL_IDS}" if root else f"{number} {number} 1")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError as error:
+        raise GntallocError(error.errno or errno.EIO, f"{path} cannot be written: {error.strerror}") from None
+
+
+def signal_descriptor(numbers: Iterable[int]) -> int:
+    """A descriptor that tells of these signals, which must be blocked."""
+    wanted = (ctypes.c_uint64 * 16)()  # as large as any C library's set
+    for number in numbers:
+        wanted[0] |= 1 << (number - 1)
+    return _check(_libc.signalfd(-1, wanted, _SFD_CLOEXEC | _SFD_NONBLOCK))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result

@@ -1,0 +1,82 @@
+"""Runs of `gntalloc run` that share a machine, and talking with programs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from gntalloc.places import lock_path, machine_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_numbers = itertools.count(1)
+
+
+class Runs:
+    """Runs of one machine, which is over when the last of them is."""
+
+    def __init__(self) -> None:
+        self.machine = f"test-{os.getpid()}-{next(_numbers)}"
+        self.folder = machine_folder(self.machine)
+        self.started: list[subprocess.Popen[str]] = []
+
+    def command(self, domid: int, *program: str, options: tuple[str, ...] = ()) -> list[str]:
+        """The command line of a run."""
+        ours = [sys.executable, "-m", "gntalloc", "run", "--domid", str(domid), "--machine", self.machine]
+        return [*ours, *options, "--", *program]
+
+    def __call__(
+        self, domid: int, *program: str, options: tuple[str, ...] = (), **how: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end."""
+        settings = {"capture_output": True, "text": True, "timeout": 50, "stdin": subprocess.DEVNULL, **how}
+        return subprocess.run(self.command(domid, *program, options=options), check=False, **settings)
+
+    def start(self, domid: int, *program: str, options: tuple[str, ...] = (), **how: Any) -> subprocess.Popen[str]:
+        """Run beside the test."""
+        settings = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **how}
+        process = subprocess.Popen(self.command(domid, *program, options=options), **settings)
+        self.started.append(process)
+        return process
+
+    def over(self) -> bool:
+        """Whether the machine has ended, and left nothing but its lock."""
+        return not os.path.exists(self.folder)
+
+    def finish(self) -> None:
+        """Everything that was started ends, and the machine with it."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=20)
+        deadline = time.monotonic() + 20
+        while not self.over():
+            assert time.monotonic() < deadline, "the machine did not end"
+            time.sleep(0.02)
+        os.unlink(lock_path(self.folder))
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Until it is so."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """Its next line."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    """A line for it."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
