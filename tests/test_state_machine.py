@@ -67,7 +67,7 @@ class Placed:
         self._childs = [os.dup(loan.descriptor) for loan in loans] if inherited else []
         for loan in loans:
             loan.close()
-        if plan.confirm:
+        if plan.confirm or plan.locate:
             program.file.driver.placed(plan.record)
 
     def read(self, position: int) -> int:

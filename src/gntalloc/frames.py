@@ -59,6 +59,7 @@ _IN_CLOSE = 0x08 | 0x10
 _IN_ONESHOT = 0x80000000
 _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
+_QUEUE_A_READ = 65536  # bytes of events
 _FLOCK = struct.Struct("=hh4xqqi4x")
 # Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
 # and everybody waits for it. Xen lets a page be mapped so often.
@@ -363,11 +364,13 @@ class Frames(Generic[Holder]):
     def _events(self) -> Iterator[tuple[int, int]]:
         while True:
             try:
-                events = os.read(self._inotify, 65536)
+                events = os.read(self._inotify, _QUEUE_A_READ)
             except BlockingIOError:
                 return
             for watch, mask, _cookie, _length in _EVENT.iter_unpack(events):
                 yield watch, mask
+            if len(events) <= _QUEUE_A_READ - _EVENT.size:
+                return
 
     def _look(self, extent: Extent[Holder]) -> list[Loan[Holder]]:
         died = self._bury(extent)

@@ -25,6 +25,8 @@ PROT_READ = mmap.PROT_READ
 PROT_WRITE = mmap.PROT_WRITE
 
 _MAP_FIXED = 0x10
+_MAP_POPULATE = 0x8000
+_POPULATED = 1 << 20  # bytes at most: page by page, on their first use, costs more; of a great many it would be a wait
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,10 +48,12 @@ class Mapping:
     Args:
         length: bytes; rounded up to whole pages, as mmap(2) does.
         prot: rights of what will be placed. Without PROT_WRITE `memory` is read-only.
-        name: what this is, for the error that a live view causes.
+        name: what this is, for the error that a live view causes; of several objects, to be put together only then.
     """
 
-    def __init__(self, length: int, *, prot: int = PROT_READ | PROT_WRITE, name: str = "a mapping") -> None:
+    def __init__(
+        self, length: int, *, prot: int = PROT_READ | PROT_WRITE, name: str | tuple[object, ...] = "a mapping"
+    ) -> None:
         self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
         self.name = name
         self._prot = prot
@@ -68,6 +72,8 @@ class Mapping:
             OSError: what mmap(2) answered.
         """
         flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        if shared and length <= _POPULATED:
+            flags |= _MAP_POPULATE
         self._map(start, length, self._prot, flags, descriptor, offset)
 
     def unmap(self, start: int, length: int) -> None:
@@ -83,7 +89,7 @@ class Mapping:
             Closed: after `close`.
         """
         if self._memory is None:
-            raise Closed(f"{self.name} was closed, so its memory cannot be used; map it again")
+            raise Closed(f"{self} was closed, so its memory cannot be used; map it again")
         return self._memory
 
     @property
@@ -105,10 +111,13 @@ class Mapping:
         except BufferError as error:
             self._memory = self._view()
             raise ViewsStillExported(
-                f"{self.name} cannot be unmapped while a view of it is alive (a slice, a cast or an array of "
+                f"{self} cannot be unmapped while a view of it is alive (a slice, a cast or an array of "
                 f".memory); drop it, then close again"
             ) from error
         self._memory = None
+
+    def __str__(self) -> str:
+        return self.name if isinstance(self.name, str) else " ".join(map(str, self.name))
 
     def _view(self) -> memoryview:
         view = memoryview(self._range)
@@ -116,7 +125,7 @@ class Mapping:
 
     def _map(self, start: int, length: int, prot: int, flags: int, descriptor: int, offset: int) -> None:
         if self.closed:
-            raise Closed(f"{self.name} was closed")
+            raise Closed(f"{self} was closed")
         if start % PAGE_SIZE or not 0 <= start < start + length <= self.length:
             raise ValueError(f"{start}+{length} is not a range of whole pages inside {self.length} bytes")
         if _mmap(self.address + start, length, prot, flags, descriptor, offset) == _MAP_FAILED:

@@ -8,6 +8,8 @@ They travel on a stream socket. Every message is a header of 12 bytes and a payl
     id u32        a reply has its request's
 
 A program may send a request before the reply to the one before has come. Replies keep the order of requests.
+An IOCTL with the bit UNANSWERED, and a PLACED, get no reply. The machine serves them before anything that was sent
+later, by whomever, as long as nobody sends more than MOST_UNANSWERED of them between two requests with a reply.
 
     kind      payload of the request                                      result, payload and descriptors of the reply
     HELLO     version u32                                                 domid
@@ -16,6 +18,11 @@ A program may send a request before the reply to the one before has come. Replie
     IOCTL     handle u32, request u32, address u64, regions               what the driver returned; regions it wrote
     MMAP      handle u32, prot u32, shared u32, offset u64, length u64    number of the record; confirm u8, pieces;
                                                                           a descriptor for each memory file
+    IOCTL_MMAP  handle u32, request u32, address u64, prot u32,           of the ioctl; error i32, length of the reason
+              shared u32, length u64, place u64, regions: ALLOC_GREF or   u32, number of the record u64, confirm u32,
+              MAP_GRANT_REF, then an mmap at the index that the driver    number of pieces u32, the reason, the pieces,
+              has put at byte 8 of its argument, which the program        regions; a descriptor for each memory file.
+              will have at `place`                                        If the ioctl fails: as IOCTL
     PLACED    record u64, address u64; sent if `confirm` is not 0         (none: it is not answered)
     READ      handle u32, size u32                                        length; the bytes (of evtchn none: they are
                                                                           on the home, unless lost: EFBIG)
@@ -42,15 +49,18 @@ __all__ = [
     "HELLO",
     "HOLDERS",
     "IOCTL",
+    "IOCTL_MMAP",
     "MAX_DESCRIPTORS",
     "MAX_PAYLOAD",
     "MAX_REGIONS",
     "MMAP",
+    "MOST_UNANSWERED",
     "OPEN",
     "PLACED",
     "READ",
     "REPLY",
     "SHOW",
+    "UNANSWERED",
     "VERSION",
     "WRITE",
     "Decoder",
@@ -65,19 +75,24 @@ __all__ = [
     "encode_reply",
 ]
 
-VERSION = 1
+VERSION = 2
 MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
 MAX_REGIONS = 4096  # of one ioctl
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
 
-HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL = range(1, 11)
+MOST_UNANSWERED = 8  # in a row
+
+HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL, IOCTL_MMAP = range(1, 12)
 REPLY = 0x8000
+UNANSWERED = 0x4000
 
 HEADER = Struct("=IHHI")
 HELLO_REQUEST = Struct("=I")
 OPEN_REQUEST = Struct("=I")
 IOCTL_REQUEST = Struct("=IIQ")
 MMAP_REQUEST = Struct("=IIIQQ")
+IOCTL_MMAP_REQUEST = Struct("=IIQIIQQ")
+IOCTL_MMAP_REPLY = Struct("=iIQII")
 PLACED_REQUEST = Struct("=QQ")
 READ_REQUEST = Struct("=II")
 WRITE_REQUEST = Struct("=I")
@@ -130,13 +145,20 @@ class Decoder:
         """Whether part of a message has come, and not the rest."""
         return bool(self._buffer)
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def feed(self, data: bytes) -> Iterable[Message]:
         """Add what came, and give every message that is whole now.
 
         Raises:
             Garbage: the length is beyond MAX_PAYLOAD.
         """
+        if not self._buffer and len(data) >= HEADER.size:
+            length, kind, descriptors, number = HEADER.unpack_from(data)
+            if len(data) == HEADER.size + length:  # just one, as nearly always
+                return (Message(kind, number, descriptors, data[HEADER.size :]),)
         self._buffer += data
+        return self._whole()
+
+    def _whole(self) -> Iterator[Message]:
         while len(self._buffer) >= HEADER.size:
             length, kind, descriptors, number = HEADER.unpack_from(self._buffer)
             if length > MAX_PAYLOAD:
@@ -165,9 +187,9 @@ def encode_reply(
     descriptors: int = 0,
 ) -> bytes:
     """The answer to request `number`."""
-    reason = why.encode(errors="replace")
+    reason = why.encode(errors="replace") if why else b""
     payload = _REPLY.pack(error, len(reason), result) + reason + body
-    return encode(kind | REPLY, number, payload, descriptors)
+    return HEADER.pack(len(payload), kind | REPLY, descriptors, number) + payload
 
 
 def decode_reply(payload: bytes) -> Reply:
@@ -182,12 +204,13 @@ def decode_reply(payload: bytes) -> Reply:
     end = _REPLY.size + length
     if len(payload) < end:
         raise Garbage("a reply without its reason")
-    return Reply(error, payload[_REPLY.size : end].decode(errors="replace"), result, payload[end:])
+    why = payload[_REPLY.size : end].decode(errors="replace") if length else ""
+    return Reply(error, why, result, payload[end:])
 
 
 def encode_regions(regions: Iterable[Region]) -> bytes:
     """Regions, one after the other."""
-    return b"".join(_REGION.pack(region.address, len(region.data), region.writable) + region.data for region in regions)
+    return b"".join([_REGION.pack(address, len(data), writable) + data for address, writable, data in regions])
 
 
 def decode_regions(data: bytes) -> list[Region]:
@@ -196,6 +219,10 @@ def decode_regions(data: bytes) -> list[Region]:
     Raises:
         Garbage: the last one is not whole, or there are too many.
     """
+    if len(data) >= _REGION.size:
+        address, length, flags = _REGION.unpack_from(data)
+        if len(data) == _REGION.size + length:  # just one, as nearly always
+            return [Region(address, bool(flags & 1), bytearray(data[_REGION.size :]))]
     regions: list[Region] = []
     at = 0
     while at < len(data):

@@ -58,7 +58,7 @@ class Map:
             at += size
         for loan in loans.values():
             loan.close()
-        if plan.confirm:
+        if plan.confirm or plan.locate:
             file.driver.placed(plan.record)
         machine.settle()
 

@@ -69,7 +69,7 @@ def a_reference_lost(scene: Scene) -> None:
 
 def a_reference_nobody_owns(scene: Scene) -> None:
     table = scene.granter.guest.table
-    table.permit(2, scene.listed.frame, readonly=False)
+    table.permit(2, [scene.listed.frame], readonly=False)[0]
 
 
 def a_page_of_memory_too_many(scene: Scene) -> None:

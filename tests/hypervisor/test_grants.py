@@ -25,31 +25,31 @@ def status_of(table: GrantTable[str], ref: int, mapper: int = 2, *, writable: bo
 
 def test_references_start_after_the_reserved_ones_and_end_with_the_table() -> None:
     table = table_of(frames=2)
-    assert [table.permit(2, "", readonly=False) for _ in range(1016)] == list(range(8, 1024))
+    assert [table.permit(2, [""], readonly=False)[0] for _ in range(1016)] == list(range(8, 1024))
     with pytest.raises(TableFull):
-        table.permit(2, "", readonly=False)
+        table.permit(2, [""], readonly=False)[0]
     assert table.usage() == (1016, 0, 1016)
-    assert table.end(500)
-    assert table.permit(2, "", readonly=False) == 500
+    assert table.end([500]) == []
+    assert table.permit(2, [""], readonly=False)[0] == 500
 
 
 @pytest.mark.parametrize(("oldest_first", "expected"), [(True, [508, 509, 510]), (False, [10, 9, 8])])
 def test_which_reference_comes_next(oldest_first: bool, expected: list[int]) -> None:
     table = table_of(oldest_first=oldest_first)
     for _ in range(500):
-        table.permit(2, "", readonly=False)
+        table.permit(2, [""], readonly=False)[0]
     live = sorted(table._entries)
     for ref in live[:3]:
-        table.end(ref)
+        table.end([ref])
     if oldest_first:
-        assert [table.permit(2, "", readonly=False) for _ in range(3)] == expected
+        assert [table.permit(2, [""], readonly=False)[0] for _ in range(3)] == expected
     else:
-        assert [table.permit(2, "", readonly=False) for _ in range(3)] == live[:3][::-1]
+        assert [table.permit(2, [""], readonly=False)[0] for _ in range(3)] == live[:3][::-1]
 
 
 def test_why_a_map_is_refused() -> None:
     table = table_of()
-    ref, readonly = table.permit(2, "a", readonly=False), table.permit(2, "b", readonly=True)
+    ref, readonly = table.permit(2, ["a"], readonly=False)[0], table.permit(2, ["b"], readonly=True)[0]
     assert status_of(table, 512) == BAD_GNTREF
     assert status_of(table, 1 << 40) == BAD_GNTREF
     assert status_of(table, 0) == GENERAL_ERROR
@@ -64,9 +64,9 @@ def test_an_ending_entry(refuse: bool) -> None:
     table = table_of(refuse=refuse)
     idle: list[int] = []
     table.on_idle = lambda ref, _frame: idle.append(ref)
-    ref = table.permit(2, "", readonly=False)
+    ref = table.permit(2, [""], readonly=False)[0]
     table.map(ref, 2, writable=True)
-    assert not table.end(ref)
+    assert table.end([ref]) == [ref]
     if refuse:
         assert status_of(table, ref) == GENERAL_ERROR
     else:
@@ -76,16 +76,16 @@ def test_an_ending_entry(refuse: bool) -> None:
     table.unmap(ref, 2)
     assert idle == [ref]
     assert table.usage().live == 1  # nothing is freed behind its owner's back
-    assert table.end(ref)
+    assert table.end([ref]) == []
     assert table.usage().live == 0
 
 
 def test_busy_is_as_good_as_mapped() -> None:
     table = table_of()
-    ref = table.permit(2, "", readonly=False)
-    assert not table.end(ref, busy=True)
+    ref = table.permit(2, [""], readonly=False)[0]
+    assert table.end([ref], busy=True) == [ref]
     assert status_of(table, ref) == GENERAL_ERROR
-    assert table.end(ref)
+    assert table.end([ref]) == []
 
 
 def test_domains_have_numbers_of_domains() -> None:
@@ -105,7 +105,7 @@ def test_no_more_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     hypervisor: Hypervisor[str] = Hypervisor()
     table = table_of()
     hypervisor.create(1, table)
-    ref = table.permit(2, "", readonly=False)
+    ref = table.permit(2, [""], readonly=False)[0]
     handles = [hypervisor.map(2, 1, ref, writable=True) for _ in range(3)]
     with pytest.raises(MapRefused) as caught:
         hypervisor.map(2, 1, ref, writable=True)
@@ -118,14 +118,14 @@ def test_a_handle_outlives_the_granting_domain() -> None:
     hypervisor: Hypervisor[str] = Hypervisor()
     table = table_of()
     hypervisor.create(1, table)
-    handle = hypervisor.map(2, 1, table.permit(2, "page", readonly=False), writable=True)
+    handle = hypervisor.map(2, 1, table.permit(2, ["page"], readonly=False)[0], writable=True)
     hypervisor.destroy(1)
     assert handle.frame == "page"
     with pytest.raises(MapRefused) as caught:
         hypervisor.map(2, 1, handle.ref, writable=True)
     assert caught.value.status == BAD_DOMAIN
     hypervisor.unmap(handle)
-    assert table.end(handle.ref)
+    assert table.end([handle.ref]) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -138,7 +138,7 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
 
     def idle(ref: int, _frame: str) -> None:
         if ref in ended:
-            assert table.end(ref)
+            assert table.end([ref]) == []
             ended.remove(ref)
             del pins[ref]
 
@@ -147,7 +147,7 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
         deed = chance.choice(("permit", "map", "unmap", "end"))
         ref = chance.choice(sorted(pins)) if pins else 0
         if deed == "permit" and len(pins) < 504:
-            pins[table.permit(2, "", readonly=False)] = 0
+            pins[table.permit(2, [""], readonly=False)[0]] = 0
         elif deed == "map" and ref:
             if ref in ended or pins[ref] == 128:
                 assert status_of(table, ref) == GENERAL_ERROR
@@ -158,7 +158,7 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
             pins[ref] -= 1
             table.unmap(ref, 2)
         elif deed == "end" and ref and ref not in ended:
-            gone = table.end(ref)
+            gone = not table.end([ref])
             assert gone == (pins[ref] == 0)
             if gone:
                 del pins[ref]

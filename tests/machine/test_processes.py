@@ -385,7 +385,7 @@ def test_a_machine_that_does_not_answer_is_gone(
 
 
 def test_orders_have_a_deadline_too(make_machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "DEADLINE", 0.2)
+    monkeypatch.setattr(channel, "DEADLINE", 2.0)
     machine = make_machine()
     os.kill(machine.pid, signal.SIGSTOP)
     try:

@@ -80,11 +80,16 @@ class MessageCaller:
     __slots__ = ("process", "regions")
 
     def __init__(self, regions: list[Region], *, process: int = 0) -> None:
-        self.regions = sorted(regions, key=_address)
+        self.regions = sorted(regions, key=_address) if len(regions) > 1 else regions
         self.process = process
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
+        if self.regions:  # nearly always there is one, and all is in it
+            region = self.regions[0]
+            start = address - region.address
+            if start >= 0 and start + size <= len(region.data):
+                return bytes(region.data[start : start + size])
         found = bytearray()
         while len(found) < size:
             region, start = self._find(address + len(found), size - len(found))
@@ -93,6 +98,13 @@ class MessageCaller:
 
     def write(self, address: int, data: bytes) -> None:
         """See `Caller`."""
+        if self.regions:
+            region = self.regions[0]
+            start = address - region.address
+            if start >= 0 and start + len(data) <= len(region.data) and region.writable:
+                region.data[start : start + len(data)] = data
+                region.written = True
+                return
         written = 0
         while written < len(data):
             region, start = self._find(address + written, len(data) - written)
@@ -161,6 +173,7 @@ class Plan(NamedTuple):
     writable: bool  # what its descriptions allow; a granter's always do, whatever PROT it asked for
     granters: bool
     confirm: bool = False  # the driver wants to be told when the program has placed it: `Driver.placed`
+    locate: bool = False  # the driver wants to know where: `Record.addresses`
 
 
 class Driver(Protocol):
@@ -292,10 +305,15 @@ class File:
 def pieces_of(frames: Iterable[Frame]) -> list[Piece]:
     """These pages in this order: neighbours within an extent become one piece."""
     pieces: list[Piece] = []
+    run: Extent | None = None
+    first = end = 0
     for extent, page in frames:
-        last = pieces[-1] if pieces else None
-        if last is not None and last.extent is extent and last.page + last.pages == page:
-            pieces[-1] = last._replace(pages=last.pages + 1)
-        else:
-            pieces.append(Piece(extent, page, 1))
+        if extent is run and page == end:
+            end += 1
+            continue
+        if run is not None:
+            pieces.append(Piece(run, first, end - first))
+        run, first, end = extent, page, page + 1
+    if run is not None:
+        pieces.append(Piece(run, first, end - first))
     return pieces

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
+from struct import pack
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gntalloc.abi.gntalloc import (
@@ -37,7 +37,7 @@ from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 __all__ = ["DEFAULT_LIMIT", "GntallocDriver", "GrantInfo", "Gref"]
 
@@ -49,7 +49,7 @@ class Gref:
 
     __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "users")
 
-    def __init__(self, file: File, index: int, frame: Frame, domid: int, readonly: bool, ref: int) -> None:
+    def __init__(self, file: File, index: int, frame: Frame, domid: int, readonly: bool, ref: int, born: float) -> None:
         self.file = file
         self.index = index
         self.frame = frame
@@ -58,7 +58,7 @@ class Gref:
         self.ref = ref
         self.users = 1  # the file's list
         self.promise: Promise | None = None  # what to do when the last user goes
-        self.born = time.monotonic()
+        self.born = born
 
 
 class FileState:
@@ -150,15 +150,15 @@ class GntallocDriver:
             raise
         self.in_use += asked.count
         state.next_index += asked.count * PAGE_SIZE
-        state.grefs.update((gref.index, gref) for gref in grefs)
+        state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
         self._grefs.update(dict.fromkeys(grefs))
         try:
             # Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
             answer = asked._replace(index=index).pack()
             caller.write(address, answer + head[len(answer) :])
             if grefs:
-                array = b"".join(gref.ref.to_bytes(4, sys.byteorder) for gref in grefs)
-                caller.write(address + AllocGref.REFS_OFFSET, array)
+                refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
+                caller.write(address + AllocGref.REFS_OFFSET, refs)
         except DeviceError:
             # Nobody knows the index, so nobody could free them.
             if self._behaviour.undo_unwritable_reply:
@@ -191,15 +191,10 @@ class GntallocDriver:
             return []
         readonly = not asked.flags & FLAG_WRITABLE
         extent = self._frames.allocate(asked.count, self.look_again, writable=not readonly)
-        grefs: list[Gref] = []
+        frames = [Frame(extent, page) for page in range(asked.count)]
         try:
-            for page in range(asked.count):
-                frame = Frame(extent, page)
-                ref = self._table.permit(asked.domid, frame, readonly=readonly)
-                grefs.append(Gref(file, index + page * PAGE_SIZE, frame, asked.domid, readonly, ref))
+            refs = self._table.permit(asked.domid, frames, readonly=readonly)
         except TableFull:
-            for gref in grefs:
-                self._table.end(gref.ref)
             self._frames.give_back(extent, 0, asked.count)
             usage = self._table.usage()
             raise DeviceError(
@@ -207,7 +202,12 @@ class GntallocDriver:
                 f"{asked.count} references were asked for, and the domain's grant table has {usage.live} of "
                 f"{usage.capacity} in use (this is not the limit of pages, which has room)",
             ) from None
-        return grefs
+        now = time.monotonic()
+        indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
+        return [
+            Gref(file, at, frame, asked.domid, readonly, ref, now)
+            for at, frame, ref in zip(indexes, frames, refs, strict=True)
+        ]
 
     # DEALLOC_GREF: off the file's list. What is mapped lives on.
 
@@ -225,7 +225,7 @@ class GntallocDriver:
         listed = _state(file).grefs
         if not 0 < count <= len(listed):
             return None
-        grefs = [listed.get(index + page * PAGE_SIZE) for page in range(count)]
+        grefs = list(map(listed.get, range(index, index + count * PAGE_SIZE, PAGE_SIZE)))
         return None if None in grefs else cast("list[Gref]", grefs)
 
     def _what_is_there(self, file: File, index: int, count: int) -> str:
@@ -241,7 +241,9 @@ class GntallocDriver:
         dropped = list(grefs)
         for gref in dropped:
             state = _state(gref.file)
-            state.released[gref.index] = state.grefs.pop(gref.index)
+            del state.grefs[gref.index]
+            if gref.users > 1:  # mapped
+                state.released[gref.index] = gref
         self._let_go(dropped)
         self._check_books()
 
@@ -284,7 +286,7 @@ class GntallocDriver:
         if grefs is None:
             what = f"{count} pages at index {offset:#x} were to be mapped"
             raise DeviceError(errno.ENOENT, f"{what}, and {self._what_is_there(file, offset, count)}")
-        pieces = pieces_of(gref.frame for gref in grefs)
+        pieces = pieces_of([gref.frame for gref in grefs])
         sealed = any(piece.extent.sealed for piece in pieces)
         if sealed and writable:
             raise DeviceError(
@@ -293,9 +295,11 @@ class GntallocDriver:
                 "map it before the peer does, and keep that map",
             )
         record = Record(file, length, grefs)
+        confirm = False
         for gref in grefs:
             gref.users += 1
-        confirm = not sealed and any(gref.readonly for gref in grefs)
+            confirm = confirm or gref.readonly
+        confirm = confirm and not sealed
         return Plan(record, pieces, writable=not sealed, granters=True, confirm=confirm)
 
     def placed(self, record: Record) -> None:
@@ -318,44 +322,49 @@ class GntallocDriver:
 
     def _let_go(self, grefs: Iterable[Gref]) -> None:
         """One user less for each. With the last one a grant ends, now or when the peer lets go."""
-        ended = []
+        last: list[Gref] = []
         for gref in grefs:
             gref.users -= 1
             if gref.users:
                 if gref.users < 0:
                     raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
                 continue
-            self._keep_promise(gref)
-            if not self._behaviour.count_held_pages:
-                self.in_use -= 1
-            if self._end(gref):
-                ended.append(gref)
-            else:
-                self._lingering.setdefault(gref.frame.extent, {})[gref] = None
-        self._give_back(ended)
+            if gref.promise is not None:
+                self._keep_promise(gref, gref.promise)
+            last.append(gref)
+        if not self._behaviour.count_held_pages:
+            self.in_use -= len(last)
+        for gref in self._end(last):
+            self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+            _state(gref.file).released[gref.index] = gref
 
-    def _keep_promise(self, gref: Gref) -> None:
+    def _keep_promise(self, gref: Gref, promise: Promise) -> None:
         """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
-        promise = gref.promise
-        if promise is not None:
-            if promise.byte is not None:
-                clear_byte(self._frames, gref.frame, promise.byte)
-            promise.send()
+        if promise.byte is not None:
+            clear_byte(self._frames, gref.frame, promise.byte)
+        promise.send()
 
-    def _end(self, gref: Gref) -> bool:
-        """End the grant, if the table and the kernel agree that nobody else has the page."""
-        extent = gref.frame.extent
-        # No lock says who, but the kernel says that somebody has the memory open: its peer, and it hides.
-        hidden = not extent.loans and self._frames.held(extent)
-        return self._table.end(gref.ref, busy=hidden)
+    def _end(self, grefs: Collection[Gref]) -> list[Gref]:
+        """End these grants, where table and kernel agree that nobody else has the page. Returns those that stay."""
+        # Of a hidden extent no lock says who, but the kernel says that somebody has it open: its peer, and it hides.
+        hidden = {extent for extent in {gref.frame.extent for gref in grefs} if self._is_hidden(extent)}
+        busy = [gref for gref in grefs if gref.frame.extent in hidden] if hidden else []
+        others = [gref for gref in grefs if gref.frame.extent not in hidden] if hidden else grefs
+        kept = set(self._table.end([gref.ref for gref in busy], busy=True))
+        kept.update(self._table.end([gref.ref for gref in others]))
+        self._give_back([gref for gref in grefs if gref.ref not in kept] if kept else grefs)
+        return [gref for gref in grefs if gref.ref in kept] if kept else []
 
-    def _give_back(self, ended: list[Gref]) -> None:
+    def _is_hidden(self, extent: Extent) -> bool:
+        return extent.lent and not extent.loans and self._frames.held(extent)
+
+    def _give_back(self, ended: Collection[Gref]) -> None:
         """Free pages whose grants have ended: neighbours together, since emptying them is a system call."""
-        for extent, page, pages in pieces_of(gref.frame for gref in ended):
+        for extent, page, pages in pieces_of([gref.frame for gref in ended]):
             self._frames.give_back(extent, page, pages)
         for gref in ended:
             del self._grefs[gref]
-            del _state(gref.file).released[gref.index]
+            _state(gref.file).released.pop(gref.index, None)
         if self._behaviour.count_held_pages:
             self.in_use -= len(ended)
 
@@ -364,7 +373,7 @@ class GntallocDriver:
 
         It is what can be afforded at each change; `gntalloc.testing.recount` counts everything.
         """
-        pages, references = len(self._grefs), self._table.usage().live
+        pages, references = len(self._grefs), self._table.live
         counted = self.in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
         if not pages == references == counted:
             owner = self._table.owner
@@ -377,11 +386,10 @@ class GntallocDriver:
         """Something changed about who holds this extent: free what can be freed, wake who waits for that."""
         lingering = self._lingering.get(extent)
         if lingering:
-            ended = [gref for gref in lingering if self._end(gref)]
-            self._give_back(ended)
-            for gref in ended:
-                del lingering[gref]
-            if not lingering:
+            stay = self._end(list(lingering))
+            if stay:
+                self._lingering[extent] = dict.fromkeys(stay)
+            else:
                 del self._lingering[extent]
             self._check_books()
         for waiter in list(self._waiters.get(extent, ())):

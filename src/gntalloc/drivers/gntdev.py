@@ -170,7 +170,7 @@ class GntdevDriver:
         entry.handles = handles
         entry.record = Record(file, length, entry)
         pieces = pieces_of(handle.frame for handle in handles)
-        return Plan(entry.record, pieces, writable=writable, granters=False, confirm=True)
+        return Plan(entry.record, pieces, writable=writable, granters=False, locate=True)
 
     def _seal(self, handles: list[Handle[Frame]], *, writable: bool) -> None:
         """Before a peer gets at read-only pages nobody may be able to make a writable map of them any more.
@@ -244,7 +244,7 @@ class GntdevDriver:
             self._hypervisor.unmap(handle)
 
     def placed(self, record: Record) -> None:
-        """Nothing waits for that; the record knows the address now, for GET_OFFSET_FOR_VADDR."""
+        """Nothing waits for that."""
 
     def unmapped(self, record: Record) -> None:
         """The last piece of this mmap is gone, and with it the grants."""

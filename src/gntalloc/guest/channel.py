@@ -28,7 +28,9 @@ __all__ = ["Answer", "Channel", "Descriptor"]
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
 _TIMEVAL = struct.Struct("@ll")
-_TRUNCATED = int(socket.MSG_CTRUNC)  # as a number: a flag costs as much as the call
+_TRUNCATED = int(socket.MSG_CTRUNC)  # as numbers: flag by flag they cost as much as the call
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
 
 
@@ -94,35 +96,49 @@ class Channel:
             MachineGone: there is nobody to ask, or no answer came in time.
         """
         with self.lock:
-            self.connect()
+            if self._sock is None:
+                self.connect()
             try:
                 try:
                     number = self._send(kind, payload, descriptors)
                 except (BrokenPipeError, ConnectionResetError):
                     number = self._number  # it hung up on us; it may have said why
-                answer = self._receive(number)
+                answer, received = self._receive(number)
+                self.unanswered = 0
             except OSError as error:
                 self.close()
                 raise self._gone(error) from error
             except BaseException:
                 self.close()
                 raise
-        reply = wire.decode_reply(answer[0].payload)
-        if reply.error:
-            refusal = DeviceError(reply.error, reply.why)
-            refusal.body = reply.body  # type: ignore[attr-defined]
+        code, why, result, body = wire.decode_reply(answer.payload)
+        if code:
+            refusal = DeviceError(code, why)
+            refusal.body = body  # type: ignore[attr-defined]
             raise refusal
-        return Answer(reply.result, reply.body, answer[1])
+        return Answer(result, body, received)
 
-    def post(self, kind: int, payload: bytes, generation: int) -> None:
-        """Tell, and wait for nothing. Dropped if the channel of that generation is gone."""
+    def tell(self, kind: int, payload: bytes, generation: int) -> bool:
+        """Say something and wait for nothing. False: not said, the channel of that generation is gone.
+
+        Raises:
+            MachineGone: there is nobody to tell.
+        """
         with self.lock:
-            if self._sock is not None and self.generation == generation:
-                try:
-                    self._send(kind, payload, ())
-                except OSError as error:
-                    self.close()
-                    raise self._gone(error) from error
+            if self._sock is None or self.generation != generation:
+                return False
+            try:
+                self._send(kind, payload, ())
+            except OSError as error:
+                self.close()
+                raise self._gone(error) from error
+            self.unanswered += 1
+            return True
+
+    @property
+    def closed(self) -> bool:
+        """Whether the next call has to connect."""
+        return self._sock is None
 
     def connect(self) -> None:
         """Open the channel if it is not.
@@ -161,6 +177,7 @@ class Channel:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+            self._descriptors.clear()  # of an answer that did not come whole
 
     def __del__(self) -> None:
         if getattr(self, "_sock", None) is not None:
@@ -168,15 +185,16 @@ class Channel:
 
     def _begin(self) -> None:
         self.generation += self._sock is not None
+        self.unanswered = 0  # told since the last answer: more than wire.MOST_UNANSWERED could be overtaken
         self._decoder = wire.Decoder()
         self._messages: deque[wire.Message] = deque()
         self._descriptors: deque[Descriptor] = deque()
-        self._number = 0
+        self._number: int = 0
 
     def _send(self, kind: int, payload: bytes, descriptors: Sequence[int]) -> int:
         assert self._sock is not None
         self._number = (self._number + 1) & 0xFFFFFFFF
-        message = wire.encode(kind, self._number, payload, len(descriptors))
+        message = wire.HEADER.pack(len(payload), kind, len(descriptors), self._number) + payload
         if descriptors:
             sent = socket.send_fds(self._sock, [message], list(descriptors))
             self._sock.sendall(message[sent:])
@@ -198,9 +216,9 @@ class Channel:
 
     def _fill(self) -> None:
         assert self._sock is not None
-        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC)
         for level, kind, content in controls:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
                 numbers = array.array("i", content[: len(content) // 4 * 4])
                 self._descriptors.extend(map(Descriptor, numbers))
         if flags & _TRUNCATED:

@@ -12,6 +12,7 @@ from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGra
 from gntalloc.errors import DeviceError, NoMachine, TimedOut
 from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
 from gntalloc.guest.devices.machine import MachineDevices
+from gntalloc.guest.events import Events
 from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from gntalloc.guest.devices import DeviceFile
     from gntalloc.maps import Mapping
+    from gntalloc.vchan.channel import Channel
+    from gntalloc.vchan.server import Listener
     from gntalloc.xenstore.client import Store
 
 __all__ = ["Domain", "current_domain"]
@@ -37,6 +40,7 @@ class Domain:
 
     def __init__(self, devices: MachineDevices | KernelDevices) -> None:
         self.devices = devices
+        self.events = Events(devices)
         self._files: dict[tuple[int, str], DeviceFile] = {}
         self._stores: dict[int, Store] = {}
 
@@ -49,6 +53,11 @@ class Domain:
     def address(self) -> str:
         """What finds this domain from another process: give it to `current_domain`."""
         return self.devices.address
+
+    @property
+    def on_machine(self) -> bool:
+        """Whether a machine plays this domain, and so its peers are programs of this computer too."""
+        return isinstance(self.devices, MachineDevices)
 
     @property
     def limit(self) -> int:
@@ -96,16 +105,14 @@ class Domain:
         head = AllocGref(domid, flags, count, 0).pack()
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
         argument[: len(head)] = head
-        file.ioctl(ALLOC_GREF, argument)
+        mapping = file.ioctl_mmap(ALLOC_GREF, argument, count * PAGE_SIZE, prot=PROT_READ | PROT_WRITE)
         index = AllocGref.unpack_from(argument).index
+        if isinstance(mapping, DeviceError):
+            file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
+            raise mapping
         array = memoryview(argument)[AllocGref.REFS_OFFSET : AllocGref.REFS_OFFSET + 4 * count].cast("I")
-        try:
-            mapping = file.mmap(index, count * PAGE_SIZE, prot=PROT_READ | PROT_WRITE)
-        except BaseException:
-            file.ioctl(DEALLOC_GREF, DeallocGref(index, count).pack())
-            raise
         grant = Grant(self.domid, tuple(array), writable)
-        mapping.name = f"grant {grant}"
+        mapping.name = "grant", grant
         return SharedPages(file, index, grant, mapping)
 
     def map(
@@ -133,15 +140,81 @@ class Domain:
         file = self._file("gntdev")
         head = MapGrantRef(count, 0).pack()
         argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in grant.refs))
-        file.ioctl(MAP_GRANT_REF, argument)
+        prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
+        mapping = file.ioctl_mmap(MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
         index = MapGrantRef.unpack_from(argument).index
-        try:
-            mapping = self._mmap_when_ready(file, index, grant, timeout)
-        except BaseException:
-            file.ioctl(UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack())
-            raise
-        mapping.name = f"the map of grant {grant}"
+        if isinstance(mapping, DeviceError):
+            try:
+                mapping = self._mmap_when_ready(file, index, grant, prot, mapping, timeout)
+            except BaseException:
+                file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack())
+                raise
+        mapping.name = "the map of grant", grant
         return MappedPages(file, index, grant, mapping)
+
+    def listen(
+        self,
+        peer: int | Domain,
+        path: str,
+        *,
+        size: int | tuple[int, int] = 65536,
+        extensions: bool | None = None,
+        spin: float | None = None,
+    ) -> Listener:
+        """Wait for clients in `peer`: `with domain.listen(2, "echo") as listener: channel = listener.accept()`.
+
+        Each channel is a vchan, as libxenvchan's: its clients can be C programs.
+
+        Args:
+            peer: a domid or a Domain.
+            path: where in xenstore. "echo" is short for /local/domain/<this>/data/vchan/<peer>/echo.
+            size: bytes of each ring; or a pair: of what is read here, and of what is written. Above 1 MiB only a client
+                of this package has it all; the largest is 16 MiB.
+            extensions: between two ends of this package there is more (see docs/vchan.md). False does without; True
+                takes no client that cannot.
+            spin: seconds to look before sleeping; 0 sleeps at once.
+
+        Raises:
+            DeviceError: ENOSPC there are not enough pages, or no port; ENOSYS this processor needs libatomic.
+            StoreError: xenstore refused.
+            ValueError: the path is too long, or the size.
+        """
+        from gntalloc.vchan.end import SPIN
+        from gntalloc.vchan.server import Listener
+
+        domid = peer.domid if isinstance(peer, Domain) else peer
+        return Listener(self, domid, path, size=size, extensions=extensions, spin=SPIN if spin is None else spin)
+
+    def connect(
+        self,
+        peer: int | Domain,
+        path: str,
+        *,
+        timeout: float | None = None,
+        extensions: bool | None = None,
+        spin: float | None = None,
+    ) -> Channel:
+        """Connect to a server in `peer` that listens for this domain; wait until there is one.
+
+        Args:
+            peer: a domid or a Domain.
+            path: where in xenstore. "echo" is short for /local/domain/<peer>/data/vchan/<this>/echo.
+            timeout: seconds; None waits for ever, 0 takes what is there.
+            extensions: as for `listen`.
+            spin: as for `listen`.
+
+        Raises:
+            TimedOut: there was no server, or it was not free; the text says which.
+            PeerBroke: what the server shows is no vchan.
+            DeviceError: ENOSYS this processor needs libatomic.
+            ValueError: the path is too long.
+        """
+        from gntalloc.vchan.client import connect
+        from gntalloc.vchan.end import SPIN
+
+        domid = peer.domid if isinstance(peer, Domain) else peer
+        look = SPIN if spin is None else spin
+        return connect(self, domid, path, timeout=timeout, extensions=extensions, spin=look)
 
     def destroy(self) -> None:
         """End the domain: nobody enters it any more, its device files close. Only the machine's owner may.
@@ -167,20 +240,23 @@ class Domain:
     def __reduce__(self) -> tuple[Any, ...]:
         return current_domain, (self.address,)
 
-    def _mmap_when_ready(self, file: DeviceFile, index: int, grant: Grant, timeout: float) -> Mapping:
+    def _mmap_when_ready(
+        self, file: DeviceFile, index: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
+    ) -> Mapping:
+        """Try again until the granter is ready: the first try ended in `refusal`."""
         deadline = time.monotonic() + timeout
         nap = 0.0005
-        prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
         while True:
-            try:
-                return file.mmap(index, len(grant.refs) * PAGE_SIZE, prot=prot)
-            except DeviceError as error:
-                if error.errno != errno.EAGAIN:
-                    raise
-                if time.monotonic() >= deadline:
-                    raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {error}") from error
+            if refusal.errno != errno.EAGAIN:
+                raise refusal
+            if time.monotonic() >= deadline:
+                raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
+            try:
+                return file.mmap(index, len(grant.refs) * PAGE_SIZE, prot=prot)
+            except DeviceError as again:
+                refusal = again
 
     def _file(self, name: str) -> DeviceFile:
         # A file a process: pages granted after a fork must end with the process that granted them.

@@ -8,7 +8,14 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Self
 
-from gntalloc.abi.gntalloc import DEALLOC_GREF, DeallocGref
+from gntalloc.abi.gntalloc import (
+    DEALLOC_GREF,
+    SET_UNMAP_NOTIFY,  # gntdev's is the same
+    UNMAP_NOTIFY_CLEAR_BYTE,
+    UNMAP_NOTIFY_SEND_EVENT,
+    DeallocGref,
+    UnmapNotify,
+)
 from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
 from gntalloc.errors import GntallocError, MachineGone, TimedOut, ViewsStillExported
 from gntalloc.maps import PAGE_SIZE
@@ -47,6 +54,20 @@ class _Pages:
     def closed(self) -> bool:
         """Whether `close` has succeeded."""
         return self._closed
+
+    def notify_when_unmapped(self, *, clear: int | None = None, port: int | None = None) -> None:
+        """When the last of this side's maps goes, by whatever way, let the kernel clear a byte and send an event.
+
+        Args:
+            clear: the offset of the byte in `memory`; None: no byte.
+            port: the number of a port that a program of this domain has bound; None: no event.
+
+        Raises:
+            DeviceError: EINVAL there is no such port.
+        """
+        action = UNMAP_NOTIFY_CLEAR_BYTE if clear is not None else 0
+        action |= UNMAP_NOTIFY_SEND_EVENT if port is not None else 0
+        self._file.ioctl(SET_UNMAP_NOTIFY, UnmapNotify(self._index + (clear or 0), action, port or 0).pack())
 
     def close(self) -> None:
         """Unmap, and give back. May be repeated, also after a refusal.
@@ -161,7 +182,7 @@ class SharedPages(_Pages):
         return f"<{state} SharedPages {self.grant} index {self._index:#x}>"
 
     def _undo(self) -> None:
-        self._file.ioctl(DEALLOC_GREF, DeallocGref(self._index, len(self.refs)).pack())
+        self._file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(self._index, len(self.refs)).pack())
 
 
 class MappedPages(_Pages):
@@ -172,4 +193,4 @@ class MappedPages(_Pages):
         return f"<{state} MappedPages {self.grant}, {len(self.grant.refs) * PAGE_SIZE} bytes>"
 
     def _undo(self) -> None:
-        self._file.ioctl(UNMAP_GRANT_REF, UnmapGrantRef(self._index, len(self.grant.refs)).pack())
+        self._file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(self._index, len(self.grant.refs)).pack())

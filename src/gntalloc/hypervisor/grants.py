@@ -34,7 +34,7 @@ from gntalloc.abi.grants import (
 from gntalloc.errors import BooksWrong
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["Entry", "GrantTable", "MapRefused", "TableFull"]
 
@@ -107,27 +107,40 @@ class GrantTable(Generic[Frame]):
         self._free = deque(range(RESERVED_REFS, V1_ENTRIES_PER_FRAME))
         self._entries: dict[int, Entry[Frame]] = {}
 
-    def permit(self, domid: int, frame: Frame, *, readonly: bool) -> int:
-        """Grant `frame` to `domid` and return the reference. Any domid is taken, also of no domain.
+    def permit(self, domid: int, frames: Sequence[Frame], *, readonly: bool) -> list[int]:
+        """Grant each of `frames` to `domid` and return the references, or grant none. Any domid is taken.
 
         Raises:
             TableFull: the table is at its maximum.
         """
-        if not self._free:
-            self._grow()
-        ref = self._free.popleft() if self._oldest_first else self._free.pop()
-        self._entries[ref] = Entry(domid, frame, readonly)
-        return ref
+        take = self._free.popleft if self._oldest_first else self._free.pop
+        refs: list[int] = []
+        for _ in frames:
+            if not self._free:
+                try:
+                    self._grow()
+                except TableFull:
+                    self._free.extend(refs)
+                    raise
+            refs.append(take())
+        for ref, frame in zip(refs, frames, strict=True):
+            self._entries[ref] = Entry(domid, frame, readonly)
+        return refs
 
-    def end(self, ref: int, *, busy: bool = False) -> bool:
-        """Take the grant back. False: somebody maps it, or is `busy` with it; it stays, so call again later."""
-        entry = self._entries[ref]
-        if entry.pins or busy:
-            entry.ending = True
-            return False
-        del self._entries[ref]
-        self._free.append(ref)
-        return True
+    def end(self, refs: Iterable[int], *, busy: bool = False) -> list[int]:
+        """Take grants back. Those in the answer stay: somebody maps them, or is `busy` with them. Call again later."""
+        kept: list[int] = []
+        freed: list[int] = []
+        for ref in refs:
+            entry = self._entries[ref]
+            if entry.pins or busy:
+                entry.ending = True
+                kept.append(ref)
+            else:
+                del self._entries[ref]
+                freed.append(ref)
+        self._free.extend(freed)
+        return kept
 
     def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
         """Map for `mapper`, the domid Xen knows the caller by.
@@ -175,6 +188,11 @@ class GrantTable(Generic[Frame]):
         """The domids that map it now, in order."""
         entry = self._entries.get(ref)
         return tuple(sorted(entry.mappers)) if entry else ()
+
+    @property
+    def live(self) -> int:
+        """References in use."""
+        return len(self._entries)
 
     def usage(self) -> Usage:
         """References live, free to take without growing, and possible at all."""

@@ -2,7 +2,8 @@
 
 One thread. Every wait is in one epoll; no send and no receive ever blocks. Before any message is served the loop has
 taken in every home that was closed and every page that was unmapped before that message was sent, so that for programs
-close(2) and munmap(2) are as synchronous here as they are in a kernel.
+close(2) and munmap(2) are as synchronous here as they are in a kernel. The same goes for what programs tell without
+waiting for an answer: a round serves what it has received only after it has looked once more at what has come since.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ _CREDENTIALS = struct.Struct("=iII")
 _CHECK_FOR_STALLS = 1.0
 _BACKLOG = 512
 _LEAVING = 0.05  # seconds between looks whether nobody is coming in
+_READABLE, _WRITABLE = int(select.EPOLLIN), int(select.EPOLLOUT)
+_SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
 # Of one domain, so that it cannot use up the machine's descriptors. Files have a limit of their own.
 MAX_CONNECTIONS = 1024
 MAX_WAITS = 1024
@@ -70,7 +73,8 @@ class Server:
         self._news = select.epoll()  # of homes and of frames: one look tells whether there is any
         self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
         self._news.register(machine.frames.fileno(), select.EPOLLIN)
-        self._watch(self._news.fileno(), lambda _events: self._settle())
+        self._has_news = False
+        self._watch(self._news.fileno(), self._note_news)
         self.visits = Visits(self)
         self._store = StoreFront(machine.store)
         self._watch(self._store.fileno(), lambda _events: self._store.serve())
@@ -192,16 +196,37 @@ class Server:
     def run(self) -> None:
         """Serve until `stopping`."""
         while not self.stopping:
-            for descriptor, events in self._epoll.poll(self._patience()):
-                ready = self._ready.get(descriptor)
-                if ready is not None:
-                    ready(events)
-            self._settle()
-            for _ in range(len(self._turns)):
-                self._turn(self._turns.popleft())
-            self._drop_the_stalled()
+            self._hear(self._patience())
+            if self._turns:
+                self._serve_round()
+            else:
+                self._settle()
+            if self._slow:
+                self._drop_the_stalled()
             if self.visits.over:
                 self.stopping = self.visits.may_end()
+
+    def _serve_round(self) -> None:
+        # What is served now was sent before this second look, so the look finds all that was told before it.
+        admitted = len(self._turns)
+        for channel in self._turns:
+            channel.admit()
+        self._hear(0)
+        self._settle()
+        for channel in self._turns:
+            if channel.has_notes:
+                self._let(channel, channel.take_notes)
+        for _ in range(admitted):
+            self._turn(self._turns.popleft())
+
+    def _hear(self, patience: float) -> None:
+        for descriptor, events in self._epoll.poll(patience, len(self._ready)):
+            ready = self._ready.get(descriptor)
+            if ready is not None:
+                ready(events)
+
+    def _note_news(self, _events: int) -> None:
+        self._has_news = True
 
     def close(self) -> None:
         """Disconnect everybody and take the sockets out of the folder."""
@@ -247,8 +272,9 @@ class Server:
         return -1.0 if patience is None else patience
 
     def _settle(self) -> None:
-        if not self._news.poll(0) and not self.machine.frames.restless:
+        if not self._has_news and not self.machine.frames.restless:
             return
+        self._has_news = False
         for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
             if descriptor in self._homes:
                 self._serve_home(descriptor, events)
@@ -330,9 +356,9 @@ class Server:
 
     def _channel_ready(self, channel: Channel, events: int) -> None:
         try:
-            if events & select.EPOLLOUT:
+            if events & _WRITABLE:
                 channel.flush()
-            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            if events & _SOMETHING_CAME:
                 channel.receive()
         except Dropped as reason:
             self._drop(channel, str(reason))
@@ -349,36 +375,41 @@ class Server:
 
     def _turn(self, channel: Channel) -> None:
         channel.queued = False
+        if self._let(channel, channel.turn):
+            self._plan(channel)
+
+    def _let(self, channel: Channel, serve: Callable[[], None]) -> bool:
+        """Serve some messages of this channel. Whether it is still there."""
         if channel.sock.fileno() not in self._channels:
-            return
+            return False
         try:
-            channel.turn()
+            serve()
         except Dropped as reason:
             self._drop(channel, str(reason))
-            return
+            return False
         except Exception:
             # A fault of ours. The program must not wait for ever, nobody else may notice, and we want to know.
             log.exception("a message could not be served")
             self._drop(channel, "serving it failed, see above")
-            return
-        self._plan(channel)
+            return False
+        return True
 
     def _plan(self, channel: Channel) -> None:
         """What to wait for on this channel, and whether it has something to serve."""
-        wanted = 0
         if channel.wants_to_send:
-            wanted |= select.EPOLLOUT
-        elif not channel.inbox:  # who has sent enough waits for answers first
-            wanted |= select.EPOLLIN
+            wanted = _WRITABLE
+        elif channel.inbox:  # who has sent enough waits for answers first
+            wanted = 0
+            self._queue(channel)
+        else:
+            wanted = _READABLE
         if wanted != channel.wanted:
             channel.wanted = wanted
             self._epoll.modify(channel.sock.fileno(), wanted)
         if channel.waits():
             self._slow.add(channel)
-        else:
+        elif self._slow:
             self._slow.discard(channel)
-        if channel.runnable:
-            self._queue(channel)
 
     def _drop(self, channel: Channel, why: str) -> None:
         descriptor = channel.sock.fileno()
@@ -392,8 +423,6 @@ class Server:
             self.stopping = True
 
     def _drop_the_stalled(self) -> None:
-        if not self._slow:
-            return
         now = time.monotonic()
         for channel in [channel for channel in self._slow if channel.stalled(now)]:
             self._drop(channel, "it left a message half sent, or a reply unread, for too long")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gntalloc.errors import DeviceError
     from gntalloc.maps import Mapping
 
 __all__ = ["Buffer", "DeviceFile", "Devices", "Holders"]
@@ -44,6 +45,22 @@ class DeviceFile(Protocol):
         Raises:
             DeviceError: the driver's errno; on the machine also its reason.
             MachineGone: there is nobody to ask any more.
+        """
+
+    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+        """ALLOC_GREF or MAP_GRANT_REF, and then `mmap` of what it made: the u64 at byte 8 of `argument` says where.
+
+        Returns:
+            The map; or, if only that failed, why: then what `argument` names is still there, to be undone.
+
+        Raises:
+            DeviceError: the ioctl's.
+        """
+
+    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
+        """DEALLOC_GREF or UNMAP_GRANT_REF of what is there: goes without saying, so it need not be waited for.
+
+        It comes before whatever is asked after it, here or by anybody who was told of it.
         """
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from struct import Struct
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
@@ -21,6 +22,7 @@ __all__ = ["KernelDevices", "KernelFile"]
 FOLDER = "/dev/xen"
 LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
 
+_INDEX, _INDEX_AT = Struct("=Q"), 8  # in the arguments of ALLOC_GREF and MAP_GRANT_REF
 _FAULT = 1  # an address in the first page, which no process has: what ioctl(2) gets for None
 
 
@@ -115,6 +117,19 @@ class KernelFile:
         except OSError as error:
             raise DeviceError(error.errno, f"{self.name} refused request {request:#010x}: {error.strerror}") from error
 
+    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+        """See `DeviceFile`."""
+        self.ioctl(request, argument)
+        (index,) = _INDEX.unpack_from(argument, _INDEX_AT)
+        try:
+            return self.mmap(index, length, prot=prot)
+        except DeviceError as refusal:
+            return refusal
+
+    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
+        """See `DeviceFile`. A kernel answers at once."""
+        self.ioctl(request, argument)
+
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
         """See `DeviceFile`."""
         mapping = Mapping(length, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
@@ -122,7 +137,7 @@ class KernelFile:
             mapping.place(0, mapping.length, self.fileno(), offset, shared=shared)
         except OSError as error:
             mapping.close()
-            raise DeviceError(error.errno, f"{mapping.name} was refused: {error.strerror}") from error
+            raise DeviceError(error.errno, f"{mapping} was refused: {error.strerror}") from error
         return mapping
 
     def read(self, size: int) -> bytes:

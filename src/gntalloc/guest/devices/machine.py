@@ -128,29 +128,77 @@ class MachineFile:
         _write_back(there, answer.body)
         return answer.result
 
+    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+        """See `DeviceFile`. One message: the machine goes on to the mmap by itself."""
+        try:
+            mapping = Mapping(length, prot=prot, name=("a map of", self.name))
+        except (OSError, OverflowError) as error:
+            self.ioctl(request, argument)  # it may have a better reason to refuse
+            return DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}")
+        try:
+            region = wire.encode_regions((wire.Region(ARGUMENT_ADDRESS, True, argument),))
+            fields = request, ARGUMENT_ADDRESS, prot, True, length, mapping.address
+            answer = self._call(wire.IOCTL_MMAP, wire.IOCTL_MMAP_REQUEST, *fields, rest=region)
+            body = answer.body
+            code, length_of_why, record, confirm, pieces = wire.IOCTL_MMAP_REPLY.unpack_from(body)
+            start = wire.IOCTL_MMAP_REPLY.size + length_of_why
+            end = start + pieces * wire.PIECE.size
+            _write_back({ARGUMENT_ADDRESS: argument}, body[end:])
+            if code:
+                mapping.close()
+                return DeviceError(code, body[wire.IOCTL_MMAP_REPLY.size : start].decode(errors="replace"))
+            refusal = self._place(mapping, body[start:end], answer.descriptors)
+        except BaseException:
+            mapping.close()
+            raise
+        if refusal is None and confirm:
+            self._channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(record, mapping.address), self._generation)
+        return refusal or mapping
+
+    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
+        """See `DeviceFile`."""
+        with self._channel.lock:
+            if self._channel.unanswered < wire.MOST_UNANSWERED:
+                self._open_home()
+                region = wire.encode_regions((wire.Region(ARGUMENT_ADDRESS, False, argument),))
+                payload = wire.IOCTL_REQUEST.pack(self._handle, request, ARGUMENT_ADDRESS) + region
+                if self._channel.tell(wire.IOCTL | wire.UNANSWERED, payload, self._generation):
+                    return
+            self.ioctl(request, argument)
+
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
         """See `DeviceFile`."""
         answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset & _MASK, length & _MASK)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
         name = f"the map of {self.name} at index {offset:#x}"
-        at = 0
-        mapping = None
         try:
             mapping = Mapping(length, prot=prot, name=name)
-            for place, start, size in wire.PIECE.iter_unpack(answer.body[wire.CONFIRM.size :]):
-                mapping.place(at, size, answer.descriptors[place].fileno(), start, shared=shared)
-                at += size
         except OSError as error:
-            if mapping is not None:
-                mapping.close()
             raise DeviceError(error.errno, f"{name} could not be made: {error.strerror}") from error
-        finally:
-            for descriptor in answer.descriptors:
-                descriptor.close()
+        refusal = self._place(mapping, answer.body[wire.CONFIRM.size :], answer.descriptors, shared=shared)
+        if refusal is not None:
+            raise refusal
         if confirm:
             placed = wire.PLACED_REQUEST.pack(answer.result, mapping.address)
-            self._channel.post(wire.PLACED, placed, self._generation)
+            self._channel.tell(wire.PLACED, placed, self._generation)
         return mapping
+
+    def _place(
+        self, mapping: Mapping, pieces: bytes, descriptors: list[Descriptor], *, shared: bool = True
+    ) -> DeviceError | None:
+        """Put what came where it belongs. If that cannot be done, `mapping` is closed, and the answer says why."""
+        at = 0
+        try:
+            for place, start, size in wire.PIECE.iter_unpack(pieces):
+                mapping.place(at, size, descriptors[place].fileno(), start, shared=shared)
+                at += size
+        except OSError as error:
+            mapping.close()
+            return DeviceError(error.errno, f"{mapping} could not be made: {error.strerror}")
+        finally:
+            for descriptor in descriptors:
+                descriptor.close()
+        return None
 
     def read(self, size: int) -> bytes:
         """See `DeviceFile`. Events are on the home already, so the machine is only asked where it may know better.
@@ -236,7 +284,8 @@ class MachineFile:
         home = self._open_home()
         channel = self._channel
         with channel.lock:
-            channel.connect()
+            if channel.closed:
+                channel.connect()
             if channel.generation != self._generation:  # a new channel: say which file this is
                 self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
                 self._generation = channel.generation
