@@ -107,7 +107,7 @@ def _library() -> Any:
             continue
         try:
             library = ctypes.CDLL(name)
-            library["__atomic_fetch_and_1"], library["atomic_thread_fence"]  # noqa: B018  are they there
+            library["__atomic_fetch_and_1"], library["atomic_thread_fence"]
         except (OSError, AttributeError):
             continue
         return library

@@ -2,8 +2,8 @@
 
 Always there is the port of an event channel, as libxenvchan has it: it also rings when the peer dies. Between two of
 our own ends on one computer there may be a *direct* bell beside it: a pair of datagram sockets, so that a wake-up does
-not go through the machine. They have names in the abstract namespace, are connected to each other, and take nothing from
-anybody else. Sending never waits: a peer that does not read has enough there to wake up from.
+not go through the machine. They have names in the abstract namespace, are connected to each other, and take nothing
+from anybody else. Sending never waits: a peer that does not read has enough there to wake up from.
 
 One thread sleeps for all: what it hears is told to those who wait beside it.
 """

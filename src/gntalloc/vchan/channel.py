@@ -9,18 +9,12 @@ Every call that may wait has a timeout in seconds; None waits for ever, 0 not at
 and the call can be repeated; where part of the work was done, the error's `done` says how much.
 
 Threads: one may write while another reads, and several of either take turns.
-
-How an end sleeps. It looks a while (`spin`); then it *asks*: it sets a bit in a byte of the page, and looks once more.
-Whoever moves an index *tells*: it looks at the bit, and rings if it is set. Between moving and looking, and between
-asking and looking, there is a fence, so that of the two at least one sees the other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import sys
 import threading
 import time
 import warnings
@@ -33,68 +27,25 @@ from gntalloc.errors import (
     NotKnownHere,
     PeerBroke,
     PeerClosed,
-    PeerDied,
     PeerGone,
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.vchan.extension import CLI_STATE, FINISHED, GOODBYE, SRV_STATE
-from gntalloc.vchan.layout import (
-    CLI_LIVE,
-    CLI_NOTIFY,
-    CONNECTED,
-    GONE,
-    LEFT_CONS,
-    LEFT_PROD,
-    NOTIFY_READ,
-    NOTIFY_WRITE,
-    NOT_YET,
-    RIGHT_CONS,
-    RIGHT_PROD,
-    SRV_LIVE,
-    SRV_NOTIFY,
-)
+from gntalloc.vchan.end import flag_word
+from gntalloc.vchan.extension import FINISHED
+from gntalloc.vchan.layout import CONNECTED, NOTIFY_READ, NOTIFY_WRITE
 from gntalloc.vchan.ring import HEADER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import TracebackType
 
-    from gntalloc.vchan.atomics import Atomics
-    from gntalloc.vchan.bells import Bells
-    from gntalloc.vchan.pages import ChannelPages
+    from gntalloc.vchan.end import End
 
-__all__ = ["CLIENT", "SERVER", "SPIN", "Channel", "Role"]
+__all__ = ["Channel"]
 
-SPIN = 50e-6
-"""Seconds to look before sleeping, if not told otherwise: about what a wake-up costs."""
-_LOOKS = 16  # between two looks at the clock
 _PIECES = 4  # of a ring: how much is written, or read, before the peer sees it, so that both work at once
 _SMALLEST_PIECE = 4096
-
-
-class Role(NamedTuple):
-    """Which bytes and words of the page are whose."""
-
-    my_live: int
-    peer_live: int
-    asking: int  # the byte in which this end sets bits
-    asked: int  # the byte in which the peer does
-    writes: tuple[int, int]  # the words of the index this end moves as a writer, and of the reader's
-    reads: tuple[int, int]
-    my_state: int
-    peer_state: int
-    reads_left: bool
-
-
-SERVER = Role(
-    SRV_LIVE, CLI_LIVE, CLI_NOTIFY, SRV_NOTIFY, (RIGHT_PROD, RIGHT_CONS), (LEFT_CONS, LEFT_PROD),
-    SRV_STATE, CLI_STATE, reads_left=True,
-)
-CLIENT = Role(
-    CLI_LIVE, SRV_LIVE, SRV_NOTIFY, CLI_NOTIFY, (LEFT_PROD, LEFT_CONS), (RIGHT_CONS, RIGHT_PROD),
-    CLI_STATE, SRV_STATE, reads_left=False,
-)
 
 
 class Channel:
@@ -102,49 +53,31 @@ class Channel:
 
     Attributes:
         peer: the domid at the other end.
-        spin: seconds to look before sleeping. 0 sleeps at once.
     """
 
-    def __init__(
-        self, role: Role, peer: int, pages: ChannelPages, bells: Bells, atomics: Atomics, *, spin: float = SPIN
-    ) -> None:
-        self.peer = peer
-        self.spin = spin
-        self._role = role
-        self._pages = pages
-        self._bells = bells
-        self._atomics = atomics
-        self._page: Any = pages.raw
-        self._asked_at = role.asked
-        # What to look at after a message: one load of the four bytes from cli_live on, and what is nothing to do.
-        self._flags = pages.flags
-        self._after_writing = _word(role.peer_live, 0xFF) | _word(role.asked, NOTIFY_WRITE)
-        self._after_reading = _word(role.asked, NOTIFY_READ)
-        self._quiet = _word(role.peer_live, CONNECTED) if atomics.ordered else -1
-        self._quiet_reading = 0 if atomics.ordered else -1
-        self._asking = threading.Lock()
-        self._askers = {NOTIFY_WRITE: 0, NOTIFY_READ: 0}
+    def __init__(self, end: End) -> None:
+        self.peer = end.peer
+        self._end = end
+        self._in, self._out = end.reader, end.writer
         self._reading = threading.Lock()
         self._writing = threading.Lock()
-        self._in, self._out = pages.rings(role, atomics)
         self._peeked: _Lent | None = None
         self._reserved: _Lent | None = None
-        self._join: Callable[[Channel], None] | None = None  # what a server does when its client has come
-        self._joining = threading.Lock()
-        self._state_at: int | None = None  # where the states of the extension are, if the peer is one of ours
-        self._state = 0  # what this end's says
-        self._broken: PeerBroke | None = None
-        self._closing = False
-        self._left = False  # the peer was told
         self._closed = False
-        self._owner = os.getpid()
+        # What to look at after a message: one load of the four bytes from cli_live on, and what is nothing to do.
+        role, ordered = end.role, end.atomics.ordered
+        self._flags = end.pages.flags
+        self._after_writing = flag_word(role.peer_live, 0xFF) | flag_word(role.asked, NOTIFY_WRITE)
+        self._after_reading = flag_word(role.asked, NOTIFY_READ)
+        self._quiet = flag_word(role.peer_live, CONNECTED) if ordered else -1
+        self._quiet_reading = 0 if ordered else -1
 
     # What it is.
 
     @property
     def extended(self) -> bool:
         """Whether the peer is an end of this package, so that `finish` and the difference of close and death work."""
-        return self._state_at is not None
+        return self._end.extended
 
     @property
     def closed(self) -> bool:
@@ -154,7 +87,7 @@ class Channel:
     @property
     def connected(self) -> bool:
         """Whether there is a peer now."""
-        return not self._closing and self._page[self._role.peer_live] not in {GONE, NOT_YET}
+        return self._end.connected
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -165,24 +98,24 @@ class Channel:
     def ready(self) -> int:
         """How many bytes can be read without waiting."""
         with self._reading:
-            self._check_open()
-            return 0 if self._join or self._peeked else self._look(self._in.refresh)
+            self._end.check_open()
+            return 0 if self._end.waiting or self._peeked else self._end.look(self._in.refresh)
 
     @property
     def room(self) -> int:
         """How many bytes can be written without waiting."""
         with self._writing:
-            self._check_open()
-            return self._out.room if self._join or self._reserved else self._look(self._out.refresh)
+            self._end.check_open()
+            return self._out.room if self._end.waiting or self._reserved else self._end.look(self._out.refresh)
 
     @property
     def waiting(self) -> bool:
         """Whether this is a server's end, and nobody has come yet."""
-        return self._join is not None
+        return self._end.waiting
 
     def fileno(self) -> int:
         """A descriptor that is readable when a call that would have waited is worth repeating. See `gntalloc.aio`."""
-        return self._bells.fileno()
+        return self._end.bells.fileno()
 
     # Bytes.
 
@@ -205,9 +138,9 @@ class Channel:
             if not self._await_bytes(1, turn.deadline) or size == 0:
                 return b""
             ring = self._in
-            ready = ring.ready if size is not None and ring.ready >= size else self._look(ring.refresh)
+            ready = ring.ready if size is not None and ring.ready >= size else self._end.look(ring.refresh)
             data = ring.take(ready if size is None else min(size, ready))
-            self._tell(NOTIFY_READ)
+            self._end.tell(NOTIFY_READ)
         return data
 
     def readinto(self, buffer: bytearray | memoryview | Any, timeout: float | None = None) -> int:
@@ -226,11 +159,11 @@ class Channel:
             ring = self._in
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
             done = 0
-            while done < view.nbytes and (ring.ready or self._look(ring.refresh)):
+            while done < view.nbytes and (ring.ready or self._end.look(ring.refresh)):
                 count = min(piece, ring.ready, view.nbytes - done)
                 ring.take_into(view[done : done + count])
                 done += count
-                self._tell(NOTIFY_READ)
+                self._end.tell(NOTIFY_READ)
         return done
 
     def write(self, data: bytes | bytearray | memoryview | Any, timeout: float | None = None) -> None:
@@ -257,7 +190,7 @@ class Channel:
                     count = min(piece, ring.room, size - done)
                     ring.put(view[done : done + count])
                     done += count
-                    self._tell(NOTIFY_WRITE)
+                    self._end.tell(NOTIFY_WRITE)
             except (TimedOut, PeerGone) as error:
                 error.done = done
                 raise
@@ -313,7 +246,7 @@ class Channel:
             reading.release()
         try:
             if self._flags[0] & self._after_reading != self._quiet_reading:
-                self._tell(NOTIFY_READ)
+                self._end.tell(NOTIFY_READ)
         except ValueError:
             pass
         return message
@@ -335,7 +268,7 @@ class Channel:
                 why = f"the message is {length} bytes long, and the buffer {view.nbytes}; take a larger one"
                 raise GntallocError(errno.EMSGSIZE, why)
             self._in.copy_message(length, view)
-            self._tell(NOTIFY_READ)
+            self._end.tell(NOTIFY_READ)
         return length
 
     def __iter__(self) -> Iterator[bytes]:
@@ -370,10 +303,11 @@ class Channel:
             self._await_room(size + head, turn.deadline)
             ring = self._out
             view = ring.view(size, head)
-            copied = view is None
+            copy = None
             if view is None:
-                view = memoryview(bytearray(size))
-            self._reserved = _Lent(view, head, ring.room, copied)
+                copy = bytearray(size)
+                view = memoryview(copy)
+            self._reserved = _Lent(view, size, head, ring.room, copy)
             ring.room = 0  # none for anybody else while this is out
         return view
 
@@ -385,29 +319,26 @@ class Channel:
             Closed: this end is closed.
         """
         with self._writing:
-            self._check_open()
+            self._end.check_open()
             lent = self._reserved
             if lent is None:
                 raise ValueError("nothing was reserved that could be committed")
-            whole = len(lent.view)
-            count = whole if size is None else size
-            if not 0 <= count <= whole:
-                raise ValueError(f"{count} bytes cannot be committed of {whole} that were reserved")
+            count = lent.size if size is None else size
+            if not 0 <= count <= lent.size:
+                raise ValueError(f"{count} bytes cannot be committed of {lent.size} that were reserved")
             self._reserved = None
             ring = self._out
             ring.room = lent.known
             if not count:
                 return
-            if lent.copied:
-                ring.fill(lent.view[:count], lent.head)
+            if lent.copy is not None:
+                ring.fill(memoryview(lent.copy)[:count], lent.head)
             if lent.head:
                 ring.fill_length(count)
             ring.advance(count + lent.head)
-            self._tell(NOTIFY_WRITE)
+            self._end.tell(NOTIFY_WRITE)
 
-    def peek(
-        self, size: int | None = None, timeout: float | None = None, *, message: bool = False
-    ) -> memoryview:
+    def peek(self, size: int | None = None, timeout: float | None = None, *, message: bool = False) -> memoryview:
         """The next bytes, where they lie, to be read only; `release` then gives their room back.
 
         A peer that does not keep to the protocol can change them while they are looked at.
@@ -430,13 +361,12 @@ class Channel:
             else:
                 if not self._await_bytes(1 if size is None else size, turn.deadline) and not ring.ready:
                     return memoryview(b"")
-                self._look(ring.refresh)
+                self._end.look(ring.refresh)
                 length, head = ring.in_one_piece() if size is None else min(size, ring.ready), 0
             view = ring.view(length, head)
-            copied = view is None
             if view is None:
                 view = memoryview(ring.look(length, head))
-            self._peeked = _Lent(view, head, ring.ready, copied)
+            self._peeked = _Lent(view, length, head, ring.ready, None)
             ring.ready = 0  # nothing is there for anybody else while this is out
         return view
 
@@ -448,18 +378,18 @@ class Channel:
             Closed: this end is closed.
         """
         with self._reading:
-            self._check_open()
+            self._end.check_open()
             lent = self._peeked
             if lent is None:
                 raise ValueError("nothing was peeked that could be released")
-            whole = len(lent.view)
-            count = whole if size is None else size
-            if not 0 <= count <= whole or (lent.head and count != whole):
-                raise ValueError(f"{count} bytes cannot be released of {whole} that were peeked; a message goes whole")
+            count = lent.size if size is None else size
+            if not 0 <= count <= lent.size or (lent.head and count != lent.size):
+                why = f"{count} bytes cannot be released of {lent.size} that were peeked; a message goes whole"
+                raise ValueError(why)
             self._peeked = None
             self._in.ready = lent.known
             self._in.advance(count + lent.head)
-            self._tell(NOTIFY_READ)
+            self._end.tell(NOTIFY_READ)
 
     # The end.
 
@@ -472,15 +402,15 @@ class Channel:
             Closed: this end is closed.
         """
         with self._writing:
-            self._check_open()
-            self._await_peer(_deadline(timeout))
-            if self._state_at is None:
+            self._end.check_open()
+            self._end.await_peer(_deadline(timeout))
+            if not self._end.extended:
                 raise NotKnownHere(
                     "the peer is a libxenvchan, which knows no end of one direction; `drain` waits until it has read "
                     "everything, and then `close`"
                 )
             self._out.room = 0
-            self._say(FINISHED)
+            self._end.say(FINISHED)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until the peer has read everything that was written.
@@ -491,15 +421,17 @@ class Channel:
             PeerBroke, Closed: as `write`.
         """
         with _Turn(self._writing, timeout) as turn:
-            self._check_open()
-            self._await_peer(turn.deadline)
+            self._end.check_open()
+            self._end.await_peer(turn.deadline)
             ring = self._out
 
             def empty() -> bool:
-                return self._look(ring.unread) == 0
+                return self._end.look(ring.unread) == 0
 
-            if not self._wait(NOTIFY_READ, empty, self._peer_is_gone, turn.deadline, "the peer to read everything"):
-                raise self._gone()
+            if not self._end.wait(
+                NOTIFY_READ, empty, self._end.peer_is_gone, turn.deadline, "the peer to read everything"
+            ):
+                raise self._end.gone()
 
     def wait_connected(self, timeout: float | None = None) -> None:
         """Wait until there is a peer. A client's channel has one from the start.
@@ -509,8 +441,8 @@ class Channel:
             PeerBroke: who came broke the protocol.
             Closed: this end is closed.
         """
-        self._check_open()
-        self._await_peer(_deadline(timeout))
+        self._end.check_open()
+        self._end.await_peer(_deadline(timeout))
 
     def close(self) -> None:
         """Close this end: the peer reads what there is, and then the end. Whoever waits here gets Closed.
@@ -521,21 +453,19 @@ class Channel:
         """
         if self._closed:
             return
-        self._closing = True
-        self._bells.ring_own()
+        self._end.closing = True
+        self._end.bells.ring_own()
         with self._reading, self._writing:
-            if self._closed:  # another thread was faster
-                return
             self._in.ready = self._out.room = 0
-            self._leave()
+            self._end.leave()
             for lent in self._peeked, self._reserved:
                 if lent is not None:
                     with contextlib.suppress(BufferError):  # closing the pages will say it better
                         lent.view.release()
-            self._pages.close_rings()
-            self._pages.close_page()
+            self._end.pages.close_rings()
+            self._end.pages.close_page()
             self._closed = True
-            self._bells.close()
+            self._end.bells.close()
 
     def __enter__(self) -> Self:
         return self
@@ -557,14 +487,14 @@ class Channel:
                 self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing else "waiting" if self._join else "open"
+        state = "closed" if self._end.closing else "waiting" if self._end.waiting else "open"
         return f"<{state} Channel with domain {self.peer}>"
 
     # Waiting, with the lock of the direction held.
 
     def _await_bytes(self, count: int, deadline: float | None) -> bool:
         """Until so many can be read. False: there will not be."""
-        self._check_open()
+        self._end.check_open()
         if self._peeked is not None:
             raise Busy(f"{self!r} cannot be read: what was peeked is to be released first")
         ring = self._in
@@ -572,237 +502,86 @@ class Channel:
             return True
         if count > ring.size:
             raise _too_long(count, ring.size)
-        self._await_peer(deadline)
-        if self._wait(
-            NOTIFY_WRITE, lambda: self._look(ring.refresh) >= count, self._no_more_comes, deadline, "bytes to read"
+        self._end.await_peer(deadline)
+        if self._end.wait(
+            NOTIFY_WRITE,
+            lambda: self._end.look(ring.refresh) >= count,
+            self._end.no_more_comes,
+            deadline,
+            "bytes to read",
         ):
             return True
-        if not self._orderly():
-            raise self._gone()
+        if not self._end.orderly():
+            raise self._end.gone()
         return False
 
     def _await_message(self, deadline: float | None) -> int:
         """Until there is a whole message. How long it is."""
-        self._check_open()
+        self._end.check_open()
         if self._peeked is not None:
             raise Busy(f"{self!r} cannot be read: what was peeked is to be released first")
         ring = self._in
+        known = 0
+
+        def more() -> bool:
+            return self._end.look(ring.refresh) > known
+
         while True:
             try:
                 length = ring.message_length()
             except PeerBroke as broken:
-                raise self._break(broken) from None
+                raise self._end.give_up(broken) from None
             if length is not None:
                 return length
-            self._await_peer(deadline)
+            self._end.await_peer(deadline)
             known = ring.ready
-            if not self._wait(
-                NOTIFY_WRITE, lambda: self._look(ring.refresh) > known, self._no_more_comes, deadline, "a message"  # noqa: B023
-            ):
-                if ring.ready and self._orderly():
-                    raise self._break(PeerBroke("the peer closed in the middle of a message"))
-                raise self._gone()
+            if not self._end.wait(NOTIFY_WRITE, more, self._end.no_more_comes, deadline, "a message"):
+                if ring.ready and self._end.orderly():
+                    raise self._end.give_up(PeerBroke("the peer closed in the middle of a message"))
+                raise self._end.gone()
 
     def _await_room(self, count: int, deadline: float | None) -> None:
         """Until so many bytes can be written."""
-        self._check_open()
+        self._end.check_open()
         if self._reserved is not None:
             raise Busy(f"{self!r} cannot be written: what was reserved is to be committed first")
-        if self._state & FINISHED:
+        if self._end.finished:
             raise Closed(f"{self!r} cannot be written: `finish` was called")
         ring = self._out
-        if count > ring.size and not self._join:
+        if count > ring.size and not self._end.waiting:
             raise _too_long(count, ring.size)
-        if self._peer_is_gone():
-            raise self._gone()
+        if self._end.peer_is_gone():
+            raise self._end.gone()
         if ring.room >= count:
             return
-        self._await_peer(deadline)
+        self._end.await_peer(deadline)
         if count > ring.size:
             raise _too_long(count, ring.size)
-        if not self._wait(
-            NOTIFY_READ, lambda: self._look(ring.refresh) >= count, self._peer_is_gone, deadline, "room to write"
+        if not self._end.wait(
+            NOTIFY_READ,
+            lambda: self._end.look(ring.refresh) >= count,
+            self._end.peer_is_gone,
+            deadline,
+            "room to write",
         ):
-            raise self._gone()
-
-    def _await_peer(self, deadline: float | None) -> None:
-        """Until a server has its client, and both know what the other is."""
-        while self._join is not None:
-            seen = self._bells.news
-            if self._page[self._role.peer_live] != NOT_YET:
-                with self._joining:
-                    join, self._join = self._join, None
-                    if join is not None:
-                        try:
-                            join(self)
-                        except PeerBroke as broken:
-                            raise self._break(broken) from None
-                return
-            self._check_open()
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TimedOut(f"{self!r} still has nobody at the other end; wait again")
-            self._bells.sleep(seen, deadline)
-
-    def _wait(
-        self, bit: int, enough: Callable[[], bool], over: Callable[[], bool], deadline: float | None, what: str
-    ) -> bool:
-        """Until there is `enough`. False: it is `over`, and there is not.
-
-        Args:
-            bit: what the peer is asked to tell.
-            enough: looks at the page.
-            over: whether `enough` will not change any more.
-            deadline: None waits for ever.
-            what: is waited for, for the TimedOut.
-        """
-        if enough():
-            return True
-        spin = time.monotonic() + self.spin
-        if deadline is not None:
-            spin = min(spin, deadline)
-        while time.monotonic() < spin:
-            for _ in range(_LOOKS):
-                if enough():
-                    return True
-            if over():
-                return enough()  # what came before the end
-            self._check_open()
-        self._ask(bit)
-        try:
-            while True:
-                seen = self._bells.news
-                if enough():
-                    return True
-                if over():
-                    return enough()
-                self._check_open()
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise TimedOut(f"{self!r} has waited in vain for {what}; wait again")
-                self._bells.sleep(seen, deadline)
-                self._ask_again()
-        finally:
-            self._ask_no_more(bit)
-
-    # Asking and telling.
-
-    def _ask(self, bit: int) -> None:
-        """From now on the peer rings when it has done that."""
-        with self._asking:
-            self._askers[bit] += 1
-        self._ask_again()
-
-    def _ask_again(self) -> None:
-        """The peer clears a bit when it rings."""
-        with self._asking:
-            self._page[self._role.asking] = self._wanted()
-        self._atomics.fence()
-
-    def _ask_no_more(self, bit: int) -> None:
-        with self._asking:
-            self._askers[bit] -= 1
-            if not self._closing:
-                self._page[self._role.asking] = self._wanted()
-
-    def _wanted(self) -> int:
-        return sum(bit for bit, askers in self._askers.items() if askers)
-
-    def _tell(self, bit: int) -> None:
-        """Ring, if the peer has asked for it."""
-        self._atomics.fence()
-        if self._page[self._asked_at] & bit:
-            pages = self._pages
-            if self._atomics.take(pages.memory, self._asked_at, pages.address, bit):
-                self._bells.ring()
+            raise self._end.gone()
 
     def _written(self) -> None:
         """A message was written, and something is to be done: the peer has asked, or is not there."""
-        self._tell(NOTIFY_WRITE)
-        if self._peer_is_gone():
+        self._end.tell(NOTIFY_WRITE)
+        if self._end.peer_is_gone():
             with self._writing:
                 self._out.room = 0  # so that the next one finds out
 
-    def _say(self, state: int) -> None:
-        """Tell a peer of our own about this end, whether it has asked or not."""
-        if self._state_at is not None:
-            self._state |= state
-            self._page[self._state_at + self._role.my_state] = self._state
-            self._atomics.fence()
-            self._bells.ring()
-
-    # What the peer is.
-
-    def wait_with(self, join: Callable[[Channel], None]) -> None:
-        """This end has no peer yet. When one has come, call `join`."""
-        self._join = join
-
-    def joined(self, state_at: int) -> None:
-        """The peer is an end of this package; the extension's states are at this byte of the page."""
-        self._state_at = state_at
-
-    def enlarge(self, left: int, right: int) -> None:
-        """Both ends have agreed on rings of so many bytes."""
-        self._in.enlarge(left if self._role.reads_left else right)
-        self._out.enlarge(right if self._role.reads_left else left)
-
-    def _peer_is_gone(self) -> bool:
-        return bool(self._page[self._role.peer_live] == GONE)
-
-    def _no_more_comes(self) -> bool:
-        return self._peer_is_gone() or bool(self._peer_state() & FINISHED)
-
-    def _peer_state(self) -> int:
-        return 0 if self._state_at is None else int(self._page[self._state_at + self._role.peer_state])
-
-    def _orderly(self) -> bool:
-        """Whether an end of what comes is one that the peer meant. Of a libxenvchan nobody knows."""
-        return self._state_at is None or bool(self._peer_state() & (FINISHED | GOODBYE))
-
-    def _gone(self) -> PeerGone:
-        if self._orderly():
-            return PeerClosed(f"domain {self.peer} has closed its end of the channel, or writes no more")
-        return PeerDied(f"the program in domain {self.peer} ended without closing its end of the channel")
-
-    # What this end is.
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise Closed(f"{self!r} cannot be used any more; connect again")
-        if self._broken is not None:
-            raise PeerBroke(str(self._broken)) from self._broken
-
-    def _look(self, refresh: Callable[[], int]) -> int:
-        try:
-            return refresh()
-        except PeerBroke as broken:
-            raise self._break(broken) from None
-
-    def _break(self, broken: PeerBroke) -> PeerBroke:
-        """The channel is of no more use."""
-        self._broken = broken
-        self._in.ready = self._out.room = 0
-        return broken
-
-    def _leave(self) -> None:
-        """Tell the peer that this end closes."""
-        if os.getpid() != self._owner or self._left:
-            return  # a child made by fork, or said already
-        self._left = True
-        self._say(GOODBYE)
-        self._page[self._role.my_live] = GONE
-        self._atomics.fence()
-        self._bells.ring_both()
-
 
 class _Lent(NamedTuple):
-    """What is in the user's hands: bytes of a ring, or a copy of them, after `head` bytes that are not.
-
-    `known` is what the ring knew to be ready, or room, before.
-    """
+    """What is in the user's hands."""
 
     view: memoryview
-    head: int
-    known: int
-    copied: bool
+    size: int
+    head: int  # bytes before it that belong to it: a message's length
+    known: int  # what the ring knew to be ready, or room, before
+    copy: bytearray | None  # what was lent instead, because the ring's end parts the place
 
 
 class _Turn:
@@ -830,11 +609,6 @@ def _queue_up(lock: threading.Lock, timeout: float | None) -> None:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
-
-
-def _word(at: int, value: int) -> int:
-    """The four bytes from cli_live on as one number, with `value` in one of them."""
-    return int.from_bytes(bytes(value if byte == at else 0 for byte in range(CLI_LIVE, CLI_LIVE + 4)), sys.byteorder)
 
 
 def _bytes_of(data: Any) -> memoryview:

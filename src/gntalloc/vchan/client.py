@@ -15,7 +15,8 @@ from gntalloc.errors import DeviceError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.atomics import atomics
 from gntalloc.vchan.bells import Bells
-from gntalloc.vchan.channel import CLIENT, SPIN, Channel
+from gntalloc.vchan.channel import Channel
+from gntalloc.vchan.end import CLIENT, SPIN, End
 from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
 from gntalloc.vchan.layout import Orders, pages_of
 from gntalloc.vchan.nodes import Address, Nodes, full_path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["connect"]
 
 
-class _NotNow(Exception):  # noqa: N818  it is no error, but a reason to wait
+class _NotNow(Exception):
     """This server cannot be connected to. Another may come, or it may be free later."""
 
 
@@ -96,7 +97,8 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
         except DeviceError as refusal:
             raise _NotNow(f"its server is gone, or went just now ({refusal})") from None
         pages = ChannelPages(header, orders, left, right)
-        channel = Channel(CLIENT, peer, pages, bells, barriers, spin=spin)
+        undo.callback(pages.release)
+        end = End(CLIENT, peer, pages, bells, barriers, spin=spin)
         if offer is not None:
             flags = offer.flags & LARGE
             if offer.flags & DIRECT and domain.on_machine:
@@ -106,12 +108,12 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
             else:
                 name = b""
             Confirmation(flags, name).write(page, at)
-            channel.joined(at)
-            channel.enlarge(1 << sizes.left, 1 << sizes.right)
+            end.joined(at)
+            end.enlarge(1 << sizes.left, 1 << sizes.right)
         page[layout.SRV_NOTIFY] = layout.NOTIFY_WRITE
         barriers.fence()
         page[layout.CLI_LIVE] = layout.CONNECTED
         barriers.fence()
         port.notify()
         undo.pop_all()
-        return channel
+        return Channel(end)

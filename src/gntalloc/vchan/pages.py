@@ -11,7 +11,7 @@ from gntalloc.vchan.ring import Reader, Writer
 if TYPE_CHECKING:
     from gntalloc.guest.pages import MappedPages, SharedPages
     from gntalloc.vchan.atomics import Atomics
-    from gntalloc.vchan.channel import Role
+    from gntalloc.vchan.end import Role
     from gntalloc.vchan.layout import Orders
 
 __all__ = ["ChannelPages"]
@@ -69,6 +69,11 @@ class ChannelPages:
         writer = Writer(other.pages.memory, other.size, self._indexes, *role.writes, atomics, base=other.base)
         return reader, writer
 
+    def release(self) -> None:
+        """Let go of what is seen of the page here, so that it can be unmapped."""
+        self._indexes.release()
+        self.flags.release()
+
     def close_rings(self) -> None:
         """Unmap the rings that have pages of their own. Can be repeated.
 
@@ -87,8 +92,7 @@ class ChannelPages:
         Raises:
             ViewsStillExported: somebody still looks at a ring in it.
         """
-        self._indexes.release()
-        self.flags.release()
+        self.release()
         self._header.close()
 
 

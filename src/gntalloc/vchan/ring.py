@@ -43,8 +43,9 @@ class _Ring:
         mirrored: the ring is in `memory` twice in a row, so that no piece of it ever wraps.
     """
 
-    __slots__ = ("_atomics", "_base", "_end", "_indexes", "_mask", "_mine", "_raw", "_theirs", "index", "memory")
-    __slots__ += ("size",)
+    __slots__ = (
+        "_atomics", "_base", "_end", "_indexes", "_mask", "_mine", "_raw", "_theirs", "index", "memory", "size"
+    )  # fmt: skip
 
     def __init__(
         self,

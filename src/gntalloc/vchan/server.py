@@ -17,7 +17,8 @@ from gntalloc.errors import Closed, GntallocError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.atomics import atomics
 from gntalloc.vchan.bells import Bells
-from gntalloc.vchan.channel import SERVER, SPIN, Channel
+from gntalloc.vchan.channel import Channel
+from gntalloc.vchan.end import SERVER, SPIN, End
 from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
 from gntalloc.vchan.layout import Orders, pages_of
 from gntalloc.vchan.nodes import Address, Nodes, full_path
@@ -172,9 +173,9 @@ class Listener:
             orders.write(page)
             page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
             page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
-            rings = [
-                undo.enter_context(domain.share(peer, pages=pages_of(order), writable=True)) if pages_of(order) else None
-                for order in large
+            left, right = rings = [
+                undo.enter_context(domain.share(peer, pages=count, writable=True)) if count else None
+                for count in map(pages_of, large)
             ]
             at = layout.REFERENCES
             for order, ring in zip(orders, rings, strict=True):
@@ -185,12 +186,13 @@ class Listener:
             directory = self._directory(large, rings) if large != orders else None
             if directory is not None:
                 undo.enter_context(directory)
-            pages = ChannelPages(header, orders, *rings, directory)
+            pages = ChannelPages(header, orders, left, right, directory)
+            undo.callback(pages.release)
             offer = self._extend(pages, large, bells, directory)
-            channel = Channel(SERVER, peer, pages, bells, barriers, spin=self._spin)
-            channel.wait_with(lambda channel: self._join(channel, pages, bells, offer))
+            end = End(SERVER, peer, pages, bells, barriers, spin=self._spin)
+            end.wait_with(lambda end: self._join(end, offer))
             undo.pop_all()
-        return channel, Address(header.refs[0], port.number)
+        return Channel(end), Address(header.refs[0], port.number)
 
     def _directory(self, large: Orders, rings: list[SharedPages | None]) -> SharedPages:
         refs = [ref for ring in rings if ring is not None for ref in ring.refs]
@@ -207,20 +209,20 @@ class Listener:
         offer.write(pages.memory, extension.place(pages.orders))
         return offer
 
-    def _join(self, channel: Channel, pages: ChannelPages, bells: Bells, offer: Offer | None) -> None:
+    def _join(self, end: End, offer: Offer | None) -> None:
         """A client has come: what is it, and what does it take of the offer?"""
         self._withdraw()
-        at = extension.place(pages.orders)
-        confirmed = None if offer is None else Confirmation.read(pages.memory, at, offer.flags)
+        at = extension.place(end.pages.orders)
+        confirmed = None if offer is None else Confirmation.read(end.pages.memory, at, offer.flags)
         if offer is None or confirmed is None:
             if self._extensions:
                 raise PeerBroke("a libxenvchan has connected, and `extensions=True` asks for an end of this package")
             return
         if confirmed.flags & LARGE:
-            channel.enlarge(1 << offer.orders.left, 1 << offer.orders.right)
+            end.enlarge(1 << offer.orders.left, 1 << offer.orders.right)
         if confirmed.flags & DIRECT:
-            bells.connect_direct(confirmed.name)
-        channel.joined(at)
+            end.bells.connect_direct(confirmed.name)
+        end.joined(at)
 
 
 def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders, Orders]:
@@ -232,5 +234,10 @@ def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders
     if extensions is False and max(read, write) > most:
         raise ValueError(f"rings of {read} and {write} bytes: libxenvchan's are 0 to {most}")
     orders = Orders.choose(min(read, most), min(write, most))
-    large = Orders(*(max(order, (each - 1).bit_length()) if each > most else order for order, each in zip(orders, (read, write), strict=True)))
+    large = Orders(
+        *(
+            max(order, (each - 1).bit_length()) if each > most else order
+            for order, each in zip(orders, (read, write), strict=True)
+        )
+    )
     return orders, large
