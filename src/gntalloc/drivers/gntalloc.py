@@ -47,10 +47,13 @@ DEFAULT_LIMIT = 1024
 class Gref:
     """One granted page."""
 
-    __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "users")
+    __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "state", "users")
 
-    def __init__(self, file: File, index: int, frame: Frame, domid: int, readonly: bool, ref: int, born: float) -> None:
+    def __init__(
+        self, file: File, state: FileState, index: int, frame: Frame, domid: int, readonly: bool, ref: int, born: float
+    ) -> None:
         self.file = file
+        self.state = state
         self.index = index
         self.frame = frame
         self.domid = domid
@@ -202,10 +205,10 @@ class GntallocDriver:
                 f"{asked.count} references were asked for, and the domain's grant table has {usage.live} of "
                 f"{usage.capacity} in use (this is not the limit of pages, which has room)",
             ) from None
-        now = time.monotonic()
+        now, state = time.monotonic(), _state(file)
         indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
         return [
-            Gref(file, at, frame, asked.domid, readonly, ref, now)
+            Gref(file, state, at, frame, asked.domid, readonly, ref, now)
             for at, frame, ref in zip(indexes, frames, refs, strict=True)
         ]
 
@@ -240,10 +243,9 @@ class GntallocDriver:
     def _drop(self, grefs: Iterable[Gref]) -> None:
         dropped = list(grefs)
         for gref in dropped:
-            state = _state(gref.file)
-            del state.grefs[gref.index]
+            del gref.state.grefs[gref.index]
             if gref.users > 1:  # mapped
-                state.released[gref.index] = gref
+                gref.state.released[gref.index] = gref
         self._let_go(dropped)
         self._check_books()
 
@@ -336,7 +338,7 @@ class GntallocDriver:
             self.in_use -= len(last)
         for gref in self._end(last):
             self._lingering.setdefault(gref.frame.extent, {})[gref] = None
-            _state(gref.file).released[gref.index] = gref
+            gref.state.released[gref.index] = gref
 
     def _keep_promise(self, gref: Gref, promise: Promise) -> None:
         """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
@@ -364,7 +366,7 @@ class GntallocDriver:
             self._frames.give_back(extent, page, pages)
         for gref in ended:
             del self._grefs[gref]
-            _state(gref.file).released.pop(gref.index, None)
+            gref.state.released.pop(gref.index, None)
         if self._behaviour.count_held_pages:
             self.in_use -= len(ended)
 

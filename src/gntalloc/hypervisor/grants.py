@@ -114,17 +114,15 @@ class GrantTable(Generic[Frame]):
             TableFull: the table is at its maximum.
         """
         take = self._free.popleft if self._oldest_first else self._free.pop
-        refs: list[int] = []
-        for _ in frames:
-            if not self._free:
-                try:
-                    self._grow()
-                except TableFull:
-                    self._free.extend(refs)
-                    raise
-            refs.append(take())
-        for ref, frame in zip(refs, frames, strict=True):
-            self._entries[ref] = Entry(domid, frame, readonly)
+        refs = [take() for _ in range(min(len(frames), len(self._free)))]
+        while len(refs) < len(frames):
+            try:
+                self._grow()
+            except TableFull:
+                self._free.extend(refs)
+                raise
+            refs += [take() for _ in range(min(len(frames) - len(refs), len(self._free)))]
+        self._entries.update(zip(refs, [Entry(domid, frame, readonly) for frame in frames], strict=True))
         return refs
 
     def end(self, refs: Iterable[int], *, busy: bool = False) -> list[int]:
