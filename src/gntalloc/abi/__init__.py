@@ -5,6 +5,7 @@
     gntalloc  /dev/xen/gntalloc: allocate pages and grant them
     gntdev    /dev/xen/gntdev: map what a peer granted
     evtchn    /dev/xen/evtchn: event channels
+    privcmd   /dev/xen/privcmd: the two hypercalls that channel libraries make
     grants    the grant table itself: entries, status codes, reserved domids
 
 All of it is tested against the C headers of the kernel, where a compiler is.
@@ -12,6 +13,6 @@ All of it is tested against the C headers of the kernel, where a compiler is.
 
 from __future__ import annotations
 
-from gntalloc.abi import evtchn, gntalloc, gntdev, grants, ioc, layout
+from gntalloc.abi import evtchn, gntalloc, gntdev, grants, ioc, layout, privcmd
 
-__all__ = ["evtchn", "gntalloc", "gntdev", "grants", "ioc", "layout"]
+__all__ = ["evtchn", "gntalloc", "gntdev", "grants", "ioc", "layout", "privcmd"]

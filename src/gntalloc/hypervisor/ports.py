@@ -201,6 +201,10 @@ class EventChannels:
         ports = self._domains[domid] = Ports(domid, self._domains)
         return ports
 
+    def of(self, domid: int) -> Ports | None:
+        """The ports of a domain, if it is there."""
+        return self._domains.get(domid)
+
     def destroy(self, domid: int) -> None:
         """The domain dies: its ports are free, their other ends wait for a domain of that number."""
         self._domains[domid].close_all()

@@ -12,6 +12,7 @@ from gntalloc.drivers.chardev import Driver, File, Frame, Loan, Plan, Record
 from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.drivers.gntalloc import DEFAULT_LIMIT, GntallocDriver
 from gntalloc.drivers.gntdev import GntdevDriver
+from gntalloc.drivers.privcmd import PrivcmdDriver
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frames import Frames
 from gntalloc.hypervisor.domains import DomainExists, Hypervisor
@@ -110,6 +111,7 @@ class Machine:
             ),
             GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour),
             evtchn,
+            PrivcmdDriver(domid, self._hypervisor, self._event_channels),
         ]
         guest = self.guests[domid] = Guest(domid, uid, table, drivers)
         furnish(self.store, domid)
