@@ -40,12 +40,10 @@ def test_without_it_the_bit_stays(byte: tuple[memoryview, int]) -> None:
 
 def test_of_many_takers_one_has_the_bit(byte: tuple[memoryview, int]) -> None:
     memory, address = byte
-    taken = []
+    taken: list[int] = []
 
     def take() -> None:
-        for _ in range(2000):
-            if atomics().take(memory, 0, address, 1):
-                taken.append(1)
+        taken.extend(1 for _ in range(2000) if atomics().take(memory, 0, address, 1))
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     set_bits = 50

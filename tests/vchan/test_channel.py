@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import random
@@ -257,12 +258,12 @@ def test_a_message_in_place(pair: Pair) -> None:
 def test_what_is_peeked_stays_until_it_is_released(pair: Pair) -> None:
     first, second = pair()
     first.write(b"abcdef")
-    assert second.peek(4, PATIENCE) == b"abcd"
+    assert bytes(second.peek(4, PATIENCE)) == b"abcd"
     for refused in (second.read, second.recv, second.peek):
         with pytest.raises(Busy):
             refused(timeout=0)
     second.release(1)
-    assert second.peek(timeout=PATIENCE) == b"bcdef"
+    assert bytes(second.peek(timeout=PATIENCE)) == b"bcdef"
     second.release()
     with pytest.raises(ValueError, match="nothing was peeked"):
         second.release()
@@ -294,13 +295,14 @@ def test_what_was_written_before_the_close_is_read_and_then_the_end(pair: Pair) 
     with pytest.raises(PeerClosed, match="closed its end"):
         second.recv(PATIENCE)
     assert second.read(timeout=PATIENCE) == b""
-    assert second.peek(timeout=PATIENCE) == b""
+    assert bytes(second.peek(timeout=PATIENCE)) == b""
     assert not second.connected
     with pytest.raises(PeerClosed):
         second.write(b"x")
-    with pytest.raises(PeerGone):  # the first may still go into the ring
-        for _ in range(3):
-            second.send(b"x")
+    with contextlib.suppress(PeerGone):  # this may still go into the ring
+        second.send(b"x")
+    with pytest.raises(PeerGone):
+        second.send(b"x")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -389,7 +391,8 @@ def test_after_close_every_call_says_so(pair: Pair) -> None:
     first.close()
     calls: list[Callable[[], object]] = [
         first.read, first.recv, first.peek, first.drain, first.finish, first.commit, first.release,
-        lambda: first.write(b"x"), lambda: first.send(b"x"), lambda: first.reserve(1), lambda: first.readinto(bytearray(1)),
+        lambda: first.write(b"x"), lambda: first.send(b"x"), lambda: first.reserve(1),
+        lambda: first.readinto(bytearray(1)),
         lambda: first.ready, lambda: first.room, first.wait_connected,
     ]  # fmt: skip
     for call in calls:

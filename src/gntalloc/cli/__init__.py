@@ -22,6 +22,7 @@ COMMANDS = {
     "machine": "Run a machine in the foreground, for programs to join by name.",
     "list": "Every machine, domain and grant: who granted, who maps, what is still held.",
     "limit": "Show or set how many pages a domain may have granted at once.",
+    "cat": "Netcat between domains: standard input and output through a channel.",
     "doctor": "What this computer has and lacks, and what to do about it.",
     "lab": "Boot a real Xen in QEMU and run a command in it.",
 }

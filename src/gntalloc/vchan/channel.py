@@ -109,6 +109,13 @@ class Channel:
             return self._out.room if self._end.waiting or self._reserved else self._end.look(self._out.refresh)
 
     @property
+    def unread(self) -> int:
+        """How many bytes that were written the peer has not read."""
+        with self._writing:
+            self._end.check_open()
+            return self._end.look(self._out.unread)
+
+    @property
     def waiting(self) -> bool:
         """Whether this is a server's end, and nobody has come yet."""
         return self._end.waiting
@@ -282,14 +289,14 @@ class Channel:
 
     # In place.
 
-    def reserve(self, size: int, timeout: float | None = None, *, message: bool = False) -> memoryview:
+    def reserve(self, size: int | None = None, timeout: float | None = None, *, message: bool = False) -> memoryview:
         """Room for `size` bytes to be filled in where they will lie; `commit` then sends them.
 
         The peer sees nothing until then. Until then nothing else can be written. (Where the ring's end would part the
         bytes, other memory is lent, and `commit` copies it.)
 
         Args:
-            size: no more than the ring holds.
+            size: no more than the ring holds; if not given, all the room that lies in one piece.
             timeout: seconds to wait for the room.
             message: what is committed is a message, as `send` sends.
 
@@ -297,11 +304,15 @@ class Channel:
             TimedOut, PeerGone, PeerBroke, Busy, Closed, GntallocError: as `send`.
         """
         head = HEADER if message else 0
-        if size < 1:
+        if size is not None and size < 1:
             raise ValueError(f"{size} bytes cannot be reserved")
         with _Turn(self._writing, timeout) as turn:
-            self._await_room(size + head, turn.deadline)
             ring = self._out
+            self._await_room((size or 1) + head, turn.deadline)
+            if size is None:
+                if not self._end.waiting:
+                    self._end.look(ring.refresh)
+                size = max(1, ring.in_one_piece(head))
             view = ring.view(size, head)
             copy = None
             if view is None:

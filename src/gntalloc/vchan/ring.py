@@ -144,6 +144,11 @@ class Writer(_Ring):
         at = self._base + ((self.index + skip) & self._mask)
         return self.memory[at : at + length] if at + length <= self._end else None
 
+    def in_one_piece(self, skip: int = 0) -> int:
+        """How many bytes of the room lie in one piece, after `skip` of them."""
+        place = (self.index + skip) & self._mask
+        return min(self.room - skip, self._end - self._base - place)
+
     def fill(self, data: memoryview, skip: int = 0) -> None:
         """Write bytes that fit, after `skip` of the next ones. `advance` shows them."""
         self._copy(self.index + skip, data)

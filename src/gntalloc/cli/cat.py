@@ -1,0 +1,58 @@
+"""`gntalloc cat`: netcat between domains."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import click
+
+from gntalloc.cli.show import progress
+from gntalloc.guest.domain import current_domain
+from gntalloc.vchan.pump import pump
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.option("-l", "--listen", is_flag=True, help="Be the server: wait for a client in domain PEER.")
+@click.option(
+    "-d", "--domain", metavar="DOMAIN", help="The domain to be in, as NAME/DOMID; otherwise as for every program."
+)
+@click.option("-w", "--timeout", type=click.FloatRange(0), help="Seconds to wait for the peer; for ever if not given.")
+@click.option(
+    "--size", default=1 << 20, show_default=True, type=click.IntRange(0, 1 << 24), help="With -l: bytes of each ring."
+)
+@click.argument("peer", metavar="PEER", type=click.IntRange(0, 0xFFFF))
+@click.argument("path", metavar="PATH")
+def command(*, listen: bool, domain: str | None, timeout: float | None, size: int, peer: int, path: str) -> None:
+    """Connect standard input and output to a program in domain PEER, through a vchan at PATH in xenstore.
+
+    \b
+        gntalloc cat -l 2 files | tar -x           in domain 1
+        tar -c folder | gntalloc cat 1 files       in domain 2
+
+    PATH is a name, or begins with / if it is all of it. The other end may be any program that speaks libxenvchan.
+    Ends when both directions have ended and everything was read; then the exit status is 0.
+    """  # noqa: D301  the backslash is click's
+    here = current_domain(domain)
+    moved = 0
+    lock = threading.Lock()
+    if listen:
+        with here.listen(peer, path, size=size) as listener:
+            channel = listener.accept(timeout)
+    else:
+        channel = here.connect(peer, path, timeout=timeout)
+    with channel, progress(f"domain {here.domid} ⇄ {peer}", None) as show:
+
+        def count(more: int) -> None:
+            nonlocal moved
+            with lock:
+                moved += more
+                show(moved)
+
+        pump(channel, sys.stdin.fileno(), sys.stdout.fileno(), count if not sys.stdout.isatty() else _nothing)
+
+
+def _nothing(_count: int) -> None:
+    """Of a terminal everybody sees what arrives."""

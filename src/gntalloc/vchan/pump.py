@@ -1,0 +1,149 @@
+"""Two descriptors and a channel: what one gives goes into it, what comes out of it goes to the other. For `cat`.
+
+Bytes are read into the ring and written from it, with no memory in between. The end of the source is the end of this
+direction only: of a peer of this package it is said (`finish`), and the other direction goes on. A libxenvchan can be
+told nothing but that all is over: it is, once it has read everything; but a source that was empty from the start ends
+nothing there, and the peer's close is waited for.
+
+It is over when both directions are, and the peer has read everything that it was sent; or when the peer has closed.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from typing import TYPE_CHECKING
+
+from gntalloc.errors import Closed, GntallocError, PeerClosed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.vchan.channel import Channel
+
+__all__ = ["pump"]
+
+_PIECE = 1 << 18  # bytes at most that are read from the source at once
+
+
+def pump(channel: Channel, source: int, sink: int, moved: Callable[[int], None] = lambda _count: None) -> None:
+    """Move bytes until the end, and close the channel.
+
+    Args:
+        channel: connected, and then closed.
+        source: a descriptor to read.
+        sink: a descriptor to write.
+        moved: is told how many bytes went either way, from two threads.
+
+    Raises:
+        PeerClosed: the peer closed before it had read everything.
+        PeerDied: the peer's program ended without closing.
+        OSError: a descriptor's. BrokenPipeError: nobody reads the sink any more.
+    """
+    sender = _Sender(channel, source, moved)
+    sender.start()
+    try:
+        _receive(channel, sink, moved, sender)
+        if channel.connected:
+            sender.join()  # the peer writes no more, but may read
+        elif sender.outcome is None and channel.unread:
+            raise PeerClosed(f"domain {channel.peer} closed, and {channel.unread} bytes were not read by it")
+    finally:
+        sender.stop()
+        channel.close()
+        sender.join()
+        sender.close()
+    if sender.outcome is not None:
+        raise sender.outcome
+
+
+def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: _Sender) -> None:
+    try:
+        while view := channel.peek():
+            with view:
+                count = os.write(sink, view)
+            channel.release(count)
+            moved(count)
+    except Closed:
+        if not sender.closed:  # it closes when all is over
+            raise
+
+
+class _Sender:
+    """A thread: from the source into the channel.
+
+    Attributes:
+        outcome: what went wrong.
+        closed: everything was read by a libxenvchan, and the channel was closed.
+    """
+
+    def __init__(self, channel: Channel, source: int, moved: Callable[[int], None]) -> None:
+        self.outcome: Exception | None = None
+        self.closed = False
+        self._channel = channel
+        self._source = source
+        self._moved = moved
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Wait for the source no more."""
+        os.eventfd_write(self._bell, 1)
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Put the bell away, after `join`."""
+        os.close(self._bell)
+
+    def _run(self) -> None:
+        channel = self._channel
+        try:
+            sent = self._send()
+            if sent is None:
+                return
+            if channel.extended:
+                channel.finish()
+                channel.drain()
+            elif sent:
+                channel.drain()
+                self.closed = True
+                channel.close()
+        except Closed:
+            pass  # so somebody else has ended it
+        except Exception as error:
+            self.outcome = error
+
+    def _send(self) -> int | None:
+        """How many bytes it was; None: stopped."""
+        channel = self._channel
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        try:
+            poll.register(self._source, select.POLLIN)
+        except OSError as error:
+            raise GntallocError(error.errno or 0, f"the source cannot be read: {error.strerror}") from error
+        sent = 0
+        while True:
+            if any(descriptor == self._bell for descriptor, _ in poll.poll()):
+                return None
+            # Only once there is something to read, so that nothing is reserved when the channel is to be closed.
+            view = channel.reserve()
+            try:
+                with view:
+                    count = os.readv(self._source, [view[:_PIECE]])
+            except BaseException:
+                channel.commit(0)
+                raise
+            channel.commit(count)
+            if not count:
+                return sent
+            sent += count
+            self._moved(count)
