@@ -3,8 +3,9 @@
     python bench/cycle.py [--json FILE]
 
 Everything on one processor. A cycle: the first process makes a page and tells the second, which attaches it, reads a
-byte, lets go and answers; the first frees it. `messages` is the floor: as many calls to the machine as a cycle makes,
-each answered at once, and the same telling and answering. Medians of rounds, taken in turn.
+byte, lets go and answers; the first frees it. `messages` is the floor: the messages of a cycle with nothing behind them
+(a call answered at once for each call, a note about nothing for each note), and the same telling and answering. Medians
+of rounds, taken in turn.
 """
 
 from __future__ import annotations
@@ -88,23 +89,24 @@ def grant_cycle(domain: Domain, line: Line, pages: int, *, writable: bool) -> No
         line.ask(str(shared.grant))
 
 
-def calls(domain: Domain, count: int) -> None:
+def call_and_tell(domain: Domain, notes: int) -> None:
     channel = domain.devices._channel  # noqa: SLF001  the floor is below the API
-    for _ in range(count):
-        channel.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
+    channel.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
+    for _ in range(notes):
+        channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(0, 0), channel.generation)
 
 
 def messages_server(domain: Domain) -> Callable[[str], None]:
     def serve(_text: str) -> None:
-        calls(domain, 3)  # MAP, mmap, UNMAP
+        call_and_tell(domain, 1)  # MAP and mmap; UNMAP
 
     return serve
 
 
 def messages_cycle(domain: Domain, line: Line) -> None:
-    calls(domain, 2)  # ALLOC, mmap
+    call_and_tell(domain, 1)  # ALLOC and mmap; PLACED
     line.ask("1:8:ro")
-    calls(domain, 1)  # DEALLOC
+    domain.devices._channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(0, 0), 1)  # noqa: SLF001  DEALLOC
 
 
 def many_segments() -> None:

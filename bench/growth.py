@@ -1,6 +1,7 @@
 """What one ALLOC and DEALLOC of a page cost while other grants are live: 0 to 30,000, made in ALLOCs of 200.
 
-    python bench/growth.py                      on a machine of our own
+    python bench/growth.py                      on a machine of our own; then with 10,000 of them held by a peer, and
+                                                with as many ALLOCs of a single page as the machine has descriptors for
     python bench/growth.py --kernel             on /dev/xen: run it in the lab
     … --json FILE                               write what was measured there as well
 
@@ -28,6 +29,7 @@ from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGr
 if TYPE_CHECKING:
     from gntalloc.guest.devices import DeviceFile, Devices
 
+HELD = 10000
 LIVE = (0, 10, 100, 1000, 5000, 10000, 20000, 30000)
 CHUNK = 200
 ROUNDS = 9
@@ -71,6 +73,44 @@ def measure(devices: Devices, cycles: int) -> list[dict[str, float]]:
     return points
 
 
+def measure_held(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
+    """With 30,000 live as above, of which a peer maps 10,000."""
+    granter, peer = machine.domain(3, limit=LIVE[-1] + 1000), machine.domain(4)
+    file = granter.devices.open("gntalloc")
+    one_round(file, cycles)
+    none = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
+    shares = [granter.share(peer, CHUNK, writable=True) for _ in range(LIVE[-1] // CHUNK)]
+    maps = [peer.map(shared.grant) for shared in shares[: HELD // CHUNK]]
+    one_round(file, cycles)
+    held = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
+    for pages in (*maps, *shares):
+        pages.close()
+    print(f"{LIVE[-1]} live, {HELD} of them mapped by a peer: {held:.1f} µs, with none {none:.1f}: {held / none:.2f}")
+    return {"none": round(none, 1), "held": round(held, 1)}
+
+
+def measure_single(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
+    """With as many ALLOCs of one page as there can be: each is a memory file, and so a descriptor of the machine."""
+    domain = machine.domain(5, limit=1 << 20)
+    bulk, file = domain.devices.open("gntalloc"), domain.devices.open("gntalloc")
+    one_round(file, cycles)
+    none = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
+    live = 0
+    try:
+        while True:
+            alloc(bulk, 1)
+            live += 1
+    except gntalloc.DeviceError as error:
+        print(f"{live} ALLOCs of one page, then: {error}")
+    dealloc(bulk, 0)
+    one_round(file, cycles)
+    most = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
+    print(f"with {live - 1} ALLOCs of a single page live: {most:.1f} µs, with none {none:.1f}: {most / none:.2f}")
+    bulk.close()
+    file.close()
+    return {"none": round(none, 1), "live": live - 1, "single": round(most, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="store_true")
@@ -78,16 +118,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.kernel:
         points = measure(gntalloc.current_domain("/dev/xen").devices, 40)
+        more = {}
         what = f"Linux {platform.release()}"
     else:
         if len(os.sched_getaffinity(0)) > 1:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the machine inherits it: one processor for both
         with gntalloc.Machine() as machine:
             points = measure(machine.domain(1).devices, 200)
+            held = measure_held(machine, 200)
+            single = measure_single(machine, 200)
+        more = {"held": held, "single": single}
         what = f"gntalloc on Python {platform.python_version()}"
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"what": what, "points": points}, file, indent=1)
+            json.dump({"what": what, "points": points, **more}, file, indent=1)
             file.write("\n")
     sys.exit(0)
 

@@ -177,7 +177,8 @@ class Frames(Generic[Holder]):
         try:
             first = _memory_file()
         except OSError as error:
-            raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}") from error
+            todo = "; raise the machine's ulimit -n" * (error.errno == errno.EMFILE)
+            raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}{todo}") from error
         try:
             os.posix_fallocate(first, 0, pages * PAGE_SIZE)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
@@ -185,8 +186,10 @@ class Frames(Generic[Holder]):
             # memfd_create's own description is not counted among the writers a lease looks at; this one is.
             master = _open_again(first, os.O_RDWR)
         except OSError as error:
-            why = f"{pages} pages could not be had from the computer: {error.strerror}"
-            raise DeviceError(errno.ENOMEM, why) from error
+            what = "1 page" if pages == 1 else f"{pages} pages"
+            todo = "; each ALLOC needs one: raise the machine's ulimit -n, or allocate more pages at once"
+            why = f"{what} could not be had from the computer: {error.strerror}"
+            raise DeviceError(errno.ENOMEM, why + todo * (error.errno == errno.EMFILE)) from error
         finally:
             os.close(first)
         self.pages += pages

@@ -42,7 +42,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 __all__ = [
     "CONTROL",
@@ -145,30 +145,40 @@ class Decoder:
         """Whether part of a message has come, and not the rest."""
         return bool(self._buffer)
 
-    def feed(self, data: bytes) -> Iterable[Message]:
+    def feed(self, data: bytes) -> list[Message]:
         """Add what came, and give every message that is whole now.
 
         Raises:
             Garbage: the length is beyond MAX_PAYLOAD.
         """
-        if not self._buffer and len(data) >= HEADER.size:
-            length, kind, descriptors, number = HEADER.unpack_from(data)
-            if len(data) == HEADER.size + length:  # just one, as nearly always
-                return (Message(kind, number, descriptors, data[HEADER.size :]),)
-        self._buffer += data
-        return self._whole()
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            if len(buffer) < _end_of_message(buffer, 0):
+                return []  # and it is not copied before it is whole, however small the pieces are that it comes in
+            data = bytes(buffer)
+            buffer.clear()
+        messages: list[Message] = []
+        start, size = 0, len(data)
+        while start < size:
+            end = _end_of_message(data, start)
+            if end > size:
+                buffer += data[start:]
+                break
+            _, kind, descriptors, number = HEADER.unpack_from(data, start)
+            messages.append(Message(kind, number, descriptors, data[start + HEADER.size : end]))
+            start = end
+        return messages
 
-    def _whole(self) -> Iterator[Message]:
-        while len(self._buffer) >= HEADER.size:
-            length, kind, descriptors, number = HEADER.unpack_from(self._buffer)
-            if length > MAX_PAYLOAD:
-                raise Garbage(f"a message of {length} bytes was announced, and {MAX_PAYLOAD} is the most")
-            end = HEADER.size + length
-            if len(self._buffer) < end:
-                return
-            payload = bytes(self._buffer[HEADER.size : end])
-            del self._buffer[:end]
-            yield Message(kind, number, descriptors, payload)
+
+def _end_of_message(data: bytes | bytearray, start: int) -> int:
+    """Where the message ends that begins at `start`, or at least its header."""
+    if len(data) - start < HEADER.size:
+        return start + HEADER.size
+    length: int = HEADER.unpack_from(data, start)[0]
+    if length > MAX_PAYLOAD:
+        raise Garbage(f"a message of {length} bytes was announced, and {MAX_PAYLOAD} is the most")
+    return start + HEADER.size + length
 
 
 def encode(kind: int, number: int, payload: bytes = b"", descriptors: int = 0) -> bytes:
