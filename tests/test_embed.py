@@ -30,7 +30,7 @@ def test_a_machine_leaves_nothing_in_its_folder(make_machine: Callable[..., Mach
     folder = Path(machine.folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     domain = machine.domain(1)
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "control"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "1.store", "control"]
     domain.devices.close()
     machine.close()
     machine.close()

@@ -102,6 +102,7 @@ class Server:
                 self._stop_listening(store_path(self.folder, domid))
             self.machine.destroy(domid)
             raise
+        self._store.serve()  # tells those who watch
         return guest
 
     def destroy(self, domid: int) -> None:

@@ -80,7 +80,7 @@ class StoreFront:
                 continue
             if events & ~_WRITABLE:
                 self._let(line, line.receive)
-            if events & _WRITABLE:
+            if events & _WRITABLE or line.broken:
                 self._daemon.talking.add(line.session)
             self._plan(line)
         for _ in range(len(self._turns)):

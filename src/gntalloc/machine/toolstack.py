@@ -70,6 +70,4 @@ def _set(store: Server, path: str, value: str, entries: tuple[Entry, ...]) -> No
         view.make(path, value.encode())
     node = view.find(path)
     assert node is not None
-    node = view.change_owner(node, entries)
-    view.put(path, node)
-    view.tell(path, node)
+    view.tell(path, view.put(path, view.change_owner(node, entries)))

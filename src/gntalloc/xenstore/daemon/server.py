@@ -1,7 +1,7 @@
 """Server: requests to answers and events. What the C daemon of Xen 4.17 answers, errno for errno.
 
 Sources: Xen 4.17.7, docs/misc/xenstore.txt and how tools/xenstore behaves, compared with the running daemon request
-by request (tests/xenstore/differential). docs/xenstore.md lists what is different here, and why.
+by request (tests/xenstore/xs_run.py). docs/xenstore.md lists what is different here, and why.
 """
 
 from __future__ import annotations
@@ -214,9 +214,12 @@ class Server:
         while pending and domain.nodes > 0:
             path = pending.pop()
             node = self.tree[path]
-            if node.permissions[0].domid == domain.domid:
+            mine = node.permissions[0].domid == domain.domid
+            if mine and path == "/":  # somebody gave it away; the daemon would lose everything
+                view.put(path, view.change_owner(node, (node.permissions[0]._replace(domid=0), *node.permissions[1:])))
+            elif mine:
                 view.remove(path)
-            else:
+            if path == "/" or not mine:
                 prefix = "" if path == "/" else path
                 pending.extend(f"{prefix}/{name}" for name in reversed(node.children))
 
@@ -257,8 +260,7 @@ class Server:
                 raise
             node = view.make(path, value)
         else:
-            node = node._replace(value=value)
-            view.put(path, node)
+            node = view.put(path, node._replace(value=value))
         view.tell(path, node)
         return OK
 
@@ -302,7 +304,7 @@ class Server:
             raise Refused(errno.EPERM)
         changed = view.change_owner(node, entries)
         try:
-            view.put(path, changed)
+            changed = view.put(path, changed)
         except Refused:
             view.change_owner(changed, before)
             raise

@@ -72,14 +72,17 @@ class Session:
         self._put(wire.encode(message), event=False)
 
     def event(self, path: str, token: bytes, *, quota: int) -> None:
-        """Send an event; not if the same one waits already, nor if its domain's memory is used up."""
+        """Send an event; not if the same one waits already, nor if its domain's memory is nearly used up.
+
+        A quarter of it is kept for requests, so that who does not read stops none of its domain's other programs.
+        """
         body = path.encode("latin-1") + b"\0" + token + b"\0"
         if len(body) > wire.PAYLOAD_MAX:
             return
         data = wire.encode(Message(Type.WATCH_EVENT, 0, 0, body))
         if data in self._events and not path.startswith("@"):
             return
-        if not self.privileged and self.domain.memory + len(data) >= quota:
+        if not self.privileged and self.domain.memory + len(data) >= quota - quota // 4:
             return
         self._events.add(data)
         self._put(data, event=True)

@@ -100,8 +100,8 @@ class View:
 
     # Changing.
 
-    def put(self, path: str, node: Node, *, free: bool = False) -> None:
-        """Set a node.
+    def put(self, path: str, node: Node, *, free: bool = False) -> Node:
+        """Set a node, and tell what it has become.
 
         Args:
             path: its name.
@@ -124,7 +124,7 @@ class View:
                 self._domains.charge(old.permissions[0].domid, -_cost(path, old))
             self._domains.charge(node.permissions[0].domid, _cost(path, node))
             self._tree[path] = node
-            return
+            return node
         seen = self._change(transaction, path)
         try:
             if limit and node.size >= self._quotas.node_size:
@@ -134,6 +134,7 @@ class View:
             transaction.failed = True
             raise
         seen.node = node
+        return node
 
     def make(self, path: str, value: bytes) -> Node:
         """Make a node that is not there, and those above it that are not. They inherit permissions.
@@ -154,23 +155,24 @@ class View:
             entries = (entries[0]._replace(domid=self._session.domain.domid), *entries[1:])
         if self._transaction is not None:
             self._transaction.created = True
-        node = Node(0, entries, value)
         made: list[str] = []
-        below = ""
+        new = Node(0, entries, value)
         try:
-            for new in lacking:  # from the last one up, as each is a child of the next
+            for below, name in zip(("", *lacking), lacking, strict=False):  # from the last one up
                 if self.limited and self._owned() >= self._quotas.nodes:
                     raise Refused(errno.ENOSPC)
-                self.put(new, node.with_child(last(below)) if below else node)
-                made.append(new)
+                if below:
+                    self.put(name, Node(0, entries).with_child(last(below)))
+                else:
+                    new = self.put(name, new)
+                made.append(name)
                 if not self._count(entries[0].domid, 1):
                     raise Refused(errno.ENOMEM)
-                node, below = Node(0, entries), new
-            self.put(name, over.with_child(last(below)))
+            self.put(parent(lacking[-1]), over.with_child(last(lacking[-1])))
         except Refused:
             self._unmake(made, entries[0].domid)
             raise
-        return Node(0, entries, value)
+        return new
 
     def remove(self, path: str) -> None:
         """Remove a node that is there and is not /, and all below it. Watches are told of each.
