@@ -137,15 +137,17 @@ time.sleep(60)
     assert channel.recv(PATIENCE) == b"ready"
     channel.write(b"go")
     with pytest.raises(PeerBroke):
-        if lie.startswith("cons"):
-            while True:
-                channel.write(bytes(1000), PATIENCE)
-        else:
-            channel.recv(PATIENCE)
+        _until_it_is_seen(channel, writing=lie.startswith("cons"))
     with pytest.raises(PeerBroke):  # and so it stays
         channel.read(timeout=PATIENCE)
     with pytest.raises(PeerBroke):
         channel.write(b"x", PATIENCE)
+
+
+def _until_it_is_seen(channel: Channel, *, writing: bool) -> None:
+    while writing:
+        channel.write(bytes(1000), PATIENCE)
+    channel.recv(PATIENCE)
 
 
 def test_a_peer_that_writes_anything_anywhere_causes_named_errors_only(with_program: Start) -> None:

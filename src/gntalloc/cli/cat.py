@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
@@ -51,8 +52,15 @@ def command(*, listen: bool, domain: str | None, timeout: float | None, size: in
                 moved += more
                 show(moved)
 
-        pump(channel, sys.stdin.fileno(), sys.stdout.fileno(), count if not sys.stdout.isatty() else _nothing)
+        source, sink = sys.stdin.fileno(), sys.stdout.fileno()
+        if os.isatty(sink):  # there everybody sees what arrives
+            pump(channel, source, sink)
+        else:
+            pump(channel, source, sink, moved=count, received=_close_output)
 
 
-def _nothing(_count: int) -> None:
-    """Of a terminal everybody sees what arrives."""
+def _close_output() -> None:
+    """The peer writes no more: let the program that reads our output know, though our input may go on."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)

@@ -150,6 +150,16 @@ class SharedPages(_Pages):
         """
         return self._file.holders(self._index, len(self.refs)).mapped_by
 
+    def released_descriptor(self) -> int | None:
+        """A descriptor that becomes readable when no peer has any of the pages mapped, for the caller to close.
+
+        None: none has now. When it is readable ask again: another may have come.
+
+        Raises:
+            NotKnownHere: on real Xen.
+        """
+        return self._file.holders(self._index, len(self.refs), wait=True).released
+
     def wait_released(self, timeout: float | None = None) -> None:
         """Wait until no peer has any of the pages mapped, by whatever way it let go: unmapped, exited, was killed.
 
@@ -162,19 +172,16 @@ class SharedPages(_Pages):
             MachineGone: the machine ended, and nobody counts any more.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            holders = self._file.holders(self._index, len(self.refs), wait=True)
-            if holders.released is None:
-                return
+        while (released := self.released_descriptor()) is not None:
             try:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 poll = select.poll()
-                poll.register(holders.released, select.POLLIN)
+                poll.register(released, select.POLLIN)
                 ended = poll.poll(None if left is None else left * 1000)
             finally:
-                os.close(holders.released)
+                os.close(released)
             if not ended:
-                who = ", ".join(map(str, holders.mapped_by)) or "its peer, which hides it"
+                who = ", ".join(map(str, self.mapped_by)) or "its peer, which hides it"
                 raise TimedOut(f"grant {self.grant} is still mapped by domain {who} after {timeout} s; wait longer")
 
     def __repr__(self) -> str:

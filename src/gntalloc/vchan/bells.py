@@ -102,16 +102,19 @@ class Bells:
                 self._changed.wait(left)
                 return
             self._asleep = True
+        self._hear(left)
+
+    def _hear(self, timeout: float | None) -> None:
+        """Take what rings, or rings within `timeout` seconds. One thread at a time: who has set `_asleep`."""
         try:
-            self.hear(left)
+            self._take(timeout)
         finally:
             with self._changed:
                 self._asleep = False
                 self.news += 1
                 self._changed.notify_all()
 
-    def hear(self, timeout: float | None) -> None:
-        """Take what rings, or rings within `timeout` seconds."""
+    def _take(self, timeout: float | None) -> None:
         for descriptor, _ in self._epoll.poll(timeout):
             if self._direct is not None and descriptor == self._direct.fileno():
                 with contextlib.suppress(OSError):
@@ -122,6 +125,14 @@ class Bells:
                     os.eventfd_read(self._own)
             elif self._port.take():
                 self._port.rearm()
+
+    def hear_now(self) -> None:
+        """Take what rings, and let those know who wait here. If a thread sleeps here, it hears that by itself."""
+        with self._changed:
+            if self._asleep:
+                return
+            self._asleep = True
+        self._hear(0)
 
     def fileno(self) -> int:
         """Readable while something rings."""

@@ -31,7 +31,7 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.vchan.end import flag_word
+from gntalloc.vchan.end import Asking, flag_word
 from gntalloc.vchan.extension import FINISHED
 from gntalloc.vchan.layout import CONNECTED, NOTIFY_READ, NOTIFY_WRITE
 from gntalloc.vchan.ring import HEADER
@@ -123,6 +123,14 @@ class Channel:
     def fileno(self) -> int:
         """A descriptor that is readable when a call that would have waited is worth repeating. See `gntalloc.aio`."""
         return self._end.bells.fileno()
+
+    def asking(self, bit: int) -> Asking:
+        """For a face of another kind, which waits on `fileno` and calls again without waiting: the peer is asked."""
+        return Asking(self._end, bit)
+
+    def heard(self) -> None:
+        """For such a face: what made `fileno` readable is taken, and other threads are told."""
+        self._end.bells.hear_now()
 
     # Bytes.
 

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gntalloc.errors import Closed, PeerBroke, PeerClosed, PeerDied, PeerGone, TimedOut
 from gntalloc.vchan.extension import CLI_STATE, FINISHED, GOODBYE, SRV_STATE
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gntalloc.vchan.bells import Bells
     from gntalloc.vchan.pages import ChannelPages
 
-__all__ = ["CLIENT", "SERVER", "SPIN", "End", "Role", "flag_word"]
+__all__ = ["CLIENT", "SERVER", "SPIN", "Asking", "End", "Role", "flag_word"]
 
 SPIN = 50e-6
 """Seconds to look before sleeping, if not told otherwise: about what a wake-up costs."""
@@ -178,7 +178,7 @@ class End:
                 self.bells.sleep(seen, deadline)
                 if enough():
                     return True
-                self._ask_again()
+                self.ask_again()
         finally:
             self.ask_no_more(bit)
 
@@ -191,12 +191,13 @@ class End:
         """From now on the peer rings when it has done that."""
         with self._asking:
             self._askers[bit] += 1
-        self._ask_again()
+        self.ask_again()
 
-    def _ask_again(self) -> None:
+    def ask_again(self) -> None:
         """The peer clears a bit when it rings."""
         with self._asking:
-            self._page[self.role.asking] = self._wanted()
+            if not self.closing:
+                self._page[self.role.asking] = self._wanted()
         self.atomics.fence()
 
     def ask_no_more(self, bit: int) -> None:
@@ -312,6 +313,25 @@ class End:
         self._page[self.role.my_live] = GONE
         self.atomics.fence()
         self.bells.ring_both()
+
+
+class Asking:
+    """As long as this is entered, the peer is asked to ring."""
+
+    def __init__(self, end: End, bit: int) -> None:
+        self._end = end
+        self._bit = bit
+
+    def again(self) -> None:
+        """A bell has rung, and the next is asked for."""
+        self._end.ask_again()
+
+    def __enter__(self) -> Self:
+        self._end.ask(self._bit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.ask_no_more(self._bit)
 
 
 def flag_word(at: int, value: int) -> int:

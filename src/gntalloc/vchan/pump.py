@@ -27,7 +27,14 @@ __all__ = ["pump"]
 _PIECE = 1 << 18  # bytes at most that are read from the source at once
 
 
-def pump(channel: Channel, source: int, sink: int, moved: Callable[[int], None] = lambda _count: None) -> None:
+def pump(
+    channel: Channel,
+    source: int,
+    sink: int,
+    *,
+    moved: Callable[[int], None] = lambda _count: None,
+    received: Callable[[], None] = lambda: None,
+) -> None:
     """Move bytes until the end, and close the channel.
 
     Args:
@@ -35,6 +42,7 @@ def pump(channel: Channel, source: int, sink: int, moved: Callable[[int], None] 
         source: a descriptor to read.
         sink: a descriptor to write.
         moved: is told how many bytes went either way, from two threads.
+        received: is called when nothing more will go to the sink.
 
     Raises:
         PeerClosed: the peer closed before it had read everything.
@@ -45,9 +53,9 @@ def pump(channel: Channel, source: int, sink: int, moved: Callable[[int], None] 
     sender.start()
     try:
         _receive(channel, sink, moved, sender)
-        if channel.connected:
-            sender.join()  # the peer writes no more, but may read
-        elif sender.outcome is None and channel.unread:
+        received()
+        _wait_for(sender, channel)
+        if sender.outcome is None and not sender.closed and channel.unread:
             raise PeerClosed(f"domain {channel.peer} closed, and {channel.unread} bytes were not read by it")
     finally:
         sender.stop()
@@ -56,6 +64,19 @@ def pump(channel: Channel, source: int, sink: int, moved: Callable[[int], None] 
         sender.close()
     if sender.outcome is not None:
         raise sender.outcome
+
+
+def _wait_for(sender: _Sender, channel: Channel) -> None:
+    """The peer writes no more, but may read: until all is sent, or the peer is gone."""
+    poll = select.poll()
+    poll.register(sender.done, select.POLLIN)
+    if not sender.closed:
+        poll.register(channel.fileno(), select.POLLIN)
+    while not sender.closed and channel.connected:
+        for descriptor, _ in poll.poll():
+            if descriptor == sender.done:
+                return
+            channel.heard()
 
 
 def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: _Sender) -> None:
@@ -76,6 +97,7 @@ class _Sender:
     Attributes:
         outcome: what went wrong.
         closed: everything was read by a libxenvchan, and the channel was closed.
+        done: readable when it has ended.
     """
 
     def __init__(self, channel: Channel, source: int, moved: Callable[[int], None]) -> None:
@@ -84,6 +106,7 @@ class _Sender:
         self._channel = channel
         self._source = source
         self._moved = moved
+        self.done = os.eventfd(0, os.EFD_CLOEXEC)
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -100,8 +123,9 @@ class _Sender:
         self._thread.join()
 
     def close(self) -> None:
-        """Put the bell away, after `join`."""
+        """Put the bells away, after `join`."""
         os.close(self._bell)
+        os.close(self.done)
 
     def _run(self) -> None:
         channel = self._channel
@@ -120,6 +144,8 @@ class _Sender:
             pass  # so somebody else has ended it
         except Exception as error:
             self.outcome = error
+        finally:
+            os.eventfd_write(self.done, 1)
 
     def _send(self) -> int | None:
         """How many bytes it was; None: stopped."""
