@@ -19,7 +19,7 @@ import pytest
 
 from gntalloc import wire
 from gntalloc.errors import DeviceError
-from gntalloc.machine import connection, server
+from gntalloc.machine import channel, server
 
 sys.path.insert(0, str(Path(__file__).parent))
 from raw_client import ALLOC, ARGUMENT, RawClient
@@ -119,7 +119,7 @@ def test_pipelined_requests_are_answered_in_order(alice: Domain) -> None:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of the test waits for nobody any longer. It is started after this, as a fork of nothing of ours."""
-    monkeypatch.setattr(connection, "STALL", 0.05)
+    monkeypatch.setattr(channel, "STALL", 0.05)
     monkeypatch.setattr(server, "_CHECK_FOR_STALLS", 0.02)
 
 

@@ -1,21 +1,10 @@
-"""One program's call channel: its messages in, replies out, in order.
-
-The machine never blocks on a program. It sends with MSG_DONTWAIT; what does not go out at once is kept, and no further
-message of that program is served before it has gone. A program that leaves a message half sent, or does not read, is
-dropped after a while; its files live on with their homes.
-"""
+"""One program's call channel: each message is a call of it, answered in turn."""
 
 from __future__ import annotations
 
-import array
 import errno
 import logging
-import os
-import select
-import socket
 import struct
-import time
-from collections import deque
 from typing import TYPE_CHECKING, cast
 
 from gntalloc import wire
@@ -23,237 +12,25 @@ from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF
 from gntalloc.drivers.chardev import MessageCaller, Region
 from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
 
     from gntalloc.drivers.chardev import File, Loan, Plan, Record
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.server import Server
 
-__all__ = ["Channel", "Connection", "Dropped"]
+__all__ = ["Connection"]
 
 log = logging.getLogger("gntalloc.machine")
 
-MESSAGES_A_TURN = 8  # then it is somebody else's turn
-STALL = 10.0  # seconds without progress until a program is dropped
-_BYTES_A_TURN = 65536
-_DESCRIPTORS_A_MESSAGE = 8  # more than any has
-_NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
-_TRUNCATED = int(socket.MSG_CTRUNC)
-_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
-_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
-_NOTES = frozenset({wire.PLACED, wire.IOCTL | wire.UNANSWERED})
-_NOTES_A_TURN = 2 * wire.MOST_UNANSWERED  # of who keeps to the rules all, and a PLACED or two that are not counted
-_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTORS_A_MESSAGE * 4)
 _MANY_UNPLACED = 64
 _INDEX, _INDEX_AT = struct.Struct("=Q"), 8  # in the arguments of ALLOC_GREF and MAP_GRANT_REF
 _INVERSE = {ALLOC_GREF: DEALLOC_GREF, MAP_GRANT_REF: UNMAP_GRANT_REF}
 _RANGE = struct.Struct("=QI4x")  # the arguments of the other two
-_NO_LINGER = struct.pack("ii", 0, 0)
-
-
-class Dropped(Exception):
-    """There is no way to go on with this program."""
-
-
-class Channel:
-    """A stream of messages to and from one program, non-blocking. `serve` answers one."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self.inbox: deque[tuple[wire.Message, list[int]]] = deque()
-        self._decoder = wire.Decoder()
-        self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
-        self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
-        self._stalled_since: float | None = None
-        self._admitted = 0  # how many of the inbox
-        self.wanted = select.EPOLLIN  # the loop's: what it waits for here
-        self.queued = False  # the loop's: whether it waits for its turn
-
-    def serve(self, message: wire.Message, descriptors: list[int]) -> None:
-        """Answer one message. The descriptors are closed by the caller."""
-        raise Dropped("nobody listens")
-
-    @property
-    def runnable(self) -> bool:
-        """Whether a message waits and may be served."""
-        return bool(self.inbox) and not self._outbox
-
-    @property
-    def wants_to_send(self) -> bool:
-        """Whether replies wait for the program to read."""
-        return bool(self._outbox)
-
-    def stalled(self, now: float) -> bool:
-        """Whether it has kept the machine waiting for too long."""
-        return self._stalled_since is not None and now - self._stalled_since > STALL
-
-    def waits(self) -> bool:
-        """Whether it keeps the machine waiting at all."""
-        return self._stalled_since is not None
-
-    def receive(self) -> None:
-        """Take what has come.
-
-        Raises:
-            Dropped: the program is gone, or what it sent is no message.
-        """
-        try:
-            data, controls, flags, _ = self.sock.recvmsg(_BYTES_A_TURN, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise Dropped(f"it cannot be read any more: {error.strerror}") from None
-        for level, kind, content in controls:
-            if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
-                self._received.extend(array.array("i", content[: len(content) // 4 * 4]))
-        if flags & _TRUNCATED:
-            raise Dropped("it sent more descriptors than any message has")
-        if not data:
-            raise Dropped("it went away")
-        received = self._received
-        try:
-            for message in self._decoder.feed(data):
-                if message.descriptors > len(received):
-                    raise Dropped("it announced descriptors that did not come")
-                self.inbox.append((message, [received.popleft() for _ in range(message.descriptors)]))
-        except wire.Garbage as error:
-            raise Dropped(f"what it sent is no message: {error}") from None
-        if len(received) > (_DESCRIPTORS_A_MESSAGE if self._decoder.in_the_middle else 0):
-            raise Dropped("it sent descriptors that belong to no message")
-        self._judge()
-
-    def admit(self) -> None:
-        """What has come until now may be served at the next turn."""
-        self._admitted = len(self.inbox)
-
-    def turn(self) -> None:
-        """Serve some of what was admitted.
-
-        Raises:
-            Dropped: the program is gone.
-        """
-        for _ in range(min(self._admitted, MESSAGES_A_TURN)):
-            if self._outbox:
-                break
-            self._serve_next()
-        self._judge()
-
-    def take_notes(self) -> None:
-        """Serve what was told before anything was asked, admitted or not: its teller may have told others since.
-
-        Raises:
-            Dropped: the program is gone.
-        """
-        for _ in range(_NOTES_A_TURN):
-            if not self.has_notes:
-                break
-            self._serve_next()
-
-    @property
-    def has_notes(self) -> bool:
-        """Whether `take_notes` would do anything."""
-        return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox
-
-    def _serve_next(self) -> None:
-        message, descriptors = self.inbox.popleft()
-        self._admitted -= 1
-        try:
-            self.serve(message, descriptors)
-        finally:
-            for descriptor in descriptors:
-                _close_foreign(descriptor)
-
-    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send, or keep for later. The descriptors may be closed afterwards.
-
-        Raises:
-            Dropped: the program is gone.
-        """
-        # Descriptors travel with bytes: all but the last part go with one byte of the message each.
-        while len(descriptors) > wire.MAX_DESCRIPTORS:
-            self._send_part(data[:1], descriptors[: wire.MAX_DESCRIPTORS])
-            data, descriptors = data[1:], descriptors[wire.MAX_DESCRIPTORS :]
-        self._send_part(data, descriptors)
-        if self._outbox:
-            self._judge()
-
-    def _send_part(self, data: bytes, descriptors: Sequence[int]) -> None:
-        sent = 0 if self._outbox else self._try_to_send(data, descriptors)
-        if sent == len(data):
-            return
-        try:
-            keep = [os.dup(descriptor) for descriptor in descriptors] if not sent else []
-        except OSError as error:
-            raise Dropped(f"its reply cannot be kept until it reads: {error.strerror}") from None
-        self._outbox.append((data[sent:], keep))
-
-    def _try_to_send(self, data: bytes, descriptors: Sequence[int]) -> int:
-        try:
-            if descriptors:
-                return socket.send_fds(self.sock, [data], list(descriptors), _NEVER_WAIT)
-            return self.sock.send(data, _NEVER_WAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise Dropped(f"it cannot be written to any more: {error.strerror}") from None
-
-    def flush(self) -> None:
-        """Send what waits, as far as it goes.
-
-        Raises:
-            Dropped: the program is gone.
-        """
-        while self._outbox:
-            data, descriptors = self._outbox[0]
-            sent = self._try_to_send(data, descriptors)
-            if not sent:
-                break
-            for descriptor in descriptors:
-                os.close(descriptor)
-            self._stalled_since = None
-            if sent < len(data):
-                self._outbox[0] = (data[sent:], ())
-            else:
-                self._outbox.popleft()
-        self._judge()
-
-    def close(self) -> None:
-        """Let go of the program, and of what was meant for it."""
-        for _, descriptors in self.inbox:
-            self._received.extend(descriptors)
-        for descriptor in self._received:
-            _close_foreign(descriptor)
-        for _, meant in self._outbox:
-            for descriptor in meant:
-                os.close(descriptor)
-        self._received.clear()
-        self.inbox.clear()
-        self._outbox.clear()
-        self.sock.close()
-
-    def _judge(self) -> None:
-        if not self._outbox and (self.inbox or not self._decoder.in_the_middle):
-            self._stalled_since = None
-        elif self._stalled_since is None:
-            self._stalled_since = time.monotonic()
-
-
-def _close_foreign(descriptor: int) -> None:
-    """Close what a program sent: where its last close(2) would wait for a network, somebody else shall wait."""
-    try:
-        sock = socket.socket(fileno=descriptor)
-    except OSError:  # it is no socket
-        os.close(descriptor)
-        return
-    with sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        except OSError:
-            pass  # of a kind that does not linger
 
 
 def _regions(payload: bytes, start: int) -> list[Region]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc import wire
 from gntalloc.errors import GntallocError
-from gntalloc.machine.connection import Channel, Dropped
+from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.places import domain_path
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from gntalloc import wire
 from gntalloc.drivers.chardev import Stream
 from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.errors import DeviceError, GntallocError
-from gntalloc.machine.connection import Channel, Connection, Dropped
+from gntalloc.machine.channel import Channel, Dropped
+from gntalloc.machine.connection import Connection
 from gntalloc.machine.control import Control
 from gntalloc.machine.home import Home, identity_of
 from gntalloc.machine.store import StoreFront
