@@ -1,9 +1,10 @@
 """How an end wakes the other, and how it sleeps.
 
 Always there is the port of an event channel, as libxenvchan has it: it also rings when the peer dies. Between two of
-our own ends on one computer there may be a *direct* bell beside it: a pair of datagram sockets, so that a wake-up does
-not go through the machine. They have names in the abstract namespace, are connected to each other, and take nothing
-from anybody else. Sending never waits: a peer that does not read has enough there to wake up from.
+our own ends on one computer there may be a *direct* bell beside it: a connected pair of sockets, so that a wake-up does
+not go through the machine, and the end of a process is heard at once. Both have names in the abstract namespace, and
+the server takes only the client whose name it was told in the shared page. Sending never waits: a peer that does not
+read has enough there to wake up from.
 
 One thread sleeps for all: what it hears is told to those who wait beside it.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bells"]
 
-_AT_ONCE = 64
+_STRANGERS = 8  # that may have connected before the client did
 _DIRECT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -33,53 +34,89 @@ class Bells:
     def __init__(self, port: Port) -> None:
         self._port = port
         self._own = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._listening: socket.socket | None = None
         self._direct: socket.socket | None = None
-        self._connected = False
+        self._direct_number = -1
+        self.hung_up = False  # the peer's process has closed its direct bell, or ended
         self._epoll = select.epoll()
         self._epoll.register(self._own, select.EPOLLIN)
         self._epoll.register(port.fileno(), select.EPOLLIN)
         self._changed = threading.Condition()
         self._asleep = False
+        self._beside = 0  # threads that wait until the one that sleeps tells them
         self.news = 0
 
     def offer_direct(self) -> bytes:
-        """Open this end's socket. Its name, for the peer; empty if there is none."""
-        direct = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        """A server's: open a socket. Its name, for the client; empty if there is none."""
+        listening = self._socket()
+        if listening is None:
+            return b""
+        listening.setblocking(False)
+        listening.listen(_STRANGERS)
+        self._listening = listening
+        return bytes(listening.getsockname())
+
+    def connect_direct(self, name: bytes) -> bytes:
+        """A client's: connect to it. This end's name, for the server; empty if it cannot be reached from here."""
+        if len(name) < 2 or name[0]:
+            return b""
+        direct = self._socket()
+        if direct is None:
+            return b""
+        direct.setblocking(False)
         try:
-            direct.bind(b"")  # the kernel finds a name
-        except OSError:
+            direct.connect(name)
+        except OSError:  # in another network namespace, or on another computer
             direct.close()
             return b""
-        self._direct = direct
-        self._epoll.register(direct.fileno(), select.EPOLLIN)
+        self._use(direct)
         return bytes(direct.getsockname())
 
-    def connect_direct(self, name: bytes) -> bool:
-        """Use the direct bell from now on, if the peer's can be reached from here."""
-        if self._direct is None or len(name) < 2 or name[0]:
-            return False
+    def accept_direct(self, name: bytes) -> None:
+        """A server's: use the connection of the client of that name, which it made before it said so."""
+        listening = self._listening
+        if listening is None:
+            return
+        with listening, contextlib.suppress(OSError):
+            for _ in range(_STRANGERS):
+                direct, whose = listening.accept()
+                if name and whose == name:
+                    self._use(direct)
+                    break
+                direct.close()
+        self._listening = None
+
+    def _socket(self) -> socket.socket | None:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            self._direct.connect(name)
-        except OSError:  # in another network namespace, or on another computer
-            return False
-        self._connected = True
-        return True
+            made.bind(b"")  # the kernel finds a name
+        except OSError:
+            made.close()
+            return None
+        return made
+
+    def _use(self, direct: socket.socket) -> None:
+        direct.setblocking(False)
+        self._direct = direct
+        self._direct_number = direct.fileno()
+        self._epoll.register(direct, select.EPOLLIN)
 
     def ring(self) -> None:
         """Wake the peer."""
-        if self._connected and self._direct is not None:
+        direct = self._direct
+        if direct is not None:
             try:
-                self._direct.send(b"!", _DIRECT)
+                direct.send(b"!", _DIRECT)
                 return
             except BlockingIOError:
                 return  # it has not heard the last ones yet
             except OSError:
-                self._connected = False
+                pass  # it is gone
         self._port.notify()
 
     def ring_both(self) -> None:
         """Wake the peer by all means: this end goes."""
-        if self._connected:
+        if self._direct is not None:
             self.ring()
         self._port.notify()
 
@@ -99,7 +136,9 @@ class Bells:
             if self.news != seen:
                 return
             if self._asleep:
+                self._beside += 1
                 self._changed.wait(left)
+                self._beside -= 1
                 return
             self._asleep = True
         self._hear(left)
@@ -107,24 +146,34 @@ class Bells:
     def _hear(self, timeout: float | None) -> None:
         """Take what rings, or rings within `timeout` seconds. One thread at a time: who has set `_asleep`."""
         try:
-            self._take(timeout)
+            for descriptor, _ in self._epoll.poll(timeout):
+                if descriptor == self._direct_number:
+                    self._take_direct()
+                elif descriptor == self._own:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._own)
+                elif self._port.take():
+                    self._port.rearm()
         finally:
             with self._changed:
                 self._asleep = False
                 self.news += 1
-                self._changed.notify_all()
+                if self._beside:
+                    self._changed.notify_all()
 
-    def _take(self, timeout: float | None) -> None:
-        for descriptor, _ in self._epoll.poll(timeout):
-            if self._direct is not None and descriptor == self._direct.fileno():
-                with contextlib.suppress(OSError):
-                    for _ in range(_AT_ONCE):  # no more: the peer could go on for ever
-                        self._direct.recv(1, socket.MSG_DONTWAIT)
-            elif descriptor == self._own:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._own)
-            elif self._port.take():
-                self._port.rearm()
+    def _take_direct(self) -> None:
+        """One wake-up: hardly ever are there two, and then the next look finds it."""
+        direct = self._direct
+        assert direct is not None
+        try:
+            self.hung_up = not direct.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.hung_up = True
+        if self.hung_up:
+            self._epoll.unregister(direct)
+            self._direct_number = -1
 
     def hear_now(self) -> None:
         """Take what rings, and let those know who wait here. If a thread sleeps here, it hears that by itself."""
@@ -144,8 +193,8 @@ class Bells:
         if self._own >= 0:
             os.close(self._own)
             self._own = -1
-        if self._direct is not None:
-            self._direct.close()
-            self._direct = None
-        self._connected = False
+        for each in self._direct, self._listening:
+            if each is not None:
+                each.close()
+        self._direct = self._listening = None
         self._port.close()

@@ -155,7 +155,7 @@ class Channel:
             ring = self._in
             ready = ring.ready if size is not None and ring.ready >= size else self._end.look(ring.refresh)
             data = ring.take(ready if size is None else min(size, ready))
-            self._end.tell(NOTIFY_READ)
+            self._tell(NOTIFY_READ)
         return data
 
     def readinto(self, buffer: bytearray | memoryview | Any, timeout: float | None = None) -> int:
@@ -178,7 +178,7 @@ class Channel:
                 count = min(piece, ring.ready, view.nbytes - done)
                 ring.take_into(view[done : done + count])
                 done += count
-                self._end.tell(NOTIFY_READ)
+                self._tell(NOTIFY_READ)
         return done
 
     def write(self, data: bytes | bytearray | memoryview | Any, timeout: float | None = None) -> None:
@@ -205,7 +205,7 @@ class Channel:
                     count = min(piece, ring.room, size - done)
                     ring.put(view[done : done + count])
                     done += count
-                    self._end.tell(NOTIFY_WRITE)
+                    self._tell(NOTIFY_WRITE)
             except (TimedOut, PeerGone) as error:
                 error.done = done
                 raise
@@ -257,13 +257,11 @@ class Channel:
                 self._await_message(_deadline(timeout))
                 message = self._in.take_message()
                 assert message is not None
+        except PeerBroke as broken:
+            raise self._end.give_up(broken) from None
         finally:
             reading.release()
-        try:
-            if self._flags[0] & self._after_reading != self._quiet_reading:
-                self._end.tell(NOTIFY_READ)
-        except ValueError:
-            pass
+        self._has_read()
         return message
 
     def recv_into(self, buffer: bytearray | memoryview | Any, timeout: float | None = None) -> int:
@@ -277,13 +275,22 @@ class Channel:
             PeerClosed, TimedOut, PeerDied, PeerBroke, Busy, Closed: as `recv`.
         """
         view = _bytes_of(buffer)
-        with _Turn(self._reading, timeout) as turn:
-            length = self._await_message(turn.deadline)
-            if length > view.nbytes:
-                why = f"the message is {length} bytes long, and the buffer {view.nbytes}; take a larger one"
+        reading = self._reading
+        if not reading.acquire(False):
+            _queue_up(reading, timeout)
+        try:
+            length = self._in.message_length()
+            if length is None:
+                length = self._await_message(_deadline(timeout))
+            if length > len(view):
+                why = f"the message is {length} bytes long, and the buffer {len(view)}; take a larger one"
                 raise GntallocError(errno.EMSGSIZE, why)
             self._in.copy_message(length, view)
-            self._end.tell(NOTIFY_READ)
+        except PeerBroke as broken:
+            raise self._end.give_up(broken) from None
+        finally:
+            reading.release()
+        self._has_read()
         return length
 
     def __iter__(self) -> Iterator[bytes]:
@@ -355,7 +362,7 @@ class Channel:
             if lent.head:
                 ring.fill_length(count)
             ring.advance(count + lent.head)
-            self._end.tell(NOTIFY_WRITE)
+            self._tell(NOTIFY_WRITE)
 
     def peek(self, size: int | None = None, timeout: float | None = None, *, message: bool = False) -> memoryview:
         """The next bytes, where they lie, to be read only; `release` then gives their room back.
@@ -408,7 +415,7 @@ class Channel:
             self._peeked = None
             self._in.ready = lent.known
             self._in.advance(count + lent.head)
-            self._end.tell(NOTIFY_READ)
+            self._tell(NOTIFY_READ)
 
     # The end.
 
@@ -585,8 +592,25 @@ class Channel:
         ):
             raise self._end.gone()
 
+    def _tell(self, bit: int) -> None:
+        """An index was moved, with the lock still held."""
+        self._end.atomics.fence()
+        self._end.tell(bit)
+
+    def _has_read(self) -> None:
+        """After a message was read and the lock released, which is a fence if `ordered`."""
+        try:
+            if self._flags[0] & self._after_reading != self._quiet_reading:
+                if not self._end.atomics.ordered:
+                    self._end.atomics.fence()
+                self._end.tell(NOTIFY_READ)
+        except ValueError:
+            pass  # another thread closed this end, and that told the peer
+
     def _written(self) -> None:
         """A message was written, and something is to be done: the peer has asked, or is not there."""
+        if not self._end.atomics.ordered:
+            self._end.atomics.fence()
         self._end.tell(NOTIFY_WRITE)
         if self._end.peer_is_gone():
             with self._writing:

@@ -100,13 +100,8 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
         undo.callback(pages.release)
         end = End(CLIENT, peer, pages, bells, barriers, spin=spin)
         if offer is not None:
-            flags = offer.flags & LARGE
-            if offer.flags & DIRECT and domain.on_machine:
-                name = bells.offer_direct()
-                if name and bells.connect_direct(offer.name):
-                    flags |= DIRECT
-            else:
-                name = b""
+            name = bells.connect_direct(offer.name) if offer.flags & DIRECT and domain.on_machine else b""
+            flags = offer.flags & LARGE | (DIRECT if name else 0)
             Confirmation(flags, name).write(page, at)
             end.joined(at)
             end.enlarge(1 << sizes.left, 1 << sizes.right)

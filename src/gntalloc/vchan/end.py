@@ -113,6 +113,7 @@ class End:
         self._page: Any = pages.raw
         self._asking = threading.Lock()
         self._askers = {NOTIFY_WRITE: 0, NOTIFY_READ: 0}
+        self._wanted = 0  # what is asked for, of the two
         self._join: Callable[[End], None] | None = None  # what a server does when its client has come
         self._joining = threading.Lock()
         self._state_at: int | None = None  # where the states of the extension are, if the peer is one of ours
@@ -191,28 +192,29 @@ class End:
         """From now on the peer rings when it has done that."""
         with self._asking:
             self._askers[bit] += 1
-        self.ask_again()
+            self._wanted |= bit
+            if not self.closing:
+                self._page[self.role.asking] = self._wanted
+        self.atomics.fence()
 
     def ask_again(self) -> None:
         """The peer clears a bit when it rings."""
         with self._asking:
             if not self.closing:
-                self._page[self.role.asking] = self._wanted()
+                self._page[self.role.asking] = self._wanted
         self.atomics.fence()
 
     def ask_no_more(self, bit: int) -> None:
         """Once for each `ask`."""
         with self._asking:
             self._askers[bit] -= 1
+            if not self._askers[bit]:
+                self._wanted &= ~bit
             if not self.closing:
-                self._page[self.role.asking] = self._wanted()
-
-    def _wanted(self) -> int:
-        return sum(bit for bit, askers in self._askers.items() if askers)
+                self._page[self.role.asking] = self._wanted
 
     def tell(self, bit: int) -> None:
-        """Ring, if the peer has asked for it."""
-        self.atomics.fence()
+        """Ring, if the peer has asked for it. What it is told of comes before a fence."""
         if self._page[self.role.asked] & bit:
             pages = self.pages
             if self.atomics.take(pages.memory, self.role.asked, pages.address, bit):
@@ -259,11 +261,11 @@ class End:
     @property
     def connected(self) -> bool:
         """Whether there is a peer now."""
-        return not self.closing and self._page[self.role.peer_live] not in {GONE, NOT_YET}
+        return not (self.closing or self.bells.hung_up) and self._page[self.role.peer_live] not in {GONE, NOT_YET}
 
     def peer_is_gone(self) -> bool:
         """It closed, or ended."""
-        return bool(self._page[self.role.peer_live] == GONE)
+        return self.bells.hung_up or bool(self._page[self.role.peer_live] == GONE)
 
     def no_more_comes(self) -> bool:
         """It writes no more, whatever the reason."""

@@ -12,7 +12,7 @@ that does not leaves the offer empty: then the wire is libxenvchan's, and nothin
     14  directory     u16, pages                61  cli_state     u8
     16  wake name     16 bytes                  64  references of the directory's pages, u32 each
 
-DIRECT     a wake-up from end to end, over a pair of sockets, instead of through the machine
+DIRECT     a wake-up from end to end, over a pair of sockets, instead of through the machine; the names are theirs
 LARGE      rings of these orders, beyond the 1 MiB that the list of references has room for. A directory, in pages of
            its own, lists the references of all pages: left's, then right's. libxenvchan's rings are their first MiB
 states     FINISHED: no more bytes will come from this end. GOODBYE: this end closes, and does not die

@@ -213,15 +213,14 @@ class Listener:
         """A client has come: what is it, and what does it take of the offer?"""
         self._withdraw()
         at = extension.place(end.pages.orders)
-        confirmed = None if offer is None else Confirmation.read(end.pages.memory, at, offer.flags)
+        confirmed: Confirmation | None = None if offer is None else Confirmation.read(end.pages.memory, at, offer.flags)
+        end.bells.accept_direct(confirmed.name if confirmed is not None else b"")
         if offer is None or confirmed is None:
             if self._extensions:
                 raise PeerBroke("a libxenvchan has connected, and `extensions=True` asks for an end of this package")
             return
         if confirmed.flags & LARGE:
             end.enlarge(1 << offer.orders.left, 1 << offer.orders.right)
-        if confirmed.flags & DIRECT:
-            end.bells.connect_direct(confirmed.name)
         end.joined(at)
 
 
