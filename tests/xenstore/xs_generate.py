@@ -46,7 +46,7 @@ __all__ = ["generate"]
 
 PATH, INTRODUCED, RESUME, TARGET = 10, 17, 18, 19
 
-_KINDS = {
+_KINDS: dict[int, float] = {
     WRITE: 22,
     READ: 10,
     MKDIR: 6,
@@ -73,7 +73,7 @@ _ELSEWHERE = ["/", "/tool/xenstored", "/local/domain/{a}", "/local/domain/77/dat
 _TOKENS = ["1", "2", "token", ""]
 _NUMBERS = ["0", "{a}", "{b}", "77", "32752", "x", ""]
 _QUOTAS = {
-    "watches": (1, 4),
+    "watches": (1, 3),
     "transactions": (1, 3),
     "transaction-nodes": (2, 12),
     "node-size": (40, 200),
@@ -99,6 +99,9 @@ class _Writer:
         self._with_quotas = dice.random() < 0.3
         self._with_releases = dice.random() < 0.25
         self._with_target = not self._with_releases and dice.random() < 0.2
+        self._kinds = dict(_KINDS)
+        if self._with_quotas:
+            self._kinds |= {WATCH: 25, RESET: 0.3}
         self._in_transactions = dice.choice([0.2, 0.5, 0.8])
         self._guests_ask = dice.choice([0.5, 0.7, 0.9])
         names = ["x", "y", "z"]
@@ -167,7 +170,11 @@ class _Writer:
         inside = [self._at(who, path) for _ in range(dice.choice([1, 2, 3]))]
         for step in inside:
             step["in"] = name
-        outside = self._at(self._who(), dice.choice([path, path, self._path()]))
+        near = [path, path, f"{path}/x", path.rpartition("/")[0] or path, self._path()]
+        for step in inside[1:]:
+            if dice.random() < 0.3:
+                step["body"] = step["body"].replace(path, dice.choice(near), 1)
+        outside = self._at(self._who(), dice.choice(near))
         begin: Step = {**_ask(who, START, "\0"), "as": name}
         end: Step = {**_ask(who, END, "T\0"), "in": name}
         steps = [begin, *inside]
@@ -190,7 +197,7 @@ class _Writer:
     def _request(self, who: str) -> Step:
         dice = self._dice
         mine = self._open[who]
-        kind = dice.choices(list(_KINDS), list(_KINDS.values()))[0]
+        kind = dice.choices(list(self._kinds), list(self._kinds.values()))[0]
         if kind == END and not mine and dice.random() < 0.9:
             kind = START
         step = _ask(who, kind, *self._body(who, kind))

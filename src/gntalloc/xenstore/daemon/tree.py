@@ -42,6 +42,11 @@ class Node(NamedTuple):
         children = self.children[:place] + self.children[place + 1 :]
         return self._replace(children=children, names=self.names - len(name) - 1)
 
+    def without_first(self, count: int) -> Node:
+        """The node without its first children."""
+        children = self.children[count:]
+        return self._replace(children=children, names=sum(len(name) + 1 for name in children))
+
     def listing(self) -> bytes:
         """The children's names, as an answer has them."""
         return b"".join(name.encode() + b"\0" for name in self.children)

@@ -178,7 +178,8 @@ class View:
         """Remove a node that is there and is not /, and all below it. Watches are told of each.
 
         Raises:
-            Refused: EIO the transaction has seen too many nodes.
+            Refused: EIO the transaction has seen too many nodes, or what it has seen does not fit together any more
+                because others went on.
         """
         over = self.find(parent(path))
         if over is None:
@@ -187,6 +188,8 @@ class View:
             self._remove_below(path)
         except Refused:
             raise Refused(errno.EIO) from None
+        if last(path) not in over.children:
+            raise Refused(errno.EIO)
         self.put(parent(path), over.without_child(last(path)), free=True)
 
     def tell(self, path: str, node: Node, *, exactly: bool = False, before: tuple[Entry, ...] | None = None) -> None:
@@ -271,25 +274,38 @@ class View:
     # Removing and counting.
 
     def _remove_below(self, path: str) -> None:
-        """Children first, as the daemon does: each is met, told of and uncounted."""
+        """Children first, as the daemon does: each is met, told of and uncounted.
+
+        Raises:
+            Refused: ENOSPC the transaction has seen too many; ENOENT a child that it sees was removed by somebody else.
+                What was removed until then is removed.
+        """
+        pending = [_Removal(path, self._there(path))]
+        try:
+            while pending:
+                removal = pending[-1]
+                if removal.gone < len(removal.node.children):
+                    below = f"{removal.path}/{removal.node.children[removal.gone]}"
+                    pending.append(_Removal(below, self._there(below)))
+                    continue
+                pending.pop()
+                self._erase(removal.path)
+                self.tell(removal.path, removal.node, exactly=removal.path != path)
+                self._count(removal.node.permissions[0].domid, -1)
+                if pending:
+                    pending[-1].gone += 1
+                    self._tree.advance()  # the daemon writes the node above without this child
+        except Refused:
+            for removal in pending:
+                if removal.gone:
+                    self.put(removal.path, removal.node.without_first(removal.gone), free=True)
+            raise
+
+    def _there(self, path: str) -> Node:
         node = self.find(path)
-        assert node is not None
-        pending = [(path, node, iter(node.children))]
-        while pending:
-            name, node, children = pending[-1]
-            child = next(children, None)
-            if child is not None:
-                below = f"{name}/{child}"
-                found = self.find(below)
-                assert found is not None
-                pending.append((below, found, iter(found.children)))
-                continue
-            pending.pop()
-            self._erase(name)
-            self.tell(name, node, exactly=name != path)
-            self._count(node.permissions[0].domid, -1)
-            if pending:
-                self._tree.advance()  # the daemon writes the node above without this child
+        if node is None:
+            raise Refused(errno.ENOENT)
+        return node
 
     def _erase(self, path: str) -> None:
         self._tree.advance()
@@ -330,6 +346,17 @@ class View:
         domain = self._domains.get(domid)
         if limit and domain is not None and not domain.privileged and domain.memory + more >= self._quotas.memory:
             raise Refused(errno.EIO)
+
+
+class _Removal:
+    """A node that is being removed, after `gone` of its children."""
+
+    __slots__ = ("gone", "node", "path")
+
+    def __init__(self, path: str, node: Node) -> None:
+        self.path = path
+        self.node = node
+        self.gone = 0
 
 
 def _cost(path: str, node: Node) -> int:
