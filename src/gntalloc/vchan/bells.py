@@ -12,11 +12,13 @@ One thread sleeps for all: what it hears is told to those who wait beside it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
 import threading
 import time
+from struct import Struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bells"]
 
+_TIME = Struct("@ll")  # struct timeval
 _STRANGERS = 8  # that may have connected before the client did
 _DIRECT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
@@ -37,13 +40,15 @@ class Bells:
         self._listening: socket.socket | None = None
         self._direct: socket.socket | None = None
         self._direct_number = -1
+        self._limit = 0  # microseconds that its recv waits
         self.hung_up = False  # the peer's process has closed its direct bell, or ended
         self._epoll = select.epoll()
         self._epoll.register(self._own, select.EPOLLIN)
         self._epoll.register(port.fileno(), select.EPOLLIN)
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._asleep = False
         self._beside = 0  # threads that wait until the one that sleeps tells them
+        self._closing = False
         self.news = 0
 
     def offer_direct(self) -> bytes:
@@ -96,7 +101,7 @@ class Bells:
         return made
 
     def _use(self, direct: socket.socket) -> None:
-        direct.setblocking(False)
+        direct.setblocking(True)
         self._direct = direct
         self._direct_number = direct.fileno()
         self._epoll.register(direct, select.EPOLLIN)
@@ -121,9 +126,13 @@ class Bells:
         self._port.notify()
 
     def ring_own(self) -> None:
-        """Wake who sleeps here."""
-        with contextlib.suppress(BlockingIOError):
+        """Wake who sleeps here, for good: this end closes."""
+        self._closing = True
+        with contextlib.suppress(OSError):
             os.eventfd_write(self._own, 1)
+        if self._direct is not None:
+            with contextlib.suppress(OSError):
+                self._direct.shutdown(socket.SHUT_RD)
 
     def sleep(self, seen: int, deadline: float | None) -> None:
         """Until a bell has rung since `news` was `seen`, or the deadline has passed. Spurious ends may be.
@@ -146,9 +155,12 @@ class Bells:
     def _hear(self, timeout: float | None) -> None:
         """Take what rings, or rings within `timeout` seconds. One thread at a time: who has set `_asleep`."""
         try:
+            if self._direct_number >= 0 and timeout != 0:
+                self._sleep_direct(timeout)
+                return
             for descriptor, _ in self._epoll.poll(timeout):
                 if descriptor == self._direct_number:
-                    self._take_direct()
+                    self._take_direct(socket.MSG_DONTWAIT)
                 elif descriptor == self._own:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._own)
@@ -161,17 +173,27 @@ class Bells:
                 if self._beside:
                     self._changed.notify_all()
 
-    def _take_direct(self) -> None:
+    def _sleep_direct(self, timeout: float | None) -> None:
+        """Sleep on the direct bell alone, in one system call: it also tells of the peer's end, as the port does."""
+        limit = 0 if timeout is None else max(1, math.ceil(timeout * 1e6))  # 0 is for ever
+        if limit != self._limit:
+            assert self._direct is not None
+            self._direct.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIME.pack(*divmod(limit, 1_000_000)))
+            self._limit = limit
+        self._take_direct(0)
+
+    def _take_direct(self, flags: int) -> None:
         """One wake-up: hardly ever are there two, and then the next look finds it."""
         direct = self._direct
         assert direct is not None
         try:
-            self.hung_up = not direct.recv(1)
+            heard = direct.recv(1, flags)
         except BlockingIOError:
             return
         except OSError:
+            heard = b""
+        if not heard and not self._closing:  # the end, and not by `ring_own`
             self.hung_up = True
-        if self.hung_up:
             self._epoll.unregister(direct)
             self._direct_number = -1
 
