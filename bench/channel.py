@@ -172,7 +172,7 @@ class Iceoryx(Peer):
 
         def service(name: str) -> Any:
             builder = node.service_builder(iox2.ServiceName.new(f"{self.tag}/{name}"))
-            builder = builder.publish_subscribe(iox2.Slice[ctypes.c_uint8]).enable_safe_overflow(enable=False)
+            builder = builder.publish_subscribe(iox2.Slice[ctypes.c_uint8]).enable_safe_overflow(False)
             builder = builder.subscriber_max_buffer_size(max(2, min(64, RING // size)))
             return builder.max_publishers(1).max_subscribers(1).open_or_create()
 
@@ -234,13 +234,14 @@ class Running:
         self.pid = os.fork()
         os.sched_setaffinity(0, {processors[0] if self.pid else processors[1]})
         self.line.end(first=bool(self.pid))
-        self.send, self.recv = peer.end(first=bool(self.pid))
         if not self.pid:
             try:
+                self.send, self.recv = peer.end(first=False)
                 self._other()
                 peer.close()
             finally:
                 os._exit(0)
+        self.send, self.recv = peer.end(first=True)
         self.peer = peer
         self.line.hear()
         self.count = 16

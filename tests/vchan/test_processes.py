@@ -105,9 +105,11 @@ def test_sigkill_of_the_server(machine: Any, alice: Any, bob: Any) -> None:
     assert bob.store.exists("/local/domain/1/data/vchan/2/test/event-channel")
     with pytest.raises(TimedOut, match="server is gone"):
         bob.connect(1, "test", timeout=0.3)
-    with alice.listen(2, "test") as listener:
-        threading.Thread(target=lambda: listener.accept(PATIENCE).close()).start()
+    with alice.listen(2, "test", size=0) as listener:
+        accepting = threading.Thread(target=lambda: listener.accept(PATIENCE).close())
+        accepting.start()
         bob.connect(1, "test", timeout=PATIENCE).close()
+        accepting.join(PATIENCE)
 
 
 # Lies. The hostile program writes into the page as it likes: it has it mapped.

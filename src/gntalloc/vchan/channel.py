@@ -467,8 +467,11 @@ class Channel:
             PeerBroke: who came broke the protocol.
             Closed: this end is closed.
         """
-        self._end.check_open()
-        self._end.await_peer(_deadline(timeout))
+        with _Turn(
+            self._reading, timeout
+        ) as turn:  # who closes waits for it, so that the page stays until this is over
+            self._end.check_open()
+            self._end.await_peer(turn.deadline)
 
     def close(self) -> None:
         """Close this end: the peer reads what there is, and then the end. Whoever waits here gets Closed.

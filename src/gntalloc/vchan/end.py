@@ -153,18 +153,8 @@ class End:
             deadline: None waits for ever.
             what: is waited for, for the TimedOut.
         """
-        if enough():
+        if enough() or (self.spin and self._look_a_while(enough, over, deadline)):
             return True
-        spin = time.monotonic() + self.spin
-        if deadline is not None:
-            spin = min(spin, deadline)
-        while time.monotonic() < spin:
-            for _ in range(_LOOKS):
-                if enough():
-                    return True
-            if over():
-                return enough()  # what came before the end
-            self.check_open()
         self.ask(bit)
         try:
             while True:
@@ -182,6 +172,19 @@ class End:
                 self.ask_again()
         finally:
             self.ask_no_more(bit)
+
+    def _look_a_while(self, enough: Callable[[], bool], over: Callable[[], bool], deadline: float | None) -> bool:
+        """Whether there was enough before `spin` had passed."""
+        until = time.monotonic() + self.spin
+        if deadline is not None:
+            until = min(until, deadline)
+        while time.monotonic() < until:
+            for _ in range(_LOOKS):
+                if enough():
+                    return True
+            if over() or self.closing:
+                break
+        return False
 
     def __repr__(self) -> str:
         return f"the channel with domain {self.peer}"
