@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-EPISODES, LENGTH, SEED = 12, 100, 500
+EPISODES, LENGTH, SEED = 6, 100, 500
 
 # What a program does with domain.store, the same as on the machine.
 PROGRAM = """
