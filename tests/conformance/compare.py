@@ -43,10 +43,10 @@ def judged() -> dict[str, Any]:
     return answers
 
 
-def documented() -> dict[str, str]:
-    """Row -> the question it answers differently, from docs/differences.md: the first column names rows."""
+def documented(page: str = "differences.md") -> dict[str, str]:
+    """Row -> the question it answers differently, from this page: the first column of its tables names rows."""
     differences: dict[str, str] = {}
-    for line in (DOCS / "differences.md").read_text().splitlines():
+    for line in (DOCS / page).read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) > 3 and re.fullmatch(r"(G?\d+)(, G?\d+)*", cells[1]):
             for key in cells[1].split(", "):
@@ -80,10 +80,26 @@ def verdict(key: str, ours: dict[str, str], judges: dict[str, Any], differences:
     )
 
 
-def page(ours: dict[str, Any]) -> str:
+def verdict_of_run(key: str, run: dict[str, str], ours: dict[str, str], hides: dict[str, str]) -> str:
+    """Judge one row under `gntalloc run`: "" as it should be, what docs/run.md calls the difference, or WRONG."""
+    answer = text(run)
+    if "n/a" in run:
+        return f"n/a: {run['n/a']}"
+    like = {text(ours), text(judged()[LIKE]["rows"][key])}
+    if "n/a" in ours:
+        like.discard(text(ours))
+    if answer in like:
+        return "WRONG: docs/run.md names it, and there is no difference" if key in hides else ""
+    if key in hides:
+        return f"[run](run.md): {hides[key]}"
+    return f"WRONG: under run it answers {answer!r}, and neither the others nor docs/run.md say so"
+
+
+def page(ours: dict[str, Any], run: dict[str, Any]) -> str:
     """docs/conformance.md."""
     judges = judged()
     differences = documented()
+    hides = documented("run.md")
     verdicts = [verdict(key, ours["rows"][key], judges, differences) for key in ROWS]
     names = list(judges)
     counts = {
@@ -94,7 +110,8 @@ def page(ours: dict[str, Any]) -> str:
         "",
         "Made by `python tests/conformance/compare.py`; do not edit. What the judges say was recorded by",
         "`python tests/conformance/record.py`, which boots a real Xen in QEMU; `make lab-test` asks them again and",
-        "fails if an answer has changed. Ours is the native provider, the default behaviour, on a machine without Xen.",
+        "fails if an answer has changed. Ours is the native provider, the default behaviour, on a machine without Xen;",
+        "`run` is the judges' own program, system calls on /dev/xen, under `gntalloc run --all-opens`.",
         "",
         f"{len(verdicts)} rows are run: {counts['same']} answered the same, {counts['difference']} differ and say why",
         f"([differences](differences.md)), {counts['not done']} are not done yet, {counts['n/a']} cannot be expressed",
@@ -112,14 +129,21 @@ def page(ours: dict[str, Any]) -> str:
         "",
         "## Rows",
         "",
-        f"| row | what is done | specification | {' | '.join(names)} | ours | |",
-        f"|---|---|---|{'---|' * len(names)}---|---|",
+        f"| row | what is done | specification | {' | '.join(names)} | ours | | run |",
+        f"|---|---|---|{'---|' * len(names)}---|---|---|",
     ]
     for each in verdicts:
         row = ROWS[each.key]
         answers = [_cell(each.judges[name]) if name in each.judges else "" for name in names]
         end = each.verdict if not each.why else f"{each.verdict}: {each.why}"
-        lines.append(f"| {each.key} | {row.title} | {row.says} | {' | '.join(answers)} | {_cell(each.ours)} | {end} |")
+        under = run["rows"][each.key]
+        besides = verdict_of_run(each.key, under, ours["rows"][each.key], hides)
+        if besides and "n/a" not in under:
+            besides = f"{text(under)}; {besides}"
+        elif not besides:
+            besides = "same" if text(under) == each.ours else text(under)
+        cells = [each.key, row.title, row.says, *answers, _cell(each.ours), end, _cell(besides)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Not run", "", "| row | what is done | specification | why not |", "|---|---|---|---|"]
     lines += [f"| {key} | {title} | {says} | {why} |" for key, (title, says, why) in NOT_RUN.items()]
     return "\n".join(lines) + "\n"
@@ -138,9 +162,9 @@ def _facts(name: str, facts: dict[str, str]) -> str:
 
 def main() -> None:
     """Write the page."""
-    from judge import judge_machine
+    from judge import judge_machine, judge_run
 
-    PAGE.write_text(page(judge_machine(list(ROWS))))
+    PAGE.write_text(page(judge_machine(list(ROWS)), judge_run(list(ROWS))))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import traceback
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -18,7 +20,7 @@ from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NotApplicable", "Program", "Rig", "Transport", "local"]
+__all__ = ["NotApplicable", "Program", "Rig", "Transport", "distant", "local"]
 
 PAGE = 4096
 RW = 3
@@ -90,6 +92,37 @@ class Local:
             self._ask.close()
             self._answers.close()
             os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+class Distant:
+    """A seat that a `spawn.py` of another domain forked, which listens at `path`."""
+
+    def __init__(self, path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.connect(path)
+        self._answers = self._sock.makefile("r")
+        self.pid = int(self._answers.readline())
+        self._process = os.pidfd_open(self.pid)
+
+    def ask(self, line: str) -> str:
+        """See Transport."""
+        self._sock.sendall(line.encode() + b"\n")
+        return self._answers.readline()
+
+    def kill(self) -> None:
+        """See Transport."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.close()
+
+    def close(self) -> None:
+        """See Transport."""
+        if self.pid:
+            self._sock.shutdown(socket.SHUT_WR)
+            select.select([self._process], [], [])  # it has ended, memory and files and all
+            os.close(self._process)
+            self._answers.close()
+            self._sock.close()
             self.pid = 0
 
 
@@ -226,5 +259,15 @@ def local(kind: str, domids: dict[str, int], environments: dict[str, dict[str, s
     def start(name: str) -> Program:
         key = name if name in domids else "granter"
         return Program(Local(kind, environments.get(key, {})), domids[key])
+
+    return Rig(start)
+
+
+def distant(domids: dict[str, int], paths: dict[str, str]) -> Rig:
+    """Programs in other domains. `paths`, by name, are where each domain's `spawn.py` listens."""
+
+    def start(name: str) -> Program:
+        key = name if name in domids else "granter"
+        return Program(Distant(paths[key]), domids[key])
 
     return Rig(start)

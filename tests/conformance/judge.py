@@ -3,6 +3,7 @@
 python3 judge.py kernel OUT.json [ROW...]     on /dev/xen: this domain grants to itself and maps its own grants
 python3 judge.py across OUT.json [ROW...]     in dom0: the granter is in a guest that runs `far.py serve`
 python3 judge.py machine OUT.json [ROW...]    on a machine of our own, a new one for each row
+python3 judge.py run OUT.json [ROW...]         the kernel's seat in two domains of `gntalloc run --all-opens`
 python3 judge.py linux OUT.json [ROW...]      the same, with behaviour="linux"
 """
 
@@ -11,10 +12,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
+import time
 from typing import TYPE_CHECKING, Any
 
-from driving import Rig, local
+from driving import Rig, distant, local
 from rows import BETWEEN_DOMAINS, ROWS, run
 
 if TYPE_CHECKING:
@@ -92,6 +96,31 @@ def judge_machine(keys: list[str], behaviour: str = "ours") -> dict[str, Any]:
     return {"facts": {}, "rows": saw}
 
 
+def judge_run(keys: list[str]) -> dict[str, Any]:
+    """Run rows on what `gntalloc run` serves: two domains of one machine, for all rows."""
+    name = f"conformance-{os.getpid()}"
+    command = [sys.executable, "-m", "gntalloc", "run", "--all-opens", "--machine", name]
+    spawn = os.path.join(os.path.dirname(os.path.abspath(__file__)), "spawn.py")
+    domids = {"granter": 1, "grantee": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {who: os.path.join(folder, who) for who in domids}
+        started = [
+            subprocess.Popen([*command, "--domid", str(domid), "--", sys.executable, spawn, paths[who]])
+            for who, domid in domids.items()
+        ]
+        try:
+            while not all(map(os.path.exists, paths.values())):
+                if any(process.poll() is not None for process in started):
+                    raise RuntimeError("a run ended at once")
+                time.sleep(0.01)
+            saw = {key: run(key, distant(domids, paths)) for key in keys}
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    return {"facts": {}, "rows": saw}
+
+
 def judge_linux(keys: list[str]) -> dict[str, Any]:
     """Run rows on a machine that does as Linux."""
     return judge_machine(keys, "linux")
@@ -102,6 +131,7 @@ JUDGES = {
     "out-of": judge_out_of,
     "into": judge_into,
     "machine": judge_machine,
+    "run": judge_run,
     "linux": judge_linux,
 }
 

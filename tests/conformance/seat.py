@@ -1,9 +1,10 @@
 """A seat: a process that carries out system-call-level steps on device files and says what happened.
 
 It reads one JSON list a line, [step, arguments...], and answers one JSON value a line: {"ok": value} or {"errno":
-"EINVAL"}. Two kinds of seat:
+"EINVAL"}. Three kinds of seat:
 
     kernel    system calls on /dev/xen, with argument buffers at real addresses, next to unmapped or read-only pages
+    run       the same, under `gntalloc run --all-opens`
     machine   the native provider of gntalloc, for a domain of the machine
 
 A step that a kind of seat cannot express is answered {"cannot": why}: the row is then not applicable, never faked.
@@ -37,6 +38,7 @@ libc.lseek.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int]
 libc.lseek.restype = ctypes.c_longlong
 
 PAGE = 4096
+NO_REQUEST = 0x45FE  # of evtchn's kind, and none
 FAILED = ctypes.c_void_p(-1).value
 
 
@@ -243,6 +245,42 @@ class KernelSeat(Seat):
             os.close(descriptor)
 
 
+class RunSeat(KernelSeat):
+    """System calls on the /dev/xen that `gntalloc run` serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from gntalloc.guest.domain import current_domain
+
+        self.names: dict[str, str] = {}
+        self.domain = current_domain()  # for the limit, which is no file here: as `gntalloc limit` does
+
+    def get_limit(self) -> int:
+        """Pages."""
+        return self.domain.limit
+
+    def set_limit(self, pages: int) -> None:
+        """Pages."""
+        self.domain.limit = pages
+
+    def read(self, file: str, size: int) -> str:
+        """Read. Events that a munmap, a close or a write caused come a moment later there: see docs/run.md.
+
+        So that the answer does not depend on who is faster, the machine is asked something first.
+        """
+        if self.names[file] == "evtchn":
+            if size % 4:
+                raise Cannot("an evtchn file is a stream of bytes there, of which any number can be read")
+            libc.ioctl(self.files[file], NO_REQUEST, None)
+        return super().read(file, size)
+
+    def open(self, device: str, flags: int) -> str:
+        """Open a device."""
+        name = super().open(device, flags)
+        self.names[name] = device
+        return name
+
+
 class Refused(OSError):
     """An ioctl failed, and its buffer may have been written all the same."""
 
@@ -389,8 +427,8 @@ def serve(seat: Seat, steps: TextIO, answers: TextIO) -> None:
 
 
 def make(kind: str) -> Seat:
-    """`kernel` or `machine`."""
-    return {"kernel": KernelSeat, "machine": MachineSeat}[kind]()
+    """`kernel`, `run` or `machine`."""
+    return {"kernel": KernelSeat, "run": RunSeat, "machine": MachineSeat}[kind]()
 
 
 if __name__ == "__main__":

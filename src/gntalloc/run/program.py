@@ -98,6 +98,7 @@ def _expect(line: socket.socket, what: str) -> tuple[int, int]:
 def _become(program: Program, extra: dict[str, str], line: socket.socket, parent: int) -> NoReturn:
     """In the child. What goes wrong is told over `line`, as an errno."""
     try:
+        environment = _environment() | {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
         if program.userns:
             _check(_libc.unshare(_CLONE_NEWUSER))
             line.send(bytes(4))
@@ -105,15 +106,13 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
         _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         if os.getppid() != parent:
             os._exit(1)  # it died before it could take us along
-        listener = install(program.filter)
+        listener = install(program.filter)  # from here on no file may be opened: nobody serves us yet
         socket.send_fds(line, [bytes(4)], [listener])
         os.close(listener)
         for number in _CHANGED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, program.mask)
-        os.execve(
-            program.path, program.arguments, {**_environment(), **{k.encode(): v.encode() for k, v in extra.items()}}
-        )
+        os.execve(program.path, program.arguments, environment)
     except OSError as error:
         line.send((error.errno or errno.EIO).to_bytes(4, "little"))
     finally:
