@@ -89,6 +89,8 @@ int main(int argc, char **argv)
         printf("%.1f MB/s\n", count / (now() - start) / 1e6);
         if (libxenvchan_send(end, "!", 1) != 1) fail("send");
     } else if (!strcmp(task, "wait")) {
+        printf("both are there\n");
+        fflush(stdout);
         while (libxenvchan_is_open(end) == 1)
             libxenvchan_wait(end);
         printf("open: %d\n", libxenvchan_is_open(end));

@@ -1,0 +1,312 @@
+"""Device files under a run are files: dup, fork, exec, passing them on, threads; by whichever way they are called."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import said, tell
+
+from gntalloc.guest.control import ControlClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runs import Runs
+
+    Build = Callable[..., str]
+
+WORDS = """
+import ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys
+ALLOC, DEALLOC, MAP, UNMAP = 0x184705, 0x104706, 0x184700, 0x104701
+UNBOUND, INTERDOMAIN, NOTIFY = 0x044502, 0x084501, 0x044504
+def device(name, flags=os.O_RDWR): return os.open('/dev/xen/' + name, flags | os.O_CLOEXEC)
+def alloc(file, peer, count=1, writable=1):
+    data = bytearray(struct.pack('=HHIQ', peer, writable, count, 0) + bytes(max(8, 4 * count)))
+    fcntl.ioctl(file, ALLOC, data, True)
+    return struct.unpack_from('=Q', data, 8)[0], struct.unpack_from(f'={count}I', data, 16)
+def reserve(file, peer, refs):
+    data = bytearray(struct.pack('=I4xQ', len(refs), 0) + b''.join(struct.pack('=II', peer, ref) for ref in refs))
+    fcntl.ioctl(file, MAP, data, True)
+    return struct.unpack_from('=Q', data, 8)[0]
+def call(file, request, layout, *values):
+    return fcntl.ioctl(file, request, bytearray(struct.pack(layout, *values)), True)
+def free(file, index): call(file, DEALLOC, '=QI4x', index, 1)
+def place(file, index, count=1, prot=3): return mmap.mmap(file, 4096 * count, mmap.MAP_SHARED, prot, offset=index)
+def say(*what): print(*what, flush=True)
+"""
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-I", "-S", "-c", WORDS + code, *arguments)
+
+
+def both(runs: Runs, code: str) -> list[str]:
+    done = runs(1, *python(code))
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout.split()
+
+
+def test_a_script_that_opens_the_devices_itself(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); i, r = alloc(f, 2, 3); m = place(f, i, 3)
+m[8192:8197] = b'third'; say(*r); input(); say(m[:3].decode())
+"""
+    granter = runs.start(1, *python(code))
+    refs = said(granter).split()
+    code = f"""
+f = device('gntdev'); m = place(f, reserve(f, 1, [{",".join(reversed(refs))}]), 3)
+say(m[:5].decode()); m[8192:8195] = b'new'
+"""
+    assert runs(2, *python(code)).stdout == "third\n"
+    tell(granter, "")
+    assert said(granter) == "new"
+
+
+def test_many_grants_of_many_allocations_in_one_map(runs: Runs) -> None:
+    granter = runs.start(
+        1,
+        *python(
+            "f = device('gntalloc')\n"
+            "for n in range(20):\n"
+            "    i, r = alloc(f, 2); m = place(f, i); m[:2] = b'%02d' % n; say(*r)\n"
+            "input()"
+        ),
+    )
+    refs = [said(granter) for _ in range(20)]
+    code = f"""
+f = device('gntdev'); m = place(f, reserve(f, 1, [{",".join(reversed(refs))}]), 20)
+say(*(m[4096*n:4096*n+2].decode() for n in range(20))); say(len(os.listdir('/proc/self/fd')))
+"""
+    numbers, descriptors = runs(2, *python(code)).stdout.splitlines()
+    assert numbers.split() == [f"{n:02}" for n in reversed(range(20))]
+    assert int(descriptors) == 6  # three streams, the file, CPython's copy of it for the map, and the folder
+
+
+def test_a_child_inherits_files_and_maps(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); i, r = alloc(f, 2); m = place(f, i)
+if not os.fork():
+    m[:5] = b'child'
+    j, _ = alloc(f, 2)
+    os._exit(j // 4096)
+say(os.waitstatus_to_exitcode(os.wait()[1]), m[:5].decode())
+"""
+    assert both(runs, code) == ["1", "child"]
+
+
+def test_a_file_survives_exec_and_its_copies_are_the_same_file(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); alloc(f, 2); g = os.dup(f); os.close(f); os.set_inheritable(g, True)
+again = '''import fcntl, struct, sys
+d = bytearray(struct.pack("=HHIQQ", 2, 1, 1, 0, 0)); fcntl.ioctl(int(sys.argv[1]), 0x184705, d, True)
+print(struct.unpack_from("=Q", d, 8)[0])'''
+os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', again, str(g)])
+"""
+    assert both(runs, code) == ["4096"]
+
+
+def test_a_file_that_was_passed_on(runs: Runs) -> None:
+    code = """
+a, b = socket.socketpair()
+if not os.fork():
+    (g,) = socket.recv_fds(b, 1, 1)[1]
+    os._exit(alloc(g, 2)[0] // 4096)
+f = device('gntalloc'); alloc(f, 2); alloc(f, 2)
+socket.send_fds(a, [b'x'], [f]); os.close(f)
+say(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert both(runs, code) == ["2"]
+
+
+def test_events_wait_in_poll_and_do_not_block_where_they_should_not(runs: Runs) -> None:
+    code = """
+e = device('evtchn', os.O_RDWR | os.O_NONBLOCK)
+try: os.read(e, 4)
+except BlockingIOError: say('empty')
+p = call(e, UNBOUND, '=I', 1)
+q = call(e, INTERDOMAIN, '=II', 1, p)
+select.select([e], [], [], 20); say(struct.unpack('=I', os.read(e, 4))[0] == q)
+call(e, NOTIFY, '=I', q)
+select.select([e], [], [], 20); say(struct.unpack('=I', os.read(e, 4))[0] == p)
+"""
+    assert both(runs, code) == ["empty", "True", "True"]
+
+
+def test_a_program_that_is_killed_releases_everything(runs: Runs) -> None:
+    granter = runs.start(
+        1, *python("f = device('gntalloc'); i, r = alloc(f, 2, 4); m = place(f, i, 4); say(*r); input()")
+    )
+    said(granter)
+    code = """
+from gntalloc.guest.control import ControlClient
+import sys
+c = ControlClient(sys.argv[1]); print(*(d['pages_in_use'] + d['files'] for d in c.order('statistics')['domains']))
+"""
+    show = (sys.executable, "-c", code, runs.folder)
+    assert runs(2, *show).stdout == "5 0\n"
+    granter.kill()
+    granter.wait(20)
+    assert runs(2, *show).stdout.split()[-1] == "0"
+
+
+def test_addresses_that_are_none(runs: Runs) -> None:
+    code = """
+libc = ctypes.CDLL(None, use_errno=True)
+f = device('gntalloc')
+for address in (None, ctypes.c_void_p(8), ctypes.c_void_p(-8)):
+    say(libc.ioctl(f, ALLOC, address), errno.errorcode[ctypes.get_errno()])
+page = mmap.mmap(-1, 4096); page[:16] = struct.pack('=HHIQ', 2, 1, 1, 7)
+at = ctypes.addressof(ctypes.c_char.from_buffer(page)); libc.mprotect(ctypes.c_void_p(at), 4096, 1)
+say(libc.ioctl(f, ALLOC, ctypes.c_void_p(at)), errno.errorcode[ctypes.get_errno()])
+say(alloc(f, 2)[0])
+"""
+    assert both(runs, code) == ["-1", "EFAULT"] * 4 + ["0"]
+
+
+def test_xenbus_is_xenstore(runs: Runs) -> None:
+    code = """
+x = device('xenbus')
+os.write(x, struct.pack('=IIII', 2, 1, 0, 6) + b'domid\\0')
+h = os.read(x, 16); say(os.read(x, struct.unpack('=IIII', h)[3]).decode())
+"""
+    assert both(runs, code) == ["1"]
+
+
+def test_privcmd_knows_domains_and_ports(runs: Runs) -> None:
+    code = """
+c = device('privcmd'); e = device('evtchn'); p = call(e, UNBOUND, '=I', 2)
+def hypercall(op, *words):
+    fcntl.ioctl(c, 0x305000, bytearray(struct.pack('=6Q', op, *(words + (0,) * 5)[:5])), True)
+def buffer(data):
+    b = ctypes.create_string_buffer(data, len(data)); return b, ctypes.addressof(b)
+b, at = buffer(struct.pack('=IIH6x', 5, 0x15, 0).ljust(144, b'\\0')); hypercall(36, at)
+say(*struct.unpack_from('=8xH6xH2xI', b.raw))
+b, at = buffer(struct.pack('=H2xI16x', 0x7FF0, p)); hypercall(32, 5, at)
+say(*struct.unpack_from('=8xI4xH', b.raw))
+for op in (1, 36):
+    try: hypercall(op, 0)
+    except OSError as error: say(errno.errorcode[error.errno])
+try: fcntl.ioctl(c, 0x50FF, 0)
+except OSError as error: say(errno.errorcode[error.errno])
+"""
+    assert both(runs, code) == ["1", "1", "32", "1", "2", "ENOSYS", "EFAULT", "ENOTTY"]
+
+
+def test_a_device_that_is_none_and_other_files(runs: Runs, tmp_path: Path) -> None:
+    code = f"""
+try: device('other')
+except FileNotFoundError: say('none')
+path = {str(tmp_path / "file")!r}
+f = os.open(path, os.O_RDWR | os.O_CREAT); os.ftruncate(f, 4096); g = os.open(path, os.O_RDWR)
+m = mmap.mmap(g, 4096); m[:2] = b'ok'; say(os.pread(f, 2, 0).decode())
+"""
+    assert both(runs, code) == ["none", "ok"]
+
+
+def test_a_static_binary(runs: Runs, build: Build) -> None:
+    granter = runs.start(1, build("raw", "-static"), "2")
+    ref = said(granter)
+    assert (
+        runs(2, *python(f"f = device('gntdev'); say(place(f, reserve(f, 1, [{ref}]))[:3].decode())")).stdout == "raw\n"
+    )
+
+
+def test_a_program_that_makes_its_system_calls_itself(runs: Runs, build: Build) -> None:
+    granter = runs.start(1, build("raw", "-nostdlib", "-static", "-DBARE"), "2")
+    ref = said(granter)
+    assert (
+        runs(2, *python(f"f = device('gntdev'); say(place(f, reserve(f, 1, [{ref}]))[:3].decode())")).stdout == "raw\n"
+    )
+
+
+@pytest.mark.parametrize("options", [(), ("--userns",), ("--all-opens",)])
+def test_options_do_not_change_what_is_shared(runs: Runs, build: Build, options: tuple[str, ...]) -> None:
+    granter = runs.start(1, build("share"), "2", "2", "0", "look", options=options)
+    refs = said(granter).split()
+    assert runs(2, build("map"), "1", "0", *refs, options=options).stdout == "look 0\nlook 1\n"
+
+
+def test_one_descriptor_and_four_threads(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); i, r = alloc(f, 2, 4); m = place(f, i, 4)
+for n in range(4): m[4096*n] = 65 + n
+say(*r); input()
+"""
+    granter = runs.start(1, *python(code))
+    refs = said(granter).split()
+    code = f"""
+import threading
+f = device('gntdev'); wrong = []
+def work(ref, letter):
+    for _ in range(150):
+        i = reserve(f, 1, [ref]); m = place(f, i)
+        if m[:1] != letter: wrong.append(m[:1])
+        m.close(); call(f, UNMAP, '=QI4x', i, 1)
+threads = [threading.Thread(target=work, args=(r, l)) for r, l in zip([{",".join(refs)}], (b'A', b'B', b'C', b'D'))]
+for t in threads: t.start()
+for t in threads: t.join()
+say(len(wrong), 'done')
+"""
+    assert runs(2, *python(code)).stdout == "0 done\n"
+
+
+def test_signals_that_come_all_the_time(runs: Runs) -> None:
+    code = """
+count = 0
+def handler(*_):
+    global count
+    count += 1
+signal.signal(signal.SIGALRM, handler); signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+f = device('gntalloc')
+for _ in range(200):
+    i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; m.close(); free(f, i)
+signal.setitimer(signal.ITIMER_REAL, 0)
+say('done', count > 100)
+"""
+    assert both(runs, code) == ["done", "True"]
+
+
+def test_stopped_and_continued_all_the_time(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); say(os.getpid())
+for _ in range(300):
+    i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; m.close(); free(f, i)
+say('done')
+"""
+    process = runs.start(1, *python(code))
+    program = int(said(process))
+    assert process.stdout is not None
+    while not select.select([process.stdout], [], [], 0.001)[0]:
+        os.kill(program, signal.SIGSTOP)
+        os.kill(program, signal.SIGCONT)
+    assert said(process) == "done"
+
+
+def test_the_machine_killed_under_a_program(runs: Runs) -> None:
+    code = """
+f = device('gntalloc'); i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; say('ready'); input()
+for attempt in (lambda: alloc(f, 2), lambda: place(f, i), lambda: device('gntdev')):
+    try: attempt()
+    except OSError as error: say('error')
+say(m[:1].decode())
+"""
+    process = runs.start(1, *python(code))
+    assert said(process) == "ready"
+    control = ControlClient(runs.folder)
+    os.kill(control.order("statistics")["pid"], signal.SIGKILL)
+    control.close()
+    tell(process, "")
+    assert [said(process) for _ in range(4)] == ["error", "error", "error", "x"]
+    process.communicate(timeout=20)
+    shutil.rmtree(runs.folder, ignore_errors=True)  # nobody else tidies up after a machine that was killed
