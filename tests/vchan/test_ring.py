@@ -31,7 +31,7 @@ class Two:
         self.indexes = memoryview(bytearray(16)).cast("I")
         self.indexes[0] = self.indexes[1] = start
         barriers = barriers or atomics()
-        ends = {"base": 64, "mirrored": mirrored}
+        ends = {"base": 64, "mirrored": self.size if mirrored else 0}
         self.writer = Writer(memoryview(self.area), self.size, self.indexes, 1, 0, barriers, **ends)
         self.reader = Reader(memoryview(self.area), self.size, self.indexes, 0, 1, barriers, **ends)
 

@@ -83,7 +83,13 @@ class Domain:
         return store
 
     def share(
-        self, peer: int | Domain, pages: int | None = None, *, size: int | None = None, writable: bool = False
+        self,
+        peer: int | Domain,
+        pages: int | None = None,
+        *,
+        size: int | None = None,
+        writable: bool = False,
+        mirrored: bool = False,
     ) -> SharedPages:
         """Allocate zeroed pages and grant them to `peer`.
 
@@ -92,6 +98,7 @@ class Domain:
             pages: how many pages of 4096 bytes; one if neither this nor `size` is given.
             size: bytes instead, rounded up to whole pages.
             writable: whether the peer may write. This side always may.
+            mirrored: have them in `memory` twice in a row, so that what lies in a ring never wraps.
 
         Raises:
             DeviceError: ENOSPC the limit or the grant table is exhausted (the text says which), ENOMEM no memory.
@@ -105,7 +112,8 @@ class Domain:
         head = AllocGref(domid, flags, count, 0).pack()
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
         argument[: len(head)] = head
-        mapping = file.ioctl_mmap(ALLOC_GREF, argument, count * PAGE_SIZE, prot=PROT_READ | PROT_WRITE)
+        prot, times = PROT_READ | PROT_WRITE, 2 if mirrored else 1
+        mapping = file.ioctl_mmap(ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
         index = AllocGref.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
@@ -122,6 +130,7 @@ class Domain:
         *,
         writable: bool | None = None,
         timeout: float = 1.0,
+        mirrored: bool = False,
     ) -> MappedPages:
         """Map pages that `granter` granted to this domain, as one range.
 
@@ -130,27 +139,29 @@ class Domain:
             refs: one reference or several, in the order wanted.
             writable: whether to map for writing; if not said, as the Grant says, and read-only without one.
             timeout: seconds to go on trying while the granter of read-only pages has not mapped them itself.
+            mirrored: have them in `memory` twice in a row, so that what lies in a ring never wraps.
 
         Raises:
             DeviceError: EINVAL there is no such grant, or not for this domain, or not for writing; the text says what.
             TimedOut: the granter did not get ready.
         """
         grant = _grant(granter, refs, writable)
-        count = len(grant.refs)
+        wanted = grant.refs * 2 if mirrored else grant.refs
+        count = len(wanted)
         file = self._file("gntdev")
         head = MapGrantRef(count, 0).pack()
-        argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in grant.refs))
+        argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in wanted))
         prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
         mapping = file.ioctl_mmap(MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
         index = MapGrantRef.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             try:
-                mapping = self._mmap_when_ready(file, index, grant, prot, mapping, timeout)
+                mapping = self._mmap_when_ready(file, index, count, grant, prot, mapping, timeout)
             except BaseException:
                 file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack())
                 raise
         mapping.name = "the map of grant", grant
-        return MappedPages(file, index, grant, mapping)
+        return MappedPages(file, index, grant, mapping, count)
 
     def listen(
         self,
@@ -241,7 +252,7 @@ class Domain:
         return current_domain, (self.address,)
 
     def _mmap_when_ready(
-        self, file: DeviceFile, index: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
+        self, file: DeviceFile, index: int, count: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
     ) -> Mapping:
         """Try again until the granter is ready: the first try ended in `refusal`."""
         deadline = time.monotonic() + timeout
@@ -254,7 +265,7 @@ class Domain:
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
             try:
-                return file.mmap(index, len(grant.refs) * PAGE_SIZE, prot=prot)
+                return file.mmap(index, count * PAGE_SIZE, prot=prot)
             except DeviceError as again:
                 refusal = again
 

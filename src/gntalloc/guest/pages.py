@@ -195,9 +195,13 @@ class SharedPages(_Pages):
 class MappedPages(_Pages):
     """Pages of a peer, mapped here. Made by `Domain.map`; `memory` is read-only unless mapped writable."""
 
+    def __init__(self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, count: int) -> None:
+        super().__init__(file, index, grant, mapping)
+        self._count = count  # references mapped: each twice, if mirrored
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<{state} MappedPages {self.grant}, {len(self.grant.refs) * PAGE_SIZE} bytes>"
 
     def _undo(self) -> None:
-        self._file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(self._index, len(self.grant.refs)).pack())
+        self._file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(self._index, self._count).pack())

@@ -88,10 +88,10 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
                 references = struct.unpack_from(f"={count}I", directory.memory, 0)
         try:
             split = pages_of(sizes.left)
-            left = domain.map(peer, references[:split], writable=True) if split else None
+            left = domain.map(peer, references[:split], writable=True, mirrored=True) if split else None
             if left is not None:
                 undo.enter_context(left)
-            right = domain.map(peer, references[split:]) if references[split:] else None
+            right = domain.map(peer, references[split:], mirrored=True) if references[split:] else None
             if right is not None:
                 undo.enter_context(right)
         except DeviceError as refusal:

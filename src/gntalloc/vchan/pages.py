@@ -23,6 +23,7 @@ class Ring(NamedTuple):
     pages: SharedPages | MappedPages
     base: int
     size: int
+    mirrored: int  # bytes of it that lie there twice in a row; 0: it is in the page, once
 
 
 class ChannelPages:
@@ -65,8 +66,18 @@ class ChannelPages:
     def rings(self, role: Role, atomics: Atomics) -> tuple[Reader, Writer]:
         """The ring that this end reads, and the one it writes."""
         one, other = (self._left, self._right) if role.reads_left else (self._right, self._left)
-        reader = Reader(one.pages.memory, one.size, self._indexes, *role.reads, atomics, base=one.base)
-        writer = Writer(other.pages.memory, other.size, self._indexes, *role.writes, atomics, base=other.base)
+        reader = Reader(
+            one.pages.memory, one.size, self._indexes, *role.reads, atomics, base=one.base, mirrored=one.mirrored
+        )
+        writer = Writer(
+            other.pages.memory,
+            other.size,
+            self._indexes,
+            *role.writes,
+            atomics,
+            base=other.base,
+            mirrored=other.mirrored,
+        )
         return reader, writer
 
     def release(self) -> None:
@@ -99,6 +110,6 @@ class ChannelPages:
 def _ring(header: SharedPages | MappedPages, own: SharedPages | MappedPages | None, order: int) -> Ring:
     base = in_page(order)
     if base is not None:
-        return Ring(header, base, 1 << order)
+        return Ring(header, base, 1 << order, 0)
     assert own is not None
-    return Ring(own, 0, 1 << order)
+    return Ring(own, 0, 1 << order, len(own.memory) // 2)

@@ -40,11 +40,12 @@ class _Ring:
         indexes: the four words of the page.
         mine: which of them this end moves.
         theirs: which the peer moves.
-        mirrored: the ring is in `memory` twice in a row, so that no piece of it ever wraps.
+        mirrored: a ring of so many bytes is in `memory` twice in a row, so that no piece of it ever wraps.
     """
 
     __slots__ = (
-        "_atomics", "_base", "_end", "_indexes", "_mask", "_mine", "_raw", "_theirs", "index", "memory", "size"
+        "_atomics", "_base", "_end", "_indexes", "_mask", "_mine", "_mirrored", "_raw", "_theirs",
+        "index", "memory", "size",
     )  # fmt: skip
 
     def __init__(
@@ -57,14 +58,15 @@ class _Ring:
         atomics: Atomics,
         *,
         base: int = 0,
-        mirrored: bool = False,
+        mirrored: int = 0,
     ) -> None:
         self.memory = memory
         self.size = size
         self._raw: Any = memory.obj
         self._base = base
-        self._end = base + 2 * size if mirrored else base + size
+        self._mirrored = mirrored
         self._mask = size - 1
+        self._end = self._end_of(size)
         self._indexes = indexes
         self._mine = mine
         self._theirs = theirs
@@ -76,7 +78,11 @@ class _Ring:
 
         Until then a byte's place is the same in both, so another thread may be writing meanwhile.
         """
-        self._end, self._mask, self.size = self._base + size, size - 1, size
+        self._end, self._mask, self.size = self._end_of(size), size - 1, size
+
+    def _end_of(self, size: int) -> int:
+        """Up to where bytes lie in a row."""
+        return self._base + (2 * size if size == self._mirrored else size)
 
     def _broken(self, known: str) -> PeerBroke:
         theirs = self._indexes[self._theirs]

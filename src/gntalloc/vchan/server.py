@@ -174,7 +174,7 @@ class Listener:
             page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
             page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
             left, right = rings = [
-                undo.enter_context(domain.share(peer, pages=count, writable=True)) if count else None
+                undo.enter_context(domain.share(peer, pages=count, writable=True, mirrored=True)) if count else None
                 for count in map(pages_of, large)
             ]
             at = layout.REFERENCES

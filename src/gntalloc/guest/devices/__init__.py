@@ -47,8 +47,12 @@ class DeviceFile(Protocol):
             MachineGone: there is nobody to ask any more.
         """
 
-    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+    def ioctl_mmap(
+        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
+    ) -> Mapping | DeviceError:
         """ALLOC_GREF or MAP_GRANT_REF, and then `mmap` of what it made: the u64 at byte 8 of `argument` says where.
+
+        What was allocated may be mapped several `times` in a row; what was granted, once.
 
         Returns:
             The map; or, if only that failed, why: then what `argument` names is still there, to be undone.

@@ -117,12 +117,14 @@ class KernelFile:
         except OSError as error:
             raise DeviceError(error.errno, f"{self.name} refused request {request:#010x}: {error.strerror}") from error
 
-    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+    def ioctl_mmap(
+        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
+    ) -> Mapping | DeviceError:
         """See `DeviceFile`."""
         self.ioctl(request, argument)
         (index,) = _INDEX.unpack_from(argument, _INDEX_AT)
         try:
-            return self.mmap(index, length, prot=prot)
+            return self._mmap(index, length, prot, times=times)
         except DeviceError as refusal:
             return refusal
 
@@ -132,9 +134,14 @@ class KernelFile:
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
         """See `DeviceFile`."""
-        mapping = Mapping(length, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
+        return self._mmap(offset, length, prot, shared=shared)
+
+    def _mmap(self, offset: int, length: int, prot: int, *, shared: bool = True, times: int = 1) -> Mapping:
+        mapping = Mapping(length * times, prot=prot, name=f"the map of {self.name} at index {offset:#x}")
+        each = mapping.length // times
         try:
-            mapping.place(0, mapping.length, self.fileno(), offset, shared=shared)
+            for start in range(0, mapping.length, each):
+                mapping.place(start, each, self.fileno(), offset, shared=shared)
         except OSError as error:
             mapping.close()
             raise DeviceError(error.errno, f"{mapping} was refused: {error.strerror}") from error

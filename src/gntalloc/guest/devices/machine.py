@@ -128,10 +128,12 @@ class MachineFile:
         _write_back(there, answer.body)
         return answer.result
 
-    def ioctl_mmap(self, request: int, argument: bytearray, length: int, *, prot: int) -> Mapping | DeviceError:
+    def ioctl_mmap(
+        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
+    ) -> Mapping | DeviceError:
         """See `DeviceFile`. One message: the machine goes on to the mmap by itself."""
         try:
-            mapping = Mapping(length, prot=prot, name=("a map of", self.name))
+            mapping = Mapping(length * times, prot=prot, name=("a map of", self.name))
         except (OSError, OverflowError) as error:
             self.ioctl(request, argument)  # it may have a better reason to refuse
             return DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}")
@@ -147,7 +149,7 @@ class MachineFile:
             if code:
                 mapping.close()
                 return DeviceError(code, body[wire.IOCTL_MMAP_REPLY.size : start].decode(errors="replace"))
-            refusal = self._place(mapping, body[start:end], answer.descriptors)
+            refusal = self._place(mapping, body[start:end] * times, answer.descriptors)
         except BaseException:
             mapping.close()
             raise
