@@ -19,7 +19,7 @@ def test_what_wraps_is_in_one_piece(alice: Domain, bob: Domain, writable: bool) 
         shared.memory[SIZE - 3 : SIZE + 3] = b"around"
         with bob.map(shared.grant, mirrored=True) as mapped:
             assert bytes(mapped.memory[SIZE - 3 : SIZE + 3]) == b"around"
-            assert bytes(mapped.memory[:3] + mapped.memory[2 * SIZE - 3 :]) == b"undaro"
+            assert bytes(mapped.memory[:3]) + bytes(mapped.memory[2 * SIZE - 3 :]) == b"undaro"
             if writable:
                 mapped.memory[2 * SIZE - 1] = ord("!")
                 assert shared.memory[SIZE - 1] == ord("!")
