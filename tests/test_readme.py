@@ -13,8 +13,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_complete_program_runs(tmp_path: Path) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("program", "prints"),
+    list(zip(PROGRAMS, ["domain 2 reads hello\n", "HELLO\n"], strict=True)),
+    ids=["share", "channel"],
+)
+def test_the_programs_run(program: str, prints: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "-W", "error", "program.py"],
@@ -24,7 +31,7 @@ def test_the_complete_program_runs(tmp_path: Path) -> None:
         timeout=30,
         check=False,
     )
-    assert (done.stdout, done.stderr) == ("domain 2 reads hello\n", "")
+    assert (done.stdout, done.stderr) == (prints, "")
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])

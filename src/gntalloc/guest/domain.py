@@ -80,6 +80,7 @@ class Domain:
             if store is not None:
                 store.close()
             store = self._stores[os.getpid()] = self.devices.open_store()
+            store.belongs_to_a_domain()
         return store
 
     def share(

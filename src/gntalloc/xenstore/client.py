@@ -155,6 +155,10 @@ class Store(_Tree):
         self._timeout = timeout
         self._connection = Connection(path, "xenstore") if isinstance(path, int) else _open(path)
 
+    def belongs_to_a_domain(self) -> None:
+        """Whoever uses it did not open it, so it goes without a warning."""
+        self._connection.others = True
+
     @property
     def domid(self) -> int:
         """The number of the domain this program runs in, which is in its own relative node `domid`."""

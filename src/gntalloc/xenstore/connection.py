@@ -70,6 +70,7 @@ class Connection:
     def __init__(self, fd: int, name: str) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
+        self.others = False  # somebody else's to close, and nobody's fault if it is not
         self.name = name
         self.changed = threading.Condition(threading.Lock())  # guards everything below
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # readable from the moment of close()
@@ -178,7 +179,7 @@ class Connection:
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:
-            if os.getpid() == self._process:
+            if os.getpid() == self._process and not self.others:
                 warnings.warn(f"unclosed {self.name}", ResourceWarning, source=self, stacklevel=2)
             self._close_descriptors()
 
