@@ -118,6 +118,11 @@ class Machine:
         grants: list[dict[str, Any]] = self._control.order("grants")
         return grants
 
+    def files(self) -> list[dict[str, Any]]:
+        """Every open device file: domid, device, the pid that opened it, ports bound, bytes mapped."""
+        files: list[dict[str, Any]] = self._control.order("files")
+        return files
+
     def close(self) -> None:
         """End the machine. Pages that are mapped stay valid until they are unmapped."""
         if self._closed:

@@ -177,6 +177,10 @@ class EvtchnDriver:
         """Ports that programs bound, or keep by notifications."""
         return len(self._bound)
 
+    def ports_of(self, file: File) -> list[int]:
+        """The ports that this file has bound."""
+        return list(_state(file).ports)
+
     def open(self) -> FileState:
         """A new file: no ports, and so no ring."""
         return FileState()

@@ -34,6 +34,9 @@ class Control(Channel):
             "get_limit": self._get_limit,
             "set_limit": self._set_limit,
             "grants": server.machine.grants,
+            "files": server.machine.files,
+            "disturb": self._disturb,
+            "calm": self._calm,
             "statistics": server.machine.statistics,
         }
 
@@ -74,9 +77,16 @@ class Control(Channel):
     def _enter(self, *, domid: int) -> None:
         self._server.visits.enter(self, domid)
 
+    def _disturb(self, *, domid: int, **how: int) -> None:
+        self._server.faults.disturb(self, domid, **how)
+
+    def _calm(self) -> None:
+        self._server.faults.calm(self)
+
     def close(self) -> None:
-        """See `Channel`. A visitor leaves."""
+        """See `Channel`. A visitor leaves, and faults that were ordered here end."""
         super().close()
+        self._server.faults.calm(self)
         self._server.visits.leave(self)
 
     def _get_limit(self, *, domid: int) -> int:

@@ -17,7 +17,7 @@ from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frames import Frames
 from gntalloc.hypervisor.domains import DomainExists, Hypervisor
 from gntalloc.hypervisor.grants import GrantTable
-from gntalloc.hypervisor.ports import EventChannels
+from gntalloc.hypervisor.ports import EventChannels, Ports
 from gntalloc.machine.toolstack import furnish, strip
 from gntalloc.xenstore.daemon.server import Server as Store
 
@@ -211,6 +211,31 @@ class Machine:
             for grant in guest.gntalloc.grants():
                 yield {"granter": guest.domid, **grant._asdict()}
 
+    def files(self) -> list[dict[str, Any]]:
+        """Every open device file of every domain: who opened it, the ports bound on it, the bytes mapped of it."""
+        return [
+            {
+                "domid": guest.domid,
+                "device": file.driver.name,
+                "opener": file.opener,
+                "ports": guest.evtchn.ports_of(file) if file.driver is guest.evtchn else [],
+                "mapped": sum(record.length for record in file.records),
+            }
+            for guest in self.guests.values()
+            for file in guest.files
+        ]
+
+    def event_ports(self, domid: int) -> Ports:
+        """The event channel ports of a domain.
+
+        Raises:
+            GntallocError: ESRCH there is no such domain.
+        """
+        self.guest(domid)
+        ports = self._event_channels.of(domid)
+        assert ports is not None
+        return ports
+
     def statistics(self) -> dict[str, Any]:
         """Counters of the machine and of each domain."""
         return {
@@ -228,6 +253,7 @@ class Machine:
                     "ports": guest.evtchn.in_use,
                     "files": len(guest.files),
                     "files_mapped": sum(bool(file.records) for file in guest.files),
+                    **self.store.usage(guest.domid),
                 }
                 for guest in self.guests.values()
             ],

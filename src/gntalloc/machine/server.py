@@ -25,6 +25,7 @@ from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.machine.connection import Connection
 from gntalloc.machine.control import Control
+from gntalloc.machine.faults import Faults
 from gntalloc.machine.home import Home, identity_of
 from gntalloc.machine.store import StoreFront
 from gntalloc.machine.visits import Visits
@@ -77,6 +78,7 @@ class Server:
         self._has_news = False
         self._watch(self._news.fileno(), self._note_news)
         self.visits = Visits(self)
+        self.faults = Faults(machine)
         self._store = StoreFront(machine.store)
         self._watch(self._store.fileno(), lambda _events: self._store.serve())
         self._listen(control_path(folder), 0o600, self._accept_control)
@@ -199,6 +201,8 @@ class Server:
         """Serve until `stopping`."""
         while not self.stopping:
             self._hear(self._patience())
+            if self.faults.late:
+                self.faults.serve()
             if self._turns:
                 self._serve_round()
             else:
@@ -268,10 +272,9 @@ class Server:
             return 0.0
         if self.visits.over:
             return _LEAVING
-        patience = self.machine.frames.patience()
-        if self._slow:
-            return _CHECK_FOR_STALLS if patience is None else min(patience, _CHECK_FOR_STALLS)
-        return -1.0 if patience is None else patience
+        stalls = _CHECK_FOR_STALLS if self._slow else None
+        waits = self.machine.frames.patience(), self.faults.patience(), stalls
+        return min((wait for wait in waits if wait is not None), default=-1.0)
 
     def _settle(self) -> None:
         if not self._has_news and not self.machine.frames.restless:

@@ -10,7 +10,7 @@ import errno
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gntalloc.xenstore.daemon.limits import Refused
+from gntalloc.xenstore.daemon.limits import Quotas, Refused
 
 if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.permissions import Entry
@@ -26,6 +26,7 @@ class Domain:
 
     domid: int
     generation: int
+    quotas: Quotas
     introduced: bool = False
     nodes: int = 0
     watches: int = 0
@@ -44,8 +45,10 @@ class Domain:
 class Domains(dict[int, Domain]):
     """The known domains by number."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, quotas: Quotas) -> None:
         super().__init__()
+        self.quotas = quotas
+        """Of every domain, unless it is given others of its own."""
         self.existing: set[int] = {0}
         """The numbers of all domains that there are, known or not: what the hypervisor would say."""
         self._tree = tree
@@ -54,7 +57,7 @@ class Domains(dict[int, Domain]):
         """The domain of that number, if there is one."""
         domain = self.get(domid)
         if domain is None and domid in self.existing:
-            domain = self[domid] = Domain(domid, self._tree.generation)
+            domain = self[domid] = Domain(domid, self._tree.generation, self.quotas)
         return domain
 
     def connected(self, domid: int) -> Domain:

@@ -60,7 +60,7 @@ class Server:
     def __init__(self, quotas: Quotas | None = None) -> None:
         self.quotas = quotas or Quotas()
         self.tree = Tree()
-        self.domains = Domains(self.tree)
+        self.domains = Domains(self.tree, self.quotas)
         self._watches = Watches(self.tree, self.domains, self.quotas)
         self._keeper = Keeper(self.tree, self.domains, self._watches, self.quotas)
         self._special: dict[str, tuple[Entry, ...]] = {INTRODUCED: (Entry(0, 0),), RELEASED: (Entry(0, 0),)}
@@ -158,6 +158,12 @@ class Server:
         session.drop_unread()
         if session in session.domain.sessions:
             session.domain.sessions.remove(session)
+
+    def usage(self, domid: int) -> dict[str, int]:
+        """What a domain has in use."""
+        domain = self.domains.get(domid)
+        names = "nodes", "watches", "transactions"
+        return {name: 0 if domain is None else getattr(domain, name) for name in names}
 
     def own_view(self) -> View:
         """The tree for the daemon itself: it may do everything, and nothing counts."""
@@ -335,9 +341,9 @@ class Server:
             raise Refused(errno.EEXIST)
         domain = session.domain
         if not session.privileged:
-            if domain.watches > self.quotas.watches:
+            if domain.watches > domain.quotas.watches:
                 raise Refused(errno.E2BIG)
-            if domain.memory + len(path) + len(token) >= self.quotas.memory:
+            if domain.memory + len(path) + len(token) >= domain.quotas.memory:
                 raise Refused(errno.ENOMEM)
         watch = self._watches.add(session, path, token, relative)
         self._afterwards.append(lambda: self._watches.tell(watch, path))
@@ -368,7 +374,7 @@ class Server:
         if request.transaction is not None:
             raise Refused(errno.EBUSY)
         session = request.session
-        if not session.privileged and session.domain.transactions > self.quotas.transactions:
+        if not session.privileged and session.domain.transactions > session.domain.quotas.transactions:
             raise Refused(errno.ENOSPC)
         number = session.last_transaction
         while True:

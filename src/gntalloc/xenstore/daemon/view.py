@@ -159,7 +159,7 @@ class View:
         new = Node(0, entries, value)
         try:
             for below, name in zip(("", *lacking), lacking, strict=False):  # from the last one up
-                if self.limited and self._owned() >= self._quotas.nodes:
+                if self._session is not None and self.limited and self._owned() >= self._session.domain.quotas.nodes:
                     raise Refused(errno.ENOSPC)
                 if below:
                     self.put(name, Node(0, entries).with_child(last(below)))
@@ -221,7 +221,7 @@ class View:
             if owner is None:
                 raise Refused(errno.ENOMEM)
             judged = transaction.created and self.limited and not owner.privileged
-            if judged and max(0, owner.nodes + more) >= self._quotas.nodes:
+            if judged and max(0, owner.nodes + more) >= owner.quotas.nodes:
                 raise Refused(errno.ENOSPC)
         for path, seen in transaction.seen.items():
             now = self._tree.get(path)
