@@ -102,13 +102,16 @@ def plain() -> Atomics:
 
 
 def _library() -> Any:
-    for name in ("libatomic.so.1", ctypes.util.find_library("atomic")):
-        if name is None:
-            continue
-        try:
-            library = ctypes.CDLL(name)
-            library["__atomic_fetch_and_1"], library["atomic_thread_fence"]
-        except (OSError, AttributeError):
-            continue
-        return library
-    return None
+    library = _load("libatomic.so.1")
+    if library is None and (name := ctypes.util.find_library("atomic")):  # it starts programs to find out
+        library = _load(name)
+    return library
+
+
+def _load(name: str) -> Any:
+    try:
+        library = ctypes.CDLL(name)
+        library["__atomic_fetch_and_1"], library["atomic_thread_fence"]
+    except (OSError, AttributeError):
+        return None
+    return library
