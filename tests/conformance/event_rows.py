@@ -6,6 +6,7 @@ All in one domain, which binds to a port of its own: that is safe for events, as
 from __future__ import annotations
 
 import os
+import time
 from struct import iter_unpack, pack
 from typing import TYPE_CHECKING, Any
 
@@ -376,3 +377,19 @@ def _(rig: Rig) -> str:
     before = second.read()
     rig.grantee.must("munmap", there, 0, PAGE)
     return said(before, second.read(), rig.granter.step("peek", here, 0, 4))
+
+
+@row("G35", "gntdev NOTIFY CLEAR_BYTE: munmap, then UNMAP; when is the byte cleared", "PV: at munmap; PVH: at UNMAP")
+def _(rig: Rig) -> str:
+    _, _, refs, here = share(rig)
+    rig.granter.must("poke", here, 0, "11")
+    file = rig.grantee.open("gntdev")
+    _, index = rig.grantee.reserve(file, refs)
+    there = rig.grantee.mmap(file, index)
+    rig.grantee.notify(file, index, 1)
+    rig.grantee.must("munmap", there, 0, PAGE)
+    rig.granter.open("gntdev")  # ours clears the byte a moment after munmap, before it answers anything
+    time.sleep(0.2)  # and what a kernel puts off it has done by then
+    before = rig.granter.step("peek", here, 0, 1)
+    rig.grantee.unreserve(file, index, 1)
+    return said(before, rig.granter.step("peek", here, 0, 1))

@@ -72,7 +72,7 @@ NOT_RUN = {
 BETWEEN_DOMAINS = (
     *("22", "23", "25", "40", "51", "72", "76", "78", "82", "83", "84", "85", "86"),
     *("G1", "G2", "G3", "G4", "G6", "G8", "G9", "G10", "G11", "G13", "G14", "G15", "G17"),
-    *("G32", "G33", "G34"),
+    *("G32", "G33", "G34", "G35"),
 )
 
 # Where kernels of one version answer differently, because a fix was carried back to some: what tells, and for each row
