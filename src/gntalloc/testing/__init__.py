@@ -1,15 +1,40 @@
 """What test suites import, yours and ours: standard library only, and no test framework.
 
-    before = Snapshot.of(machine)
-    ...                                  # what is to be tested
-    assert_cleaned_up(machine, before)   # no descriptor, no map, no grant, no page is left over
+    with two_domains() as (alice, bob):             # of a machine of their own; looks at the end what is left
+        with alice.share(bob) as shared, bob.map(shared.grant) as mapped: ...
+
+    with Program(bob, function, *args) as peer:     # a process of its own in a domain; can be killed
+        peer.kill()
+
+    with faults.pages(alice, 3): ...                # see `gntalloc.testing.faults`
+
+    class TestMine(ChannelConformance): ...         # see `gntalloc.testing.channels`
+
+pytest finds `gntalloc_machine`, `gntalloc_domains` and `gntalloc_channels` by itself. docs/testing-your-code.md shows
+all of it.
 
 `FakeMemory` is a program's memory with holes, for whoever tests a driver; `recount` sees that the books of a machine in
 this process are right.
 """
 
+from gntalloc.testing import faults
 from gntalloc.testing.cleanup import Snapshot, assert_cleaned_up
+from gntalloc.testing.fixtures import Channels, Domains, channel_pair, checked_machine, two_domains
 from gntalloc.testing.memory import FakeMemory
+from gntalloc.testing.program import Program, ProgramFailed
 from gntalloc.testing.recount import recount
 
-__all__ = ["FakeMemory", "Snapshot", "assert_cleaned_up", "recount"]
+__all__ = [
+    "Channels",
+    "Domains",
+    "FakeMemory",
+    "Program",
+    "ProgramFailed",
+    "Snapshot",
+    "assert_cleaned_up",
+    "channel_pair",
+    "checked_machine",
+    "faults",
+    "recount",
+    "two_domains",
+]

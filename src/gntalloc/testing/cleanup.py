@@ -1,22 +1,31 @@
-"""Was everything given back? This process is asked through /proc, the machine through its statistics."""
+"""Was everything given back? This process is asked through /proc, the machine through its control socket."""
 
 from __future__ import annotations
 
 import gc
 import os
 import re
+import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from gntalloc.errors import MachineGone
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from gntalloc.embed import Machine
 
-__all__ = ["Snapshot", "assert_cleaned_up"]
+__all__ = ["Snapshot", "assert_cleaned_up", "name_process"]
 
 _PATIENCE = 5.0  # seconds: a process that was killed is gone a little later than kill(2) returns
+_PATIENCE_WITH_ONESELF = 0.25
 _NAP = 0.005
+_SAID_NOWHERE_ELSE = ("watches", "transactions")
 _NUMBER = re.compile(r"\d+")
+_names: dict[int, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +39,165 @@ class Snapshot:
     """Bytes of granted memory that are mapped here."""
 
     machine: dict[str, int]
-    """Pages, extents, references, ports, pages in use and open files, over all domains. Empty without a machine."""
+    """Counters over all domains: pages, extents, references, … Empty without a machine, or when it is gone."""
+
+    grants: dict[tuple[int, int], _Grant] = field(default_factory=dict)
+    """By granter and reference."""
+
+    files: Counter[_File] = field(default_factory=Counter)
+    """Bytes mapped, or ports bound, by domain, device and program."""
 
     @classmethod
     def of(cls, machine: Machine | None) -> Self:
         """Take one now."""
-        return cls(_descriptors(), _maps(), _counts(machine) if machine is not None else {})
+        here = _descriptors(), _maps()
+        if machine is None:
+            return cls(*here, {})
+        try:
+            grants = {(each["granter"], each["ref"]): _Grant.of(each) for each in machine.grants()}
+            files: Counter[_File] = Counter()
+            for each in machine.files():
+                who = each["domid"], each["device"], each["opener"]
+                files[_File("mapped", *who)] += each["mapped"]
+                files.update(_File(f"port {number}", *who) for number in each["ports"])
+            return cls(*here, _counts(machine), grants, files)
+        except MachineGone:
+            return cls(*here, {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    """Whose page it is, for whom, and who has it."""
+
+    granter: int
+    peer: int
+    opener: int
+    mapped_by: tuple[int, ...]
+    released: bool
+
+    @classmethod
+    def of(cls, grant: dict[str, Any]) -> Self:
+        return cls(
+            grant["granter"], grant["peer"], grant["opener"], tuple(grant["mapped_by"]), released=not grant["users"]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is done with a device file, and by whom."""
+
+    what: str
+    domid: int
+    device: str
+    opener: int
+
+
+class _Left(NamedTuple):
+    """Something that was not given back."""
+
+    what: str
+    whose: int | None
+    """Of which process, if of one alone."""
 
 
 def assert_cleaned_up(machine: Machine | None, before: Snapshot) -> None:
-    """See that there is nothing more than `before`.
+    """See that there is nothing more than `before`: no descriptor, no map, no grant, no port, no watch.
+
+    What others hold is waited for a while: they may just be ending.
+
+    Args:
+        machine: the one that `before` was taken of. If it is gone only this process is looked at.
+        before: a Snapshot.
 
     Raises:
-        AssertionError: there is; the text says what.
+        AssertionError: something is; the text says what was left behind, and by whom.
     """
-    deadline = time.monotonic() + _PATIENCE
+    __tracebackhide__ = True  # for pytest: the text says it all
+    begin = time.monotonic()
     while True:
-        left = _differences(before, Snapshot.of(machine))
+        left = list(_differences(before, Snapshot.of(machine)))
         if not left:
             return
-        if time.monotonic() > deadline:
-            raise AssertionError("not everything was given back: " + "; ".join(left))
+        if time.monotonic() > begin + _patience(left):
+            raise AssertionError("not everything was given back:\n  " + "\n  ".join(each.what for each in left))
         gc.collect()  # an exception that was caught may keep what is in its frames
         time.sleep(_NAP)
 
 
-def _differences(before: Snapshot, now: Snapshot) -> list[str]:
-    left = [
-        f"{count - before.descriptors.get(target, 0):+d} descriptors of {target}"
-        for target, count in now.descriptors.items()
-        if count > before.descriptors.get(target, 0)
-    ]
+def name_process(pid: int, name: str) -> None:
+    """What to call a process when it has left something behind."""
+    _names[pid] = name
+
+
+def _differences(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
+    explained = False
+    for left in (*_grants(before, now), *_files(before, now)):
+        explained = True
+        yield left
     if now.maps != before.maps:
-        left.append(f"{now.maps} bytes of granted memory mapped, {before.maps} before")
-    left += [
-        f"{name} of the machine is {count}, {before.machine[name]} before"
-        for name, count in now.machine.items()
-        if count != before.machine[name]
-    ]
-    return left
+        yield _Left(f"this process: {now.maps} bytes of granted memory mapped, {before.maps} before", os.getpid())
+    for target, count in now.descriptors.items():
+        if (more := count - before.descriptors.get(target, 0)) > 0:
+            yield _Left(f"this process: {more:+d} descriptors of {target}", os.getpid())
+    for name, count in now.machine.items():
+        if count != (was := before.machine.get(name, 0)) and (name in _SAID_NOWHERE_ELSE or not explained):
+            yield _Left(f"the machine: {count} {name.replace('_', ' ')}, {was} before", None)
+
+
+def _grants(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
+    """Pages that are alike in one line."""
+    alike: dict[_Grant, list[int]] = {}
+    for (granter, ref), grant in now.grants.items():
+        if (granter, ref) not in before.grants:
+            alike.setdefault(grant, []).append(ref)
+    for grant, refs in alike.items():
+        pages = "1 page" if len(refs) == 1 else f"{len(refs)} pages"
+        mapped = f"mapped by domain {_listed(grant.mapped_by)}" if grant.mapped_by else "mapped by no peer"
+        state = "released, but still " if grant.released else ""
+        yield _Left(
+            f"domain {grant.granter}, {_process(grant.opener)}: {pages} granted to domain {grant.peer} "
+            f"(references {_ranges(refs)}), {state}{mapped}",
+            None if grant.mapped_by else grant.opener,
+        )
+
+
+def _files(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
+    for file, count in (now.files - before.files).items():
+        done = f"{count} bytes of {file.device} mapped" if file.what == "mapped" else f"event channel {file.what} bound"
+        yield _Left(f"domain {file.domid}, {_process(file.opener)}: {done}", file.opener)
+
+
+def _patience(left: list[_Left]) -> float:
+    """Nobody but this thread could give it back if it is all of this process, and then it hardly will."""
+    alone = threading.active_count() == 1 and all(each.whose == os.getpid() for each in left)
+    return _PATIENCE_WITH_ONESELF if alone else _PATIENCE
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """8, 9, 10, 12 as 8-10, 12."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+def _process(pid: int) -> str:
+    if pid == os.getpid():
+        return "this process"
+    if pid in _names:
+        return f"pid {pid} ({_names[pid]})"
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+            return f"pid {pid} ({name.read().strip()})"
+    except OSError:
+        return f"pid {pid} (ended)"
 
 
 def _descriptors() -> dict[str, int]:
@@ -96,6 +225,7 @@ def _maps() -> int:
 def _counts(machine: Machine) -> dict[str, int]:
     statistics = machine.statistics()
     counts = {name: statistics[name] for name in ("pages", "extents")}
-    for name in ("references", "ports", "pages_in_use", "files", "files_mapped"):
+    over_all = "references", "ports", "pages_in_use", "files", "files_mapped", "watches", "transactions"
+    for name in over_all:
         counts[name] = sum(domain[name] for domain in statistics["domains"])
     return counts

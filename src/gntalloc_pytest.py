@@ -1,0 +1,103 @@
+"""The pytest plugin of gntalloc: fixtures, and a marker with their settings. See docs/testing-your-code.md.
+
+    gntalloc_machine     a gntalloc.Machine
+    gntalloc_domains     two domains of it, `alice` (1) and `bob` (2)
+    gntalloc_channels    the two ends of a channel between them, `server` and `client`
+
+    @pytest.mark.gntalloc(limit=64, size=4096)
+
+It is a module beside the package, and imports that only when a fixture is used: pytest loads plugins before everything
+else, and who does not use this one shall not pay for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from gntalloc import Machine
+    from gntalloc.testing import Channels, Domains
+
+__all__ = ["gntalloc_channels", "gntalloc_domains", "gntalloc_machine"]
+
+_T = TypeVar("_T")
+
+# Which settings of the marker belong to what.
+_OF_A_MACHINE = ("limit", "behaviour", "strict", "table_frames")
+_OF_A_CHANNEL = ("size", "extensions", "spin")
+
+_raised = pytest.StashKey[BaseException]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell pytest of the marker, and that the kit's asserts are to be explained like a test's."""
+    names = ", ".join((*_OF_A_MACHINE, *_OF_A_CHANNEL))
+    config.addinivalue_line("markers", f"gntalloc({names}): settings of gntalloc's machine and channels")
+    pytest.register_assert_rewrite("gntalloc.testing.channels")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Remember what the test raised: the fixtures end as a `with` around it would."""
+    if call.when == "call" and call.excinfo is not None:
+        item.stash[_raised] = call.excinfo.value
+
+
+@pytest.fixture
+def gntalloc_machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A machine of its own for each test, with the settings of `@pytest.mark.gntalloc`. It must be left clean."""
+    from gntalloc.testing import checked_machine
+
+    yield from _as_with(request, checked_machine(**_settings(request, _OF_A_MACHINE)))
+
+
+@pytest.fixture
+def gntalloc_domains(request: pytest.FixtureRequest, gntalloc_machine: Machine) -> Iterator[Domains]:
+    """Two domains of `gntalloc_machine`, 1 and 2: `alice, bob = gntalloc_domains`. They must be left clean."""
+    from gntalloc.testing import two_domains
+
+    yield from _as_with(request, two_domains(gntalloc_machine))
+
+
+@pytest.fixture
+def gntalloc_channels(request: pytest.FixtureRequest, gntalloc_domains: Domains) -> Iterator[Channels]:
+    """A channel between `gntalloc_domains`: `server, client = gntalloc_channels`, both ends in this process."""
+    from gntalloc.testing import channel_pair
+
+    yield from _as_with(request, channel_pair(gntalloc_domains, **_settings(request, _OF_A_CHANNEL)))
+
+
+def _as_with(request: pytest.FixtureRequest, context: AbstractContextManager[_T]) -> Iterator[_T]:
+    """What the test raised, or another fixture around it, ends the context: one failure is not told twice."""
+    stash = request.node.stash
+    yield context.__enter__()
+    raised = stash.get(_raised, None)
+    try:
+        if raised is None:
+            context.__exit__(None, None, None)
+        else:
+            context.__exit__(type(raised), raised, raised.__traceback__)
+    except BaseException as error:
+        if error is not raised:
+            stash[_raised] = error
+            if isinstance(error, AssertionError):  # the text says it all
+                pytest.fail(f"after the test, {request.fixturename}: {error}", pytrace=False)
+            raise
+
+
+def _settings(request: pytest.FixtureRequest, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the markers at this test that are called so; of two the one nearer to the test."""
+    found: dict[str, Any] = {}
+    for marker in request.node.iter_markers("gntalloc"):
+        unknown = [name for name in marker.kwargs if name not in (*_OF_A_MACHINE, *_OF_A_CHANNEL)]
+        if marker.args or unknown:
+            what = f"{unknown[0]}=" if unknown else repr(marker.args[0])
+            there = ", ".join(f"{name}=" for name in (*_OF_A_MACHINE, *_OF_A_CHANNEL))
+            raise pytest.UsageError(f"@pytest.mark.gntalloc does not take {what}; it takes {there}")
+        found = {name: value for name, value in marker.kwargs.items() if name in names} | found
+    return found
