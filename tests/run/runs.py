@@ -45,8 +45,8 @@ class Runs:
         return process
 
     def over(self) -> bool:
-        """Whether the machine has ended, and left nothing but its lock."""
-        return not os.path.exists(self.folder)
+        """Whether the machine has ended, and left nothing."""
+        return not os.path.exists(self.folder) and not os.path.exists(lock_path(self.folder))
 
     def finish(self) -> None:
         """Everything that was started ends, and the machine with it."""
@@ -58,7 +58,6 @@ class Runs:
         while not self.over():
             assert time.monotonic() < deadline, "the machine did not end"
             time.sleep(0.02)
-        os.unlink(lock_path(self.folder))
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

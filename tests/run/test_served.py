@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import said, tell
 
 from gntalloc.guest.control import ControlClient
+from gntalloc.places import lock_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,4 +310,5 @@ say(m[:1].decode())
     tell(process, "")
     assert [said(process) for _ in range(4)] == ["error", "error", "error", "x"]
     process.communicate(timeout=20)
+    os.unlink(lock_path(runs.folder))
     shutil.rmtree(runs.folder, ignore_errors=True)  # nobody else tidies up after a machine that was killed

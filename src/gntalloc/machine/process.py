@@ -78,3 +78,4 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
             os.rmdir(folder)
         except OSError:
             pass  # our parent does it
+        server.visits.close()

@@ -56,6 +56,7 @@ class Visits:
     def leave(self, visitor: Control) -> None:
         """It is gone, and so are domains that nobody is in any more."""
         left = self._visitors.pop(visitor, set())
+        self._server.machine.settle()  # its programs' maps went before it did: their peers are told before the ports go
         for domid in left & self._made:
             if not any(domid in domids for domids in self._visitors.values()):
                 self.forget(domid)
@@ -76,3 +77,9 @@ class Visits:
         except BlockingIOError:
             return False
         return True
+
+    def close(self) -> None:
+        """The folder is gone: let those in who wait for the lock, to start another machine."""
+        if self._lock >= 0:
+            os.unlink(lock_path(self._server.folder))
+            os.close(self._lock)

@@ -6,6 +6,7 @@ starts one. A machine that nobody is left in takes the same lock before it goes,
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -62,12 +63,24 @@ def _enter(control: ControlClient, domid: int) -> ControlClient | None:
 
 @contextmanager
 def _alone(folder: str) -> Iterator[None]:
+    path = lock_path(folder)
+    while True:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise GntallocError(error.errno or errno.EIO, f"{path} cannot be locked: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_there(lock, path):  # a machine that ended took it away while we waited for it
+                continue
+            yield
+            return
+        finally:
+            os.close(lock)
+
+
+def _is_there(lock: int, path: str) -> bool:
     try:
-        lock = os.open(lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise GntallocError(error.errno or 5, f"{lock_path(folder)} cannot be locked: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+        return os.path.samestat(os.fstat(lock), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -57,7 +57,8 @@ class Memory:
             got = _libc.process_vm_readv(thread, self._here_at, 1, self._there_at, 1, 0)
             return self._buffer.raw[:got] if got > 0 else b""
         buffer = ctypes.create_string_buffer(size)
-        return buffer.raw[: self._copy(_libc.process_vm_readv, thread, address, buffer, size)]
+        got = self._copy(_libc.process_vm_readv, thread, address, buffer, size)
+        return buffer.raw[:got]
 
     def write(self, thread: int, address: int, data: bytes) -> int:
         """Put `data` there; how many bytes could be written."""

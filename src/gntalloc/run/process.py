@@ -78,7 +78,8 @@ class _Run:
         store = store_path(os.path.dirname(path), files.domid)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._children = signal_descriptor([signal.SIGCHLD])
-        self._child, descriptor = start(program, {"GNTALLOC_DOMAIN": path, "XENSTORED_PATH": store})
+        environment = {"GNTALLOC_DOMAIN": path, "XENSTORED_PATH": store}
+        self._child, descriptor = start(program, environment, self._announce)
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         self._listener = Listener(descriptor)
         self._supervisor = Supervisor(
@@ -89,10 +90,13 @@ class _Run:
             died=self._saw_the_end,
             say=lambda text: self.tell(say=text),
         )
-        assert self._news is not None
-        self._process = os.pidfd_open(self._child)
-        socket.send_fds(self._news, [json.dumps({"started": self._child}).encode()], [self._process])
         _stand_apart()
+
+    def _announce(self, child: int) -> None:
+        """From now on signals to `run` are the program's."""
+        self._process = os.pidfd_open(child)
+        assert self._news is not None
+        socket.send_fds(self._news, [json.dumps({"started": child}).encode()], [self._process])
 
     def serve(self) -> None:
         """Until nobody is left."""

@@ -18,7 +18,7 @@ from gntalloc.errors import GntallocError
 from gntalloc.run.filter import filter_program, install
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["CannotExecute", "Program", "signal_descriptor", "start"]
 
@@ -57,8 +57,10 @@ class CannotExecute(Exception):
         self.code = code
 
 
-def start(program: Program, extra: dict[str, str]) -> tuple[int, int]:
+def start(program: Program, extra: dict[str, str], announce: Callable[[int], None]) -> tuple[int, int]:
     """Start it with `extra` in its environment. Gives its pid and its listener.
+
+    `announce` is told the pid before the program runs its first instruction.
 
     Raises:
         GntallocError: the kernel or a sandbox forbids what this needs.
@@ -77,6 +79,8 @@ def start(program: Program, extra: dict[str, str]) -> tuple[int, int]:
             _map_ids(child)
             ours.send(b"\0")
         _, listener = _expect(ours, "system calls cannot be brought to us (seccomp)")
+        announce(child)
+        ours.send(b"\0")
         failure = ours.recv(4)
         if failure:
             os.close(listener)
@@ -109,6 +113,7 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
         listener = install(program.filter)  # from here on no file may be opened: nobody serves us yet
         socket.send_fds(line, [bytes(4)], [listener])
         os.close(listener)
+        line.recv(1)
         for number in _CHANGED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, program.mask)
