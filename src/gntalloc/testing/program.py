@@ -213,7 +213,11 @@ def environ(domain: Domain) -> dict[str, str]:
 
 def _order(function: Callable[..., Any], args: tuple[Any, ...], before: Callable[[], None] | None) -> bytes:
     """What a child needs to call this."""
-    module, name = function.__module__, function.__qualname__
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type):  # a class method belongs to the class that it is asked of
+        module, name = owner.__module__, f"{owner.__qualname__}.{function.__name__}"
+    else:
+        module, name = function.__module__, function.__qualname__
     if "<" in name:
         raise ValueError(f"{name} cannot be called in another process: write it at the top level of its module")
     file = getattr(sys.modules[module], "__file__", None)
