@@ -73,28 +73,34 @@ def measure(devices: Devices, cycles: int) -> list[dict[str, float]]:
     return points
 
 
+def in_turn(loaded: DeviceFile, cycles: int) -> tuple[float, float]:
+    """Microseconds a cycle of a file of a machine where nothing else is live, and of `loaded`: rounds taken in turn."""
+    with gntalloc.Machine() as machine:
+        empty = machine.domain(1).devices.open("gntalloc")
+        rounds = [(one_round(empty, cycles), one_round(loaded, cycles)) for _ in range(ROUNDS + 1)][1:]
+        empty.close()
+    none, many = (round(statistics.median(each), 1) for each in zip(*rounds, strict=True))
+    return none, many
+
+
 def measure_held(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
     """With 30,000 live as above, of which a peer maps 10,000."""
     granter, peer = machine.domain(3, limit=LIVE[-1] + 1000), machine.domain(4)
     file = granter.devices.open("gntalloc")
-    one_round(file, cycles)
-    none = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
     shares = [granter.share(peer, CHUNK, writable=True) for _ in range(LIVE[-1] // CHUNK)]
     maps = [peer.map(shared.grant) for shared in shares[: HELD // CHUNK]]
-    one_round(file, cycles)
-    held = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
+    none, held = in_turn(file, cycles)
     for pages in (*maps, *shares):
         pages.close()
+    file.close()
     print(f"{LIVE[-1]} live, {HELD} of them mapped by a peer: {held:.1f} µs, with none {none:.1f}: {held / none:.2f}")
-    return {"none": round(none, 1), "held": round(held, 1)}
+    return {"none": none, "held": held}
 
 
 def measure_single(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
     """With as many ALLOCs of one page as there can be: each is a memory file, and so a descriptor of the machine."""
     domain = machine.domain(5, limit=1 << 20)
     bulk, file = domain.devices.open("gntalloc"), domain.devices.open("gntalloc")
-    one_round(file, cycles)
-    none = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
     live = 0
     try:
         while True:
@@ -103,12 +109,11 @@ def measure_single(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
     except gntalloc.DeviceError as error:
         print(f"{live} ALLOCs of one page, then: {error}")
     dealloc(bulk, 0)
-    one_round(file, cycles)
-    most = statistics.median(one_round(file, cycles) for _ in range(ROUNDS))
-    print(f"with {live - 1} ALLOCs of a single page live: {most:.1f} µs, with none {none:.1f}: {most / none:.2f}")
+    none, single = in_turn(file, cycles)
+    print(f"with {live - 1} ALLOCs of a single page live: {single:.1f} µs, with none {none:.1f}: {single / none:.2f}")
     bulk.close()
     file.close()
-    return {"none": round(none, 1), "live": live - 1, "single": round(most, 1)}
+    return {"none": none, "live": live - 1, "single": single}
 
 
 def main() -> None:
