@@ -1,0 +1,11 @@
+"""Drivers for a Xen device, in a program: a ring of requests and responses, and a handshake in xenstore.
+
+ring        requests one way, responses the other, in one page; a peer that lies is found. Pure
+xenbus      the states of both ends as a table; waiting for the other; what it complains of
+nodes       what a toolstack writes so that two ends find each other
+blkif       the numbers and structs of a block device. Pure
+requests    blkfront's core: pages, requests in flight, responses. Pure
+blkfront    BlockDevice: a disk that a backend serves
+grantio     a backend's way to granted pages: mapped, mapped for good, or copied
+blkback     Backend: serves a file as a disk
+"""

@@ -1,0 +1,359 @@
+"""Backend: serves a file as a disk to a frontend in another domain.
+
+    device = Device("vbd", 51712, frontend=1, backend=0)
+    attach(domain.store, device, ...)                  # as a toolstack does
+    with Backend(domain, device, "disk.img") as backend:
+        backend.serve()                                # until stop(), or the device is detached
+
+A frontend is not believed. What it asks that cannot be (pages that are not there, sectors beyond the end, too many
+segments) gets an error response; when it breaks the ring itself, it is let go of, and told why in xenstore.
+
+Sources: Xen's public io/blkif.h for nodes and requests; Linux's xen-blkback for the order of things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import stat
+from typing import TYPE_CHECKING, Self
+
+from gntalloc.errors import DeviceError, EventsLost, GntallocError, PeerBroke
+from gntalloc.frontend.blkif import (
+    ENTRY,
+    ERROR,
+    INFO_READ_ONLY,
+    NOT_SUPPORTED,
+    OKAY,
+    PROTOCOL,
+    SECTOR,
+    SECTORS_OF_A_PAGE,
+    SEGMENTS_OF_A_PAGE,
+    Malformed,
+    Operation,
+    Request,
+    Response,
+    Segment,
+    parse_segments,
+)
+from gntalloc.frontend.grantio import Access, Copied, Kept, Mapped
+from gntalloc.frontend.ring import Back
+from gntalloc.frontend.xenbus import BACK, End, State
+from gntalloc.vchan.atomics import atomics
+
+if TYPE_CHECKING:
+    from gntalloc.frontend.nodes import Device
+    from gntalloc.guest.domain import Domain
+    from gntalloc.xenstore.client import Store, Transaction
+
+__all__ = ["WAYS", "Backend"]
+
+WAYS = ("map", "copy")
+"""How a backend gets at a frontend's pages; see `gntalloc.frontend.grantio`."""
+_INDIRECT = 256  # segments of one request, as xen-blkback
+_PUNCH_HOLE_KEEP_SIZE = 3
+
+
+class Backend:
+    """A disk made of a file. One thread serves it, any may stop it.
+
+    Args:
+        domain: the one that this program is in, where the backend's folder is.
+        device: which, as it was attached.
+        path: the file, or a block device.
+        read_only: whether it is served so; the node `mode` of the toolstack, if it is "r", does too.
+        way: "map" the frontend's pages (for good, if it offers feature-persistent), or "copy" them.
+        sector_size: bytes, 512 to 4096.
+        indirect: segments of an indirect request; 0 offers none.
+
+    Raises:
+        OSError: the file cannot be opened.
+
+    Attributes:
+        size: bytes served.
+        requests: how many were answered.
+        refused: how many of them with an error.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        device: Device,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        way: str = "map",
+        sector_size: int = SECTOR,
+        indirect: int = _INDIRECT,
+    ) -> None:
+        if way not in WAYS:
+            raise ValueError(f"{way!r} is no way to a page; they are {', '.join(WAYS)}")
+        if sector_size not in {512, 1024, 2048, 4096} or not 0 <= indirect <= 8 * SEGMENTS_OF_A_PAGE:
+            raise ValueError(f"sectors of {sector_size} bytes (512 to 4096), {indirect} segments (0 to 4096)")
+        self._domain = domain
+        self._device = device
+        self._way = way
+        self._indirect = indirect
+        self.sector_size = sector_size
+        self._end = End(domain.store, BACK, device.back, device.front)
+        self.read_only = read_only or domain.store.read_text(f"{device.back}/mode") == "r"
+        self._file = os.open(path, (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._discards = stat.S_ISREG(os.fstat(self._file).st_mode)
+        self.size = os.lseek(self._file, 0, os.SEEK_END) // sector_size * sector_size
+        self._link: contextlib.ExitStack | None = None
+        self._ring: Back | None = None
+        self._closed = False
+        self.requests = 0
+        self.refused = 0
+
+    def serve(self) -> None:
+        """Serve whoever comes, until `stop` or until the device is detached.
+
+        Raises:
+            MachineGone: there is nobody to ask any more.
+        """
+        with self._domain.store.watch(f"{self._end.other}/state") as watch:
+            if self._end.state not in {State.INITIALISING, State.CLOSED, State.UNKNOWN}:
+                self._end.go(State.CLOSED)  # what a backend that was killed has left
+            try:
+                while self._end.state != State.UNKNOWN:
+                    watch.poll()
+                    self._follow(self._end.peer)
+                    if self._work_until(watch.fileno()):
+                        break
+            finally:
+                self._leave()
+
+    def stop(self) -> None:
+        """Let `serve` come to its end, which closes the connection in order."""
+        os.eventfd_write(self._stop, 1)
+
+    def close(self) -> None:
+        """Close the file. Not while it is being served. Can be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._disconnect()
+        os.close(self._file)
+        os.close(self._stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{'closed ' if self._closed else ''}Backend {self._device.number} for domain {self._device.frontend}>"
+
+    # Coming and going.
+
+    def _follow(self, frontend: State) -> None:
+        """Do what the frontend's state asks for. Steps may have been missed: only where it is now counts."""
+        end = self._end
+        if frontend == State.INITIALISING:
+            if self._link is not None or end.state in {State.INIT_WAIT, State.CONNECTED, State.CLOSING}:
+                if end.state == State.INIT_WAIT and self._link is None:
+                    return
+                self._part()
+            self._offer()
+            end.go(State.INIT_WAIT)
+        elif frontend in {State.INITIALISED, State.CONNECTED}:
+            if end.state == State.INIT_WAIT:
+                self._try_to_connect()
+        elif frontend == State.CLOSING:
+            self._disconnect()
+            if end.state in {State.INIT_WAIT, State.CONNECTED}:
+                end.go(State.CLOSING)
+        elif frontend in {State.CLOSED, State.UNKNOWN}:
+            self._part()
+
+    def _offer(self) -> None:
+        for name, value in (
+            ("feature-max-indirect-segments", self._indirect),
+            ("max-ring-page-order", 0),
+            ("multi-queue-max-queues", 1),
+        ):
+            self._publish(self._domain.store, name, value)
+
+    def _try_to_connect(self) -> None:
+        try:
+            self._connect()
+        except (GntallocError, ValueError) as why:
+            self._give_up(str(why))
+
+    def _give_up(self, why: str) -> None:
+        self._disconnect()
+        self._end.complain(why, self._device.frontend)
+        self._end.go(State.CLOSING)
+
+    def _connect(self) -> None:
+        end, domain, frontend = self._end, self._domain, self._device.frontend
+        protocol = end.read("protocol")
+        if protocol != PROTOCOL:
+            raise ValueError(f"the frontend speaks {protocol!r}; write {PROTOCOL} into its node `protocol`")
+        ref = end.number("ring-ref", -1, 0xFFFF_FFFF)
+        number = end.number("event-channel", -1, 0xFFFF_FFFF)
+        if ref < 0 or number < 0:
+            raise ValueError("the frontend's ring-ref or event-channel is missing, or no number")
+        persistent = self._way == "map" and end.number("feature-persistent") == 1
+        with contextlib.ExitStack() as link:
+            port = link.enter_context(domain.events.connect(frontend, number))
+            pages = link.enter_context(domain.map(frontend, ref, writable=True, timeout=0))
+            pages.notify_when_unmapped(port=port.number)  # so that the frontend hears when we are killed
+            ring = Back(pages.memory, ENTRY, atomics())
+            link.callback(ring.release)
+            ways: dict[str, type[Mapped | Copied | Kept]] = {"map": Kept if persistent else Mapped, "copy": Copied}
+            access: Access = ways[self._way](domain, frontend)
+            link.callback(access.close)
+            self._ring, self._port, self._access = ring, port, access
+            self._link = link.pop_all()
+        self._masked = False
+        info = INFO_READ_ONLY if self.read_only else 0
+        nodes = {
+            "feature-flush-cache": 1,
+            "feature-barrier": 0,
+            "feature-persistent": int(self._way == "map"),
+            "feature-discard": int(self._discards and not self.read_only),
+            "discard-granularity": self.sector_size,
+            "discard-alignment": 0,
+            "sectors": self.size // SECTOR,
+            "info": info,
+            "sector-size": self.sector_size,
+            "physical-sector-size": max(self.sector_size, 4096),
+        }
+
+        def publish(tree: Transaction) -> None:
+            for name, value in nodes.items():
+                self._publish(tree, name, value)
+
+        domain.store.transact(publish)
+        end.forget_complaint()
+        end.go(State.CONNECTED)
+
+    def _publish(self, tree: Store | Transaction, name: str, value: int) -> None:
+        tree.write(f"{self._end.folder}/{name}", str(value))
+
+    def _disconnect(self) -> None:
+        link, self._link, self._ring = self._link, None, None
+        if link is not None:
+            link.close()
+
+    def _part(self) -> None:
+        """Disconnect, and be closed."""
+        self._disconnect()
+        state = self._end.state
+        if state == State.CONNECTED:
+            self._end.go(State.CLOSING)
+        if state != State.UNKNOWN:
+            self._end.go(State.CLOSED)
+
+    def _leave(self) -> None:
+        with contextlib.suppress(GntallocError):
+            self._part()
+        self._disconnect()
+
+    # Serving.
+
+    def _work_until(self, watch: int) -> bool:
+        """Answer requests until the frontend's state may have changed. True: this backend is to stop."""
+        poll = select.poll()
+        poll.register(watch, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        if self._ring is not None:
+            poll.register(self._port.fileno(), select.POLLIN)
+        while True:
+            more = False
+            if self._ring is not None:
+                try:
+                    more = self._serve_ring(self._ring)
+                except PeerBroke as broken:
+                    self._give_up(str(broken))
+                    return False
+                if not more and self._masked:
+                    self._port.rearm()
+                    self._masked = False
+            ready = {number for number, _ in poll.poll(0 if more else None)}
+            if self._ring is not None and self._port.fileno() in ready:
+                try:
+                    self._masked = self._port.take()
+                except EventsLost:
+                    pass  # the ring is looked at anyway
+            if self._stop in ready:
+                return True
+            if watch in ready:
+                return False
+
+    def _serve_ring(self, ring: Back) -> bool:
+        """Answer what is there, a ringful at most. Whether there may be more."""
+        for _ in range(ring.ready()):
+            ring.put(self._answer(ring.take(ENTRY)).pack())
+            if ring.show():
+                self._port.notify()
+        return bool(ring.ask())
+
+    def _answer(self, raw: bytes) -> Response:
+        """Carry out one request; whatever it says, there is a response."""
+        operation, id_ = Request.id_of(raw)
+        try:
+            request = Request.parse(raw, self._indirect)
+            operation = request.operation
+            status = self._carry_out(request)
+        except (Malformed, OSError):  # a GntallocError is one
+            status = ERROR
+        self.requests += 1
+        self.refused += status != OKAY
+        return Response(id_, operation, status)
+
+    def _carry_out(self, request: Request) -> int:
+        if request.operation in {Operation.READ, Operation.WRITE}:
+            return self._move(request)
+        if request.operation == Operation.FLUSH and not request.segments:
+            os.fdatasync(self._file)
+            return OKAY
+        if request.operation == Operation.DISCARD and self._discards:
+            self._check(request.sector, request.sectors, writing=True)
+            _punch(self._file, request.sector * SECTOR, request.sectors * SECTOR)
+            return OKAY
+        return NOT_SUPPORTED
+
+    def _move(self, request: Request) -> int:
+        writing = request.operation == Operation.WRITE
+        segments = self._segments(request)
+        if not segments or any(not s.first <= s.last < SECTORS_OF_A_PAGE for s in segments):
+            raise Malformed("no segments, or one that is not within its page")
+        length = sum(segment.length for segment in segments)
+        self._check(request.sector, length // SECTOR, writing=writing)
+        offset = request.sector * SECTOR
+        with self._access.borrow(segments, writable=not writing) as views:
+            moved = os.pwritev(self._file, views, offset) if writing else os.preadv(self._file, views, offset)
+            if moved != length:
+                raise DeviceError(errno.EIO, f"{moved} of {length} bytes were moved")
+        return OKAY
+
+    def _segments(self, request: Request) -> tuple[Segment, ...]:
+        if not request.pages:
+            return request.segments
+        whole = [Segment(ref, 0, SECTORS_OF_A_PAGE - 1) for ref in request.pages]
+        with self._access.borrow(whole, writable=False) as views:
+            raw = b"".join(views)  # a copy: the frontend could change them while they are checked
+        return parse_segments(raw, request.indirect)
+
+    def _check(self, sector: int, count: int, *, writing: bool) -> None:
+        unit = self.sector_size // SECTOR
+        if (sector + count) * SECTOR > self.size or sector % unit or count % unit or not count:
+            raise Malformed("not whole sectors, or beyond the end")
+        if writing and self.read_only:
+            raise DeviceError(errno.EROFS, "the disk is read-only")
+
+
+def _punch(file: int, offset: int, length: int) -> None:
+    """Give a piece of a file back to its file system; it reads as zeros."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate64(file, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
