@@ -56,7 +56,7 @@ class State(enum.Enum):
 class Port:
     """One port in use. `remote` is the number of the other end in domain `peer`, once there is one."""
 
-    __slots__ = ("again", "peer", "pending", "remote", "state", "virq")
+    __slots__ = ("again", "echo", "peer", "pending", "remote", "state", "virq")
 
     def __init__(self, state: State, *, peer: int = -1, remote: int = 0, virq: int = -1) -> None:
         self.state = state
@@ -65,6 +65,7 @@ class Port:
         self.virq = virq
         self.pending = False
         self.again = 0  # so often it is pending again when it is taken
+        self.echo = False  # it is pending for no other reason
 
 
 class Ports:
@@ -154,6 +155,7 @@ class Ports:
         if self._ports.get(number) is not port:
             return
         port.again = self.repeats
+        port.echo = False
         if not port.pending:
             port.pending = True
             if self.upcall is not None:
@@ -164,6 +166,8 @@ class Ports:
         self.repeats = 0
         for port in self._ports.values():
             port.again = 0
+            port.pending = port.pending and not port.echo
+            port.echo = False
 
     def left_alone(self, number: int) -> None:
         """The other end of a port closed: it waits for another one, of the same domain."""
@@ -176,7 +180,7 @@ class Ports:
         port = self._ports.get(number)
         if port is None or not port.pending:
             return False
-        port.pending = port.again > 0
+        port.pending = port.echo = port.again > 0
         port.again -= port.pending
         return True
 
