@@ -5,6 +5,7 @@ xenbus      the states of both ends as a table; waiting for the other; what it c
 nodes       what a toolstack writes so that two ends find each other
 blkif       the numbers and structs of a block device. Pure
 requests    blkfront's core: pages, requests in flight, responses. Pure
+link        a frontend's ring, port and handshake, whatever the device is
 blkfront    BlockDevice: a disk that a backend serves
 grantio     a backend's way to granted pages: mapped, mapped for good, or copied
 blkback     Backend: serves a file as a disk

@@ -47,7 +47,6 @@ from gntalloc.vchan.atomics import atomics
 if TYPE_CHECKING:
     from gntalloc.frontend.nodes import Device
     from gntalloc.guest.domain import Domain
-    from gntalloc.xenstore.client import Store, Transaction
 
 __all__ = ["WAYS", "Backend"]
 
@@ -116,15 +115,19 @@ class Backend:
         Raises:
             MachineGone: there is nobody to ask any more.
         """
-        with self._domain.store.watch(f"{self._end.other}/state") as watch:
-            if self._end.state not in {State.INITIALISING, State.CLOSED, State.UNKNOWN}:
-                self._end.go(State.CLOSED)  # what a backend that was killed has left
+        store, end = self._domain.store, self._end
+        with store.watch(f"{end.other}/state") as watch, store.watch(f"{end.folder}/online") as detached:
             try:
-                while self._end.state != State.UNKNOWN:
-                    watch.poll()
-                    self._follow(self._end.peer)
-                    if self._work_until(watch.fileno()):
+                if end.state not in {State.INITIALISING, State.CLOSED}:
+                    end.go(State.CLOSED)  # what a backend that was killed has left
+                while end.state != State.UNKNOWN:
+                    watch.poll(), detached.poll()
+                    self._follow(end.peer)
+                    if self._work_until(watch.fileno(), detached.fileno()):
                         break
+            except DeviceError as error:
+                if error.errno != errno.ENODEV:
+                    raise  # else it was detached meanwhile
             finally:
                 self._leave()
 
@@ -160,8 +163,12 @@ class Backend:
                 if end.state == State.INIT_WAIT and self._link is None:
                     return
                 self._part()
-            self._offer()
-            end.go(State.INIT_WAIT)
+            offers = {
+                "feature-max-indirect-segments": self._indirect,
+                "max-ring-page-order": 0,
+                "multi-queue-max-queues": 1,
+            }
+            end.go(State.INIT_WAIT, offers)
         elif frontend in {State.INITIALISED, State.CONNECTED}:
             if end.state == State.INIT_WAIT:
                 self._try_to_connect()
@@ -171,14 +178,6 @@ class Backend:
                 end.go(State.CLOSING)
         elif frontend in {State.CLOSED, State.UNKNOWN}:
             self._part()
-
-    def _offer(self) -> None:
-        for name, value in (
-            ("feature-max-indirect-segments", self._indirect),
-            ("max-ring-page-order", 0),
-            ("multi-queue-max-queues", 1),
-        ):
-            self._publish(self._domain.store, name, value)
 
     def _try_to_connect(self) -> None:
         try:
@@ -226,17 +225,8 @@ class Backend:
             "sector-size": self.sector_size,
             "physical-sector-size": max(self.sector_size, 4096),
         }
-
-        def publish(tree: Transaction) -> None:
-            for name, value in nodes.items():
-                self._publish(tree, name, value)
-
-        domain.store.transact(publish)
         end.forget_complaint()
-        end.go(State.CONNECTED)
-
-    def _publish(self, tree: Store | Transaction, name: str, value: int) -> None:
-        tree.write(f"{self._end.folder}/{name}", str(value))
+        end.go(State.CONNECTED, nodes)
 
     def _disconnect(self) -> None:
         link, self._link, self._ring = self._link, None, None
@@ -255,15 +245,15 @@ class Backend:
     def _leave(self) -> None:
         with contextlib.suppress(GntallocError):
             self._part()
-        self._disconnect()
+        self._disconnect()  # also if xenstore did not answer
 
     # Serving.
 
-    def _work_until(self, watch: int) -> bool:
+    def _work_until(self, *watches: int) -> bool:
         """Answer requests until the frontend's state may have changed. True: this backend is to stop."""
         poll = select.poll()
-        poll.register(watch, select.POLLIN)
-        poll.register(self._stop, select.POLLIN)
+        for number in (*watches, self._stop):
+            poll.register(number, select.POLLIN)
         if self._ring is not None:
             poll.register(self._port.fileno(), select.POLLIN)
         while True:
@@ -285,7 +275,7 @@ class Backend:
                     pass  # the ring is looked at anyway
             if self._stop in ready:
                 return True
-            if watch in ready:
+            if ready.intersection(watches):
                 return False
 
     def _serve_ring(self, ring: Back) -> bool:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import select
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -24,27 +22,22 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from gntalloc.errors import (
     Closed,
     DeviceError,
-    EventsLost,
     GntallocError,
-    NotKnownHere,
     PeerBroke,
-    PeerClosed,
     PeerDied,
     TimedOut,
 )
 from gntalloc.frontend.blkif import ENTRY, INFO_READ_ONLY, NOT_SUPPORTED, PROTOCOL, SECTOR, SEGMENTS, Operation
+from gntalloc.frontend.link import Link, part, recover
 from gntalloc.frontend.nodes import Device, devices
 from gntalloc.frontend.requests import Flight, Flights
-from gntalloc.frontend.ring import Front
 from gntalloc.frontend.xenbus import FRONT, End, State
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.vchan.atomics import atomics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.guest.domain import Domain
-    from gntalloc.xenstore.client import Transaction
 
 __all__ = ["BlockDevice", "Features"]
 
@@ -52,7 +45,6 @@ PAGES = 352
 """For data, if not told otherwise: 32 requests of 11 pages."""
 _MOST_SEGMENTS = 32  # of an indirect request: 128 KiB, as xen-blkfront
 _LOOK = 50e-6  # seconds to look before sleeping
-_GONE = (State.UNKNOWN, State.CLOSING, State.CLOSED)
 
 
 class Features(NamedTuple):
@@ -118,17 +110,15 @@ class BlockDevice:
         self._asleep = False
         self._closing = False
         self._failed: GntallocError | None = None
-        self._masked = False
         self._end = End(domain.store, FRONT, device.front, domain.store.read_text(f"{device.front}/backend"))
-        with contextlib.ExitStack() as undo:
-            self._pool = undo.enter_context(domain.share(device.backend, pages=pages, writable=True))
-            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            undo.callback(os.close, self._bell)
-            self._link: contextlib.ExitStack | None = None
-            self._connect(timeout)
-            self._undo = undo.pop_all()
-        assert self._ring is not None
-        self._flights = Flights(self._ring, self._pool.memory, self._pool.refs, self.number, self._segments())
+        self._link: Link | None = None
+        self._pool = domain.share(device.backend, pages=pages, writable=True)
+        try:
+            link = self._connect(timeout)
+        except BaseException:
+            self._pool.close()
+            raise
+        self._flights = Flights(link.ring, self._pool.memory, self._pool.refs, self.number, self._segments())
         self._closed = False
 
     # Reading and writing.
@@ -268,9 +258,7 @@ class BlockDevice:
         with self._changed:
             if self._closed:
                 raise Closed(f"{self!r} cannot be connected again; open another")
-            while self._asleep:
-                os.eventfd_write(self._bell, 1)
-                self._changed.wait()
+            self._wake_the_sleeper()
             self._reconnect(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -287,19 +275,11 @@ class BlockDevice:
                 if self._failed is None:
                     self._until(lambda: not self._flights.in_flight, _after(timeout), "the requests in flight")
             self._closed = True
-            while self._asleep:
-                os.eventfd_write(self._bell, 1)
-                self._changed.wait()
+            self._wake_the_sleeper()
             with contextlib.suppress(GntallocError):
-                if self._end.state in {State.INITIALISED, State.CONNECTED}:
-                    self._end.go(State.CLOSING)
-                if self._failed is None:
-                    self._end.wait({State.CLOSING, State.CLOSED, State.UNKNOWN}, timeout, unless=())
-                self._end.go(State.CLOSED)
-                if self._failed is None:
-                    self._end.wait({State.CLOSED, State.UNKNOWN}, timeout, unless=())
+                part(self._end, timeout, alone=self._failed is not None)
             self._disconnect()
-            self._undo.close()
+            self._pool.close()
             self._changed.notify_all()
 
     def __enter__(self) -> Self:
@@ -358,8 +338,8 @@ class BlockDevice:
         return put(offset // SECTOR, view)
 
     def _show(self) -> None:
-        if self._flights.ring.show():
-            self._port.notify()
+        if self._flights.ring.show() and self._link is not None:
+            self._link.notify()
 
     def _until(self, enough: Callable[[], bool], deadline: float | None, what: str) -> None:
         """Wait until there is enough, taking in responses; one thread sleeps, the others wait for it."""
@@ -395,8 +375,10 @@ class BlockDevice:
 
     def _sleep(self, left: float | None) -> None:
         """Until something may have happened. Others may have the lock meanwhile."""
+        link = self._link
+        assert link is not None
         try:
-            if self._flights.ring.ask():
+            if link.ring.ask():
                 return
         except PeerBroke as broken:
             self._failed = broken
@@ -404,38 +386,16 @@ class BlockDevice:
         self._asleep = True
         self._changed.release()
         try:
-            if self._masked:
-                self._port.rearm()
-                self._masked = False
-            ready = {number for number, _ in self._poll.poll(None if left is None else left * 1000)}
-            if self._port.fileno() in ready:
-                try:
-                    self._masked = self._port.take()
-                except EventsLost:
-                    pass  # all is looked at anyway
+            look = link.sleep(left)
         finally:
             self._changed.acquire()
             self._asleep = False
             self._changed.notify_all()
-        if self._bell in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._bell)
-        if self._watch.fileno() in ready or self._released in ready:
-            self._look_at_the_backend()
+        if look and (failed := link.verdict()) is not None:
+            self._lose(failed)
 
-    def _look_at_the_backend(self) -> None:
-        """Is it still there? If not, everybody is told; or, with patience, another is waited for."""
-        self._watch.poll()
-        state = self._end.peer
-        failed: GntallocError | None = None
-        if state in _GONE:
-            complaint = self._end.complaint()
-            why = "is gone from xenstore" if state == State.UNKNOWN else f"went to state {state}"
-            failed = PeerClosed(f"the backend of {self!r} {why}" + (f"; it says: {complaint}" if complaint else ""))
-        elif not self._held():
-            failed = PeerDied(f"the backend of {self!r} has let go of the ring without closing: it died")
-        if failed is None:
-            return
+    def _lose(self, failed: GntallocError) -> None:
+        """The backend is gone. Everybody is told; or, with patience, another is waited for."""
         with contextlib.suppress(PeerBroke):
             self._flights.collect()  # what it had answered before
         self._failed = failed
@@ -444,12 +404,10 @@ class BlockDevice:
                 self._reconnect(self._patience)
         self._changed.notify_all()
 
-    def _held(self) -> bool:
-        """Whether a backend has the ring mapped, as far as that is known here."""
-        try:
-            return self._ring_pages.held
-        except NotKnownHere:
-            return True
+    def _wake_the_sleeper(self) -> None:
+        while self._asleep and self._link is not None:
+            self._link.wake()
+            self._changed.wait()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -477,64 +435,21 @@ class BlockDevice:
 
     # The handshake.
 
-    def _connect(self, timeout: float) -> None:
+    def _connect(self, timeout: float) -> Link:
         """From wherever both ends are to state 4. The link that was is gone already."""
         deadline = time.monotonic() + timeout
-        end, domain, backend = self._end, self._domain, self._device.backend
-
-        def left() -> float:
-            return max(0.0, deadline - time.monotonic())
-
-        self._recover(left)
-        end.wait({State.INIT_WAIT}, left())
-        with contextlib.ExitStack() as link:
-            try:
-                self._ring_pages = link.enter_context(domain.share(backend, pages=1, writable=True))
-                self._ring = Front(self._ring_pages.memory, ENTRY, atomics())
-                link.callback(self._ring.release)
-                self._port = link.enter_context(domain.events.bind(backend))
-                nodes = {
-                    "ring-ref": str(self._ring_pages.refs[0]),
-                    "event-channel": str(self._port.number),
-                    "protocol": PROTOCOL,
-                    "feature-persistent": "1",
-                }
-
-                def publish(tree: Transaction) -> None:
-                    for name, value in nodes.items():
-                        tree.write(f"{end.folder}/{name}", value)
-
-                domain.store.transact(publish)
-                end.go(State.INITIALISED)
-                end.wait({State.CONNECTED}, left(), unless=_GONE)
-                self._read_features()
-                end.go(State.CONNECTED)
-                self._watch = link.enter_context(domain.store.watch(f"{end.other}/state"))
-                self._released = self._released_descriptor()
-                if self._released >= 0:
-                    link.callback(os.close, self._released)
-            except BaseException:
-                with contextlib.suppress(GntallocError, ValueError):
-                    end.go(State.CLOSING)
-                    end.go(State.CLOSED)
-                raise
-            self._poll = select.poll()
-            for number in (self._port.fileno(), self._watch.fileno(), self._bell, self._released):
-                if number >= 0:
-                    self._poll.register(number, select.POLLIN)
-            self._masked = False
-            self._link = link.pop_all()
-
-    def _recover(self, left: Callable[[], float]) -> None:
-        """Bring both ends to the beginning, whatever a predecessor left."""
-        end = self._end
-        if end.state not in {State.UNKNOWN, State.INITIALISING, State.CLOSED}:
-            end.go(State.CLOSING)
-            end.wait({State.CLOSING, State.CLOSED, State.INIT_WAIT, State.INITIALISING}, left())
-            end.go(State.CLOSED)
-        if end.state == State.CLOSED and end.peer not in {State.INITIALISING, State.INIT_WAIT}:
-            end.wait({State.CLOSED}, left())
-        end.go(State.INITIALISING)
+        recover(self._end, deadline)
+        nodes = {"protocol": PROTOCOL, "feature-persistent": "1"}
+        link = Link(self._domain, self._device, self._end, ENTRY, nodes, deadline)
+        try:
+            self._read_features()
+            self._end.go(State.CONNECTED)
+        except BaseException:
+            link.give_up()
+            link.close()
+            raise
+        self._link = link
+        return link
 
     def _read_features(self) -> None:
         end = self._end
@@ -557,16 +472,6 @@ class BlockDevice:
     def _segments(self) -> int:
         return max(SEGMENTS, min(self.features.indirect_segments, _MOST_SEGMENTS))
 
-    def _released_descriptor(self) -> int:
-        """A descriptor that says when the backend has let go of the ring; -1: that is not known here."""
-        try:
-            number = self._ring_pages.released_descriptor()
-        except NotKnownHere:
-            return -1
-        if number is None:
-            raise PeerDied(f"the backend at {self._end.other} has let go of the ring before the first request")
-        return number
-
     def _disconnect(self) -> None:
         link, self._link = self._link, None
         if link is not None:
@@ -574,11 +479,10 @@ class BlockDevice:
 
     def _reconnect(self, timeout: float) -> None:
         self._disconnect()
-        self._failed = PeerDied(f"{self!r} has no backend; call reconnect when there is one again")
-        self._connect(timeout)
+        self._failed = self._failed or PeerDied(f"{self!r} has no backend; call reconnect when there is one")
+        link = self._connect(timeout)
         self._failed = None
-        assert self._ring is not None
-        self._flights.restart(self._ring, self._segments())
+        self._flights.restart(link.ring, self._segments())
         self._show()
         self._changed.notify_all()
 

@@ -12,17 +12,18 @@ Sources: Xen's public io/xenbus.h for the numbers; Linux's drivers/xen/xenbus an
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from gntalloc.errors import PeerClosed, TimedOut
+from gntalloc.errors import DeviceError, PeerClosed, TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
-    from gntalloc.xenstore.client import Store
+    from gntalloc.xenstore.client import Store, Transaction
 
 __all__ = ["BACK", "FRONT", "TABLE", "End", "State", "Step", "draw", "may"]
 
@@ -135,17 +136,29 @@ class End:
         """The other's state. What is no state is UNKNOWN; what is not there, too."""
         return self._state(self.other)
 
-    def go(self, to: State) -> None:
-        """Change this end's state.
+    def go(self, to: State, nodes: Mapping[str, object] | None = None) -> None:
+        """Change this end's state, and publish what goes with it, in one transaction.
+
+        Args:
+            to: may be where it is already: the other end is told again.
+            nodes: names in this end's folder, and their values.
 
         Raises:
             ValueError: the table does not know that step.
+            DeviceError: ENODEV the device was detached.
         """
-        state = self.state
-        if not may(self.side, state, to):
-            raise ValueError(f"a {self.side} cannot go from {state} to {to}; see the table in docs/frontends.md")
-        if state != to:
-            self.store.write(f"{self.folder}/state", str(int(to)))
+
+        def write(tree: Transaction) -> None:
+            state = self._state(self.folder, tree)
+            if state == State.UNKNOWN:
+                raise DeviceError(errno.ENODEV, f"{self.folder} was detached: its state is gone from xenstore")
+            if not may(self.side, state, to):
+                raise ValueError(f"a {self.side} cannot go from {state} to {to}; see the table in docs/frontends.md")
+            for name, value in (nodes or {}).items():
+                tree.write(f"{self.folder}/{name}", str(value))
+            tree.write(f"{self.folder}/state", str(int(to)))
+
+        self.store.transact(write)
 
     def wait(
         self, wanted: Collection[State], timeout: float | None, *, unless: Collection[State] = (State.UNKNOWN,)
@@ -211,13 +224,13 @@ class End:
         why = self.complaint()
         return f"; it says: {why}" if why else ""
 
-    def _state(self, folder: str) -> State:
-        text = self._read(f"{folder}/state")
+    def _state(self, folder: str, tree: Store | Transaction | None = None) -> State:
+        text = self._read(f"{folder}/state", tree)
         return State(int(text)) if text is not None and text in _STATES else State.UNKNOWN
 
-    def _read(self, path: str) -> str | None:
+    def _read(self, path: str, tree: Store | Transaction | None = None) -> str | None:
         try:
-            return self.store.read_text(path)
+            return (tree or self.store).read_text(path)
         except (NoNode, Denied):
             return None
 
