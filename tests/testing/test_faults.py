@@ -307,6 +307,7 @@ def test_late_and_repeated_and_one_in_the_other(gntalloc_machine: Machine, gntal
         assert not another(gntalloc_machine, port)  # with the fault it ends that it comes again
         with faults.events(bob, repeat=5):
             bell.notify()
+            assert port.take()
             assert another(gntalloc_machine, port)
             bell.notify()
         assert another(gntalloc_machine, port)  # but nothing that was sent is lost

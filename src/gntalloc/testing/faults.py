@@ -160,7 +160,7 @@ def _disturbed(domain: Domain, **how: int | None) -> Iterator[None]:
 @contextmanager
 def _control(domain: Domain) -> Iterator[ControlClient]:
     if not domain.on_machine:
-        raise NotKnownHere(f"the domain at {domain.address} is one of a real Xen; faults are for those of a gntalloc.Machine")
+        raise NotKnownHere(f"the domain at {domain.address} is one of a real Xen; faults are for a gntalloc.Machine")
     control = ControlClient(os.path.dirname(domain.address))
     try:
         yield control

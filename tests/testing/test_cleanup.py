@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
+import gntalloc
 from gntalloc import DeviceError
-from gntalloc.testing import FakeMemory, Snapshot, assert_cleaned_up, cleanup
+from gntalloc.testing import FakeMemory, Program, Snapshot, assert_cleaned_up, cleanup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleanup, "_PATIENCE", 0.05)
+    monkeypatch.setattr(cleanup, "_PATIENCE_WITH_ONESELF", 0.05)
 
 
 def test_nothing_left_is_nothing_said(machine: Machine, alice: Domain, bob: Domain) -> None:
@@ -64,10 +68,54 @@ def test_grants_that_are_left(machine: Machine, alice: Domain, bob: Domain) -> N
     before = Snapshot.of(machine)
     with (
         alice.share(bob, pages=2),
-        pytest.raises(AssertionError, match=r"pages of the machine is 2, 0 before.*references of the machine is 2"),
+        pytest.raises(
+            AssertionError, match=r"domain 1, this process: 2 pages granted to domain 2 \(references \d+-\d+"
+        ),
     ):
         assert_cleaned_up(machine, before)
     assert_cleaned_up(machine, before)
+
+
+def hold(domain: Domain, text: str) -> None:
+    """Map a grant, bind a port, and stay."""
+    with domain.map(gntalloc.Grant.parse(text)), domain.events.bind(1), domain.store.watch("data"):
+        domain.store.write("data/holding", "x")
+        threading.Event().wait()
+
+
+def test_what_others_hold_and_who_they_are(machine: Machine, alice: Domain, bob: Domain) -> None:
+    alice.share(2).close()
+    bob.store.write("data/holding", "")
+    before = Snapshot.of(machine)
+    with alice.share(bob, pages=3) as shared:
+        with bob.store.watch("data/holding") as watch, Program(bob, hold, str(shared.grant)) as program:
+            while bob.store.read("data/holding") != b"x":
+                watch.wait(20)
+            shared.close()
+            with pytest.raises(AssertionError) as caught:
+                assert_cleaned_up(machine, before)
+        text = str(caught.value)
+    assert "3 pages granted to domain 2" in text
+    assert "released, but still mapped by domain 2" in text
+    who = rf"domain 2, pid {program.pid} \(Program hold\)"
+    assert re.search(rf"{who}: 12288 bytes of gntdev mapped", text)
+    assert re.search(rf"{who}: event channel port \d+ bound", text)
+    assert "the machine: 2 watches, 0 before" in text
+    bob.store.remove("data/holding")
+    monitored = Snapshot.of(machine)
+    assert (monitored.grants, monitored.files) == (before.grants, before.files)
+
+
+def test_of_a_machine_that_is_gone_only_this_process_is_looked_at(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    machine.domain(1).devices.close()
+    before = Snapshot.of(machine)
+    machine.close()
+    assert_cleaned_up(machine, before)
+
+
+def test_numbers_are_shown_as_ranges() -> None:
+    assert cleanup._ranges([12, 8, 9, 10]) == "8-10, 12"
 
 
 def test_fake_memory_is_strict() -> None:
