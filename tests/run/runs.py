@@ -53,7 +53,8 @@ class Runs:
         for process in self.started:
             if process.poll() is None:
                 process.kill()
-            process.communicate(timeout=20)
+            if not all(stream.closed for stream in (process.stdin, process.stdout) if stream is not None):
+                process.communicate(timeout=20)
         deadline = time.monotonic() + 20
         while not self.over():
             assert time.monotonic() < deadline, "the machine did not end"
