@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PROGRAMS = Path(__file__).parent / "programs"
-LIBRARIES = {"share": ["xengnttab"], "map": ["xengnttab"], "vchan": ["xenvchan"]}
+LIBRARIES = {"share": ["xengnttab"], "map": ["xengnttab"], "vchan": ["xenvchan"], "storm": ["xengnttab"]}
 
 
 def lacking() -> str | None:

@@ -17,6 +17,27 @@ if TYPE_CHECKING:
 _numbers = itertools.count(1)
 
 
+WORDS = """
+import ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys
+ALLOC, DEALLOC, MAP, UNMAP = 0x184705, 0x104706, 0x184700, 0x104701
+UNBOUND, INTERDOMAIN, NOTIFY = 0x044502, 0x084501, 0x044504
+def device(name, flags=os.O_RDWR): return os.open('/dev/xen/' + name, flags | os.O_CLOEXEC)
+def alloc(file, peer, count=1, writable=1):
+    data = bytearray(struct.pack('=HHIQ', peer, writable, count, 0) + bytes(max(8, 4 * count)))
+    fcntl.ioctl(file, ALLOC, data, True)
+    return struct.unpack_from('=Q', data, 8)[0], struct.unpack_from(f'={count}I', data, 16)
+def reserve(file, peer, refs):
+    data = bytearray(struct.pack('=I4xQ', len(refs), 0) + b''.join(struct.pack('=II', peer, ref) for ref in refs))
+    fcntl.ioctl(file, MAP, data, True)
+    return struct.unpack_from('=Q', data, 8)[0]
+def call(file, request, layout, *values):
+    return fcntl.ioctl(file, request, bytearray(struct.pack(layout, *values)), True)
+def free(file, index): call(file, DEALLOC, '=QI4x', index, 1)
+def place(file, index, count=1, prot=3): return mmap.mmap(file, 4096 * count, mmap.MAP_SHARED, prot, offset=index)
+def say(*what): print(*what, flush=True)
+"""
+
+
 class Runs:
     """Runs of one machine, which is over when the last of them is."""
 
@@ -80,3 +101,8 @@ def tell(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    """A script without any package, that makes the calls of the drivers itself."""
+    return (sys.executable, "-I", "-S", "-c", WORDS + code, *arguments)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
-import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import said, tell
-
-from gntalloc.guest.control import ControlClient
-from gntalloc.places import lock_path
+from runs import python, said, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,30 +17,6 @@ if TYPE_CHECKING:
     from runs import Runs
 
     Build = Callable[..., str]
-
-WORDS = """
-import ctypes, errno, fcntl, mmap, os, select, signal, socket, struct, sys
-ALLOC, DEALLOC, MAP, UNMAP = 0x184705, 0x104706, 0x184700, 0x104701
-UNBOUND, INTERDOMAIN, NOTIFY = 0x044502, 0x084501, 0x044504
-def device(name, flags=os.O_RDWR): return os.open('/dev/xen/' + name, flags | os.O_CLOEXEC)
-def alloc(file, peer, count=1, writable=1):
-    data = bytearray(struct.pack('=HHIQ', peer, writable, count, 0) + bytes(max(8, 4 * count)))
-    fcntl.ioctl(file, ALLOC, data, True)
-    return struct.unpack_from('=Q', data, 8)[0], struct.unpack_from(f'={count}I', data, 16)
-def reserve(file, peer, refs):
-    data = bytearray(struct.pack('=I4xQ', len(refs), 0) + b''.join(struct.pack('=II', peer, ref) for ref in refs))
-    fcntl.ioctl(file, MAP, data, True)
-    return struct.unpack_from('=Q', data, 8)[0]
-def call(file, request, layout, *values):
-    return fcntl.ioctl(file, request, bytearray(struct.pack(layout, *values)), True)
-def free(file, index): call(file, DEALLOC, '=QI4x', index, 1)
-def place(file, index, count=1, prot=3): return mmap.mmap(file, 4096 * count, mmap.MAP_SHARED, prot, offset=index)
-def say(*what): print(*what, flush=True)
-"""
-
-
-def python(code: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-I", "-S", "-c", WORDS + code, *arguments)
 
 
 def both(runs: Runs, code: str) -> list[str]:
@@ -235,80 +204,3 @@ def test_options_do_not_change_what_is_shared(runs: Runs, build: Build, options:
     granter = runs.start(1, build("share"), "2", "2", "0", "look", options=options)
     refs = said(granter).split()
     assert runs(2, build("map"), "1", "0", *refs, options=options).stdout == "look 0\nlook 1\n"
-
-
-def test_one_descriptor_and_four_threads(runs: Runs) -> None:
-    code = """
-f = device('gntalloc'); i, r = alloc(f, 2, 4); m = place(f, i, 4)
-for n in range(4): m[4096*n] = 65 + n
-say(*r); input()
-"""
-    granter = runs.start(1, *python(code))
-    refs = said(granter).split()
-    code = f"""
-import threading
-f = device('gntdev'); wrong = []
-def work(ref, letter):
-    for _ in range(150):
-        i = reserve(f, 1, [ref]); m = place(f, i)
-        if m[:1] != letter: wrong.append(m[:1])
-        m.close(); call(f, UNMAP, '=QI4x', i, 1)
-threads = [threading.Thread(target=work, args=(r, l)) for r, l in zip([{",".join(refs)}], (b'A', b'B', b'C', b'D'))]
-for t in threads: t.start()
-for t in threads: t.join()
-say(len(wrong), 'done')
-"""
-    assert runs(2, *python(code)).stdout == "0 done\n"
-
-
-def test_signals_that_come_all_the_time(runs: Runs) -> None:
-    code = """
-count = 0
-def handler(*_):
-    global count
-    count += 1
-signal.signal(signal.SIGALRM, handler); signal.siginterrupt(signal.SIGALRM, False)
-signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-f = device('gntalloc')
-for _ in range(200):
-    i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; m.close(); free(f, i)
-signal.setitimer(signal.ITIMER_REAL, 0)
-say('done', count > 100)
-"""
-    assert both(runs, code) == ["done", "True"]
-
-
-def test_stopped_and_continued_all_the_time(runs: Runs) -> None:
-    code = """
-f = device('gntalloc'); say(os.getpid())
-for _ in range(300):
-    i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; m.close(); free(f, i)
-say('done')
-"""
-    process = runs.start(1, *python(code))
-    program = int(said(process))
-    assert process.stdout is not None
-    while not select.select([process.stdout], [], [], 0.001)[0]:
-        os.kill(program, signal.SIGSTOP)
-        os.kill(program, signal.SIGCONT)
-    assert said(process) == "done"
-
-
-def test_the_machine_killed_under_a_program(runs: Runs) -> None:
-    code = """
-f = device('gntalloc'); i, r = alloc(f, 2); m = place(f, i); m[:1] = b'x'; say('ready'); input()
-for attempt in (lambda: alloc(f, 2), lambda: place(f, i), lambda: device('gntdev')):
-    try: attempt()
-    except OSError as error: say('error')
-say(m[:1].decode())
-"""
-    process = runs.start(1, *python(code))
-    assert said(process) == "ready"
-    control = ControlClient(runs.folder)
-    os.kill(control.order("statistics")["pid"], signal.SIGKILL)
-    control.close()
-    tell(process, "")
-    assert [said(process) for _ in range(4)] == ["error", "error", "error", "x"]
-    process.communicate(timeout=20)
-    os.unlink(lock_path(runs.folder))
-    shutil.rmtree(runs.folder, ignore_errors=True)  # nobody else tidies up after a machine that was killed

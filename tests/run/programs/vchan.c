@@ -92,7 +92,7 @@ int main(int argc, char **argv)
         printf("both are there\n");
         fflush(stdout);
         while (libxenvchan_is_open(end) == 1)
-            libxenvchan_wait(end);
+            if (libxenvchan_wait(end)) break;
         printf("open: %d\n", libxenvchan_is_open(end));
     }
     libxenvchan_close(end);
