@@ -40,7 +40,7 @@ lab-test:
 	@tools/venv dev
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; export GNTALLOC_LAB=1; \
 	$(BIN)/python -m pytest tests/conformance >"$$log" 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest --durations=5 tests/differential tests/lab/test_stream.py tests/lab/test_store.py tests/lab/test_boot.py; one=$$?; \
+	$(BIN)/python -m pytest --durations=5 tests/differential tests/lab/test_stream.py tests/lab/test_store.py tests/lab/test_vchan.py tests/lab/test_boot.py; one=$$?; \
 	wait $$beside; two=$$?; cat "$$log"; exit $$((one | two))
 
 clean:

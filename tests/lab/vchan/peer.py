@@ -53,7 +53,7 @@ class Case(NamedTuple):
     path: str
     sizes: tuple[int, int]
     mode: str
-    count: int
+    amount: int
     mine: bool
 
     @classmethod
@@ -120,13 +120,13 @@ class End:
         print(self.case.mode, *what)
 
     def send_turns(self) -> None:
-        for size in self.out.sizes(self.case.count):
+        for size in self.out.sizes(self.case.amount):
             self.channel.write(self.out.piece(size), PATIENCE)
         if self.case.mode == "turns":
             self.channel.drain(PATIENCE)  # a proxy throws away what it has not read before a close
 
     def receive_turns(self) -> None:
-        left = self.case.count
+        left = self.case.amount
         while left:
             left -= self.receive_some(left)
 
@@ -136,25 +136,25 @@ class End:
         return count
 
     def send_packets(self) -> None:
-        for size in self.out.sizes(self.case.count):
+        for size in self.out.sizes(self.case.amount):
             with self.channel.reserve(size, PATIENCE) as view:
                 view[:] = self.out.piece(size)
             self.channel.commit()
 
     def receive_packets(self) -> None:
-        for size in self.into.sizes(self.case.count):
+        for size in self.into.sizes(self.case.amount):
             with self.channel.peek(size, PATIENCE) as view:
                 assert self.into.check(view) == size
             self.channel.release()
 
     def send_messages(self) -> None:
-        for size, _ in zip(self.out.sizes(1 << 40), range(self.case.count), strict=False):
+        for size, _ in zip(self.out.sizes(1 << 40), range(self.case.amount), strict=False):
             self.channel.send(self.out.piece(size // 4), PATIENCE)
         self.channel.finish(PATIENCE)
 
     def receive_messages(self) -> None:
         received = sum(1 for message in self.channel if self.into.check(message) >= 0)
-        assert received == self.case.count, received
+        assert received == self.case.amount, received
         self.channel.drain(PATIENCE)
 
     def both(self) -> None:
@@ -172,11 +172,11 @@ class End:
         channel = aio.Channel(self.channel)
 
         async def send() -> None:
-            for size in self.out.sizes(self.case.count):
+            for size in self.out.sizes(self.case.amount):
                 await channel.write(self.out.piece(size))
 
         async def receive() -> None:
-            left = self.case.count
+            left = self.case.amount
             while left:
                 left -= self.into.check(await channel.read(left))
 
@@ -234,18 +234,18 @@ class End:
 
     def send_chunks(self) -> None:
         chunk = self.out.data[:CHUNK]
-        for _ in range(0, self.case.count, CHUNK):
+        for _ in range(0, self.case.amount, CHUNK):
             self.channel.write(chunk, PATIENCE)
         assert self.channel.read(1, PATIENCE)
 
     def receive_chunks(self) -> None:
-        left, buffer, readinto = self.case.count, bytearray(CHUNK), self.channel.readinto
+        left, buffer, readinto = self.case.amount, bytearray(CHUNK), self.channel.readinto
         while left:
             left -= readinto(buffer, PATIENCE)
         self.channel.write(b"!", PATIENCE)
 
     def look_at_chunks(self) -> None:
-        left, peek, release = self.case.count, self.channel.peek, self.channel.release
+        left, peek, release = self.case.amount, self.channel.peek, self.channel.release
         while left:
             with peek(None, PATIENCE) as view:
                 left -= len(view)
@@ -254,7 +254,7 @@ class End:
 
     def turn(self, *, first: bool) -> None:
         channel, ball = self.channel, bytes(64)
-        for _ in range(self.case.count):
+        for _ in range(self.case.amount):
             if first:
                 channel.write(ball, PATIENCE)
             got = len(channel.read(64, PATIENCE))

@@ -1,6 +1,7 @@
-"""One end of a vchan: Debian's vchan-socket-proxy, and a program at its socket. Arguments, words and output as peer.py's.
+"""One end of a vchan: Debian's vchan-socket-proxy, and a program at its socket.
 
-Knows `turns` only. The proxy as a server takes the smallest rings, whatever READ and WRITE say.
+Arguments and output are peer.py's, of whose words it knows `turns` only.
+The proxy as a server takes the smallest rings, whatever READ and WRITE say.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class ProxyEnd:
         stack.callback(self.proxy.kill)
 
     def send(self, flow: Flow) -> None:
-        for size in flow.sizes(self.case.count):
+        for size in flow.sizes(self.case.amount):
             self.socket.sendall(flow.piece(size))
 
     def receive(self, flow: Flow) -> None:
-        left = self.case.count
+        left = self.case.amount
         while left:
             got = self.socket.recv(min(left, 1 << 16))
             assert got, f"the end, {left} bytes too early"
