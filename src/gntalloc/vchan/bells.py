@@ -17,7 +17,6 @@ import os
 import select
 import socket
 import threading
-import time
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -45,8 +44,8 @@ class Bells:
         self._epoll = select.epoll()
         self._epoll.register(self._own, select.EPOLLIN)
         self._epoll.register(port.fileno(), select.EPOLLIN)
+        self._sleeping = threading.Lock()  # held by the thread that sleeps for all
         self._changed = threading.Condition(threading.Lock())
-        self._asleep = False
         self._beside = 0  # threads that wait until the one that sleeps tells them
         self._closing = False
         self.news = 0
@@ -134,26 +133,25 @@ class Bells:
             with contextlib.suppress(OSError):
                 self._direct.shutdown(socket.SHUT_RD)
 
-    def sleep(self, seen: int, deadline: float | None) -> None:
-        """Until a bell has rung since `news` was `seen`, or the deadline has passed. Spurious ends may be.
+    def sleep(self, seen: int, left: float | None) -> None:
+        """Until a bell has rung since `news` was `seen`, or `left` seconds have passed. Spurious ends may be.
 
         Raises:
             MachineGone: no more bells will ring.
         """
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        with self._changed:
-            if self.news != seen:
-                return
-            if self._asleep:
-                self._beside += 1
-                self._changed.wait(left)
+        if not self._sleeping.acquire(False):
+            with self._changed:
+                self._beside += 1  # before looking: who sleeps moves `news` first, and then looks for us
+                if self.news == seen:
+                    self._changed.wait(left)
                 self._beside -= 1
-                return
-            self._asleep = True
-        self._hear(left)
+        elif self.news != seen:
+            self._sleeping.release()
+        else:
+            self._hear(left)
 
     def _hear(self, timeout: float | None) -> None:
-        """Take what rings, or rings within `timeout` seconds. One thread at a time: who has set `_asleep`."""
+        """Take what rings, or rings within `timeout` seconds. One thread at a time: who holds `_sleeping`."""
         try:
             if self._direct_number >= 0 and timeout != 0:
                 self._sleep_direct(timeout)
@@ -164,13 +162,13 @@ class Bells:
                 elif descriptor == self._own:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._own)
-                elif self._port.take():
-                    self._port.rearm()
+                else:
+                    self._port.take_and_rearm()
         finally:
-            with self._changed:
-                self._asleep = False
-                self.news += 1
-                if self._beside:
+            self.news += 1
+            self._sleeping.release()
+            if self._beside:
+                with self._changed:
                     self._changed.notify_all()
 
     def _sleep_direct(self, timeout: float | None) -> None:
@@ -199,11 +197,8 @@ class Bells:
 
     def hear_now(self) -> None:
         """Take what rings, and let those know who wait here. If a thread sleeps here, it hears that by itself."""
-        with self._changed:
-            if self._asleep:
-                return
-            self._asleep = True
-        self._hear(0)
+        if self._sleeping.acquire(False):
+            self._hear(0)
 
     def fileno(self) -> int:
         """Readable while something rings."""

@@ -69,7 +69,8 @@ class Channel:
         self._flags = end.pages.flags
         self._after_writing = flag_word(role.peer_live, 0xFF) | flag_word(role.asked, NOTIFY_WRITE)
         self._after_reading = flag_word(role.asked, NOTIFY_READ)
-        self._quiet = flag_word(role.peer_live, CONNECTED) if ordered else -1
+        self._live, self._connected = flag_word(role.peer_live, 0xFF), flag_word(role.peer_live, CONNECTED)
+        self._quiet = self._connected if ordered else -1
         self._quiet_reading = 0 if ordered else -1
 
     # What it is.
@@ -149,13 +150,18 @@ class Channel:
         """
         if size is not None and size < 0:
             raise ValueError(f"{size} bytes cannot be read")
-        with _Turn(self._reading, timeout) as turn:
-            if not self._await_bytes(1, turn.deadline) or size == 0:
-                return b""
+        reading = self._reading
+        if not reading.acquire(False):
+            _queue_up(reading, timeout)
+        try:
             ring = self._in
+            if not (ring.ready or self._await_bytes(1, _deadline(timeout))) or size == 0:
+                return b""
             ready = ring.ready if size is not None and ring.ready >= size else self._end.look(ring.refresh)
             data = ring.take(ready if size is None else min(size, ready))
-            self._tell(NOTIFY_READ)
+        finally:
+            reading.release()
+        self._has_read()
         return data
 
     def readinto(self, buffer: bytearray | memoryview | Any, timeout: float | None = None) -> int:
@@ -168,17 +174,25 @@ class Channel:
             TimedOut, PeerDied, PeerBroke, Busy, Closed: as `read`.
         """
         view = _bytes_of(buffer)
-        with _Turn(self._reading, timeout) as turn:
-            if not self._await_bytes(1, turn.deadline) or not view.nbytes:
-                return 0
+        size = len(view)
+        reading = self._reading
+        if not reading.acquire(False):
+            _queue_up(reading, timeout)
+        try:
             ring = self._in
+            if not (ring.ready or self._await_bytes(1, _deadline(timeout))) or not size:
+                return 0
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
-            done = 0
-            while done < view.nbytes and (ring.ready or self._end.look(ring.refresh)):
-                count = min(piece, ring.ready, view.nbytes - done)
+            done = min(piece, ring.ready, size)
+            ring.take_into(view[:done])
+            while done < size and (ring.ready or self._end.look(ring.refresh)):
+                self._tell(NOTIFY_READ)
+                count = min(piece, ring.ready, size - done)
                 ring.take_into(view[done : done + count])
                 done += count
-                self._tell(NOTIFY_READ)
+        finally:
+            reading.release()
+        self._has_read()
         return done
 
     def write(self, data: bytes | bytearray | memoryview | Any, timeout: float | None = None) -> None:
@@ -192,23 +206,36 @@ class Channel:
             Closed: this end is closed, or finished.
         """
         view = _bytes_of(data)
-        size = view.nbytes
-        done = 0
-        with _Turn(self._writing, timeout) as turn:
-            self._await_room(0, turn.deadline)
+        writing = self._writing
+        if not writing.acquire(False):
+            _queue_up(writing, timeout)
+        try:
             ring = self._out
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
-            try:
-                while done < size:
-                    if not ring.room:
-                        self._await_room(1, turn.deadline)
-                    count = min(piece, ring.room, size - done)
-                    ring.put(view[done : done + count])
-                    done += count
-                    self._tell(NOTIFY_WRITE)
-            except (TimedOut, PeerGone) as error:
-                error.done = done
-                raise
+            # Room is never left once this end is closed, and its flags are gone.
+            if 0 < len(view) <= min(ring.room, piece) and self._flags[0] & self._live == self._connected:
+                ring.put(view)
+            else:
+                self._write_in_pieces(view, piece, _deadline(timeout))
+        finally:
+            writing.release()
+        self._has_written()
+
+    def _write_in_pieces(self, view: memoryview, piece: int, deadline: float | None) -> None:
+        ring, size = self._out, len(view)
+        done = 0
+        try:
+            self._await_room(0, deadline)
+            while done < size:
+                if not ring.room:
+                    self._await_room(1, deadline)
+                count = min(piece, ring.room, size - done)
+                ring.put(view[done : done + count])
+                done += count
+                self._tell(NOTIFY_WRITE)
+        except (TimedOut, PeerGone) as error:
+            error.done = done
+            raise
 
     # Messages.
 
@@ -609,6 +636,14 @@ class Channel:
                 self._end.tell(NOTIFY_READ)
         except ValueError:
             pass  # another thread closed this end, and that told the peer
+
+    def _has_written(self) -> None:
+        """After bytes were written and the lock released, which is a fence if `ordered`."""
+        try:
+            if self._flags[0] & self._after_writing != self._quiet:
+                self._written()
+        except ValueError:
+            pass  # as in `_has_read`
 
     def _written(self) -> None:
         """A message was written, and something is to be done: the peer has asked, or is not there."""

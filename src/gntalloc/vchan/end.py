@@ -137,9 +137,10 @@ class End:
                             self._join = None
                 return
             self.check_open()
-            if deadline is not None and time.monotonic() >= deadline:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
                 raise TimedOut(f"{self} still has nobody at the other end; wait again")
-            self.bells.sleep(seen, deadline)
+            self.bells.sleep(seen, left)
 
     def wait(
         self, bit: int, enough: Callable[[], bool], over: Callable[[], bool], deadline: float | None, what: str
@@ -164,9 +165,10 @@ class End:
                 if over():
                     return enough()
                 self.check_open()
-                if deadline is not None and time.monotonic() >= deadline:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
                     raise TimedOut(f"{self} has waited in vain for {what}; wait again")
-                self.bells.sleep(seen, deadline)
+                self.bells.sleep(seen, left)
                 if enough():
                     return True
                 self.ask_again()
@@ -198,14 +200,16 @@ class End:
             self._wanted |= bit
             if not self.closing:
                 self._page[self.role.asking] = self._wanted
-        self.atomics.fence()
+        if not self.atomics.ordered:  # else releasing the lock was a fence
+            self.atomics.fence()
 
     def ask_again(self) -> None:
         """The peer clears a bit when it rings."""
         with self._asking:
             if not self.closing:
                 self._page[self.role.asking] = self._wanted
-        self.atomics.fence()
+        if not self.atomics.ordered:
+            self.atomics.fence()
 
     def ask_no_more(self, bit: int) -> None:
         """Once for each `ask`."""
