@@ -18,6 +18,8 @@ start and the client's from another place, and who receives compares every byte.
     stream    WHO writes COUNT bytes in chunks of 64 KiB, the other reads them       stream SECONDS
     in-place  the same; one of ours looks at them where they lie                     in-place SECONDS
     trips     COUNT round trips of 64 bytes, as WHO measures them                    trips SECONDS
+
+SPIN in the environment is how many seconds an end looks before it sleeps.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 CLIENTS_FROM = 1_000_003
 CHUNK = 65536
+SPIN = float(os.environ["SPIN"]) if "SPIN" in os.environ else None
 
 
 class Case(NamedTuple):
@@ -267,10 +270,10 @@ class End:
 def run(case: Case, peer: int, data: memoryview) -> None:
     with contextlib.closing(gntalloc.current_domain()) as domain:
         if case.role == "server":
-            with domain.listen(peer, case.path, size=case.sizes) as listener:
+            with domain.listen(peer, case.path, size=case.sizes, spin=SPIN) as listener:
                 channel = listener.accept(PATIENCE)
         else:
-            channel = domain.connect(peer, case.path, timeout=PATIENCE)
+            channel = domain.connect(peer, case.path, timeout=PATIENCE, spin=SPIN)
         with channel:
             End(channel, case, data).run()
 
