@@ -34,8 +34,8 @@ def serve(domain: Domain, device: Device, path: str, settings: dict[str, Any]) -
 class Setting:
     """A disk's file, and whoever serves it."""
 
-    def __init__(self, dom0: Domain, guest: Domain, path: Path, stack: ExitStack) -> None:
-        self.dom0, self.guest, self.path = dom0, guest, path
+    def __init__(self, machine: Machine, dom0: Domain, guest: Domain, path: Path, stack: ExitStack) -> None:
+        self.machine, self.dom0, self.guest, self.path = machine, dom0, guest, path
         self.content = random.Random(7).randbytes(SIZE)
         path.write_bytes(self.content)
         self._stack = stack
@@ -69,7 +69,7 @@ def setting(machine_for_disks: Machine, tmp_path: Path) -> Iterator[Setting]:
         dom0 = machine_for_disks.domain(0)
         stack.callback(dom0.devices.close)
         stack.callback(dom0.close)
-        yield Setting(dom0, guest, tmp_path / "disk.img", stack)
+        yield Setting(machine_for_disks, dom0, guest, tmp_path / "disk.img", stack)
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,11 @@ class Backend:
             try:
                 if end.state not in {State.INITIALISING, State.CLOSED}:
                     end.go(State.CLOSED)  # what a backend that was killed has left
-                while end.state != State.UNKNOWN:
-                    watch.poll(), detached.poll()
+                while True:
+                    watch.poll()  # before looking: what comes after that is news
+                    detached.poll()
+                    if end.state == State.UNKNOWN:
+                        break
                     self._follow(end.peer)
                     if self._work_until(watch.fileno(), detached.fileno()):
                         break
@@ -173,9 +176,9 @@ class Backend:
             if end.state == State.INIT_WAIT:
                 self._try_to_connect()
         elif frontend == State.CLOSING:
-            self._disconnect()
             if end.state in {State.INIT_WAIT, State.CONNECTED}:
-                end.go(State.CLOSING)
+                end.go(State.CLOSING)  # first: who lets go of a ring before it says so has died
+            self._disconnect()
         elif frontend in {State.CLOSED, State.UNKNOWN}:
             self._part()
 
@@ -186,9 +189,9 @@ class Backend:
             self._give_up(str(why))
 
     def _give_up(self, why: str) -> None:
-        self._disconnect()
         self._end.complain(why, self._device.frontend)
         self._end.go(State.CLOSING)
+        self._disconnect()
 
     def _connect(self) -> None:
         end, domain, frontend = self._end, self._domain, self._device.frontend
@@ -235,11 +238,10 @@ class Backend:
 
     def _part(self) -> None:
         """Disconnect, and be closed."""
-        self._disconnect()
-        state = self._end.state
-        if state == State.CONNECTED:
+        if self._end.state == State.CONNECTED:
             self._end.go(State.CLOSING)
-        if state != State.UNKNOWN:
+        self._disconnect()
+        if self._end.state not in {State.UNKNOWN, State.CLOSED}:
             self._end.go(State.CLOSED)
 
     def _leave(self) -> None:

@@ -277,7 +277,8 @@ class BlockDevice:
             self._closed = True
             self._wake_the_sleeper()
             with contextlib.suppress(GntallocError):
-                part(self._end, timeout, alone=self._failed is not None)
+                gone = self._failed is not None or self._link is None or self._link.verdict() is not None
+                part(self._end, timeout, alone=gone)
             self._disconnect()
             self._pool.close()
             self._changed.notify_all()
