@@ -46,6 +46,7 @@ class Probe(NamedTuple):
     advice: str
     required: bool
     attempt: Callable[[], str]
+    of_run: bool = False
 
 
 class Finding(NamedTuple):
@@ -57,6 +58,7 @@ class Finding(NamedTuple):
     found: str
     purpose: str
     advice: str
+    of_run: bool = False  # whether `gntalloc run` cannot do without
 
 
 PROBES: list[Probe] = []
@@ -73,7 +75,7 @@ def look(probe: Probe) -> Finding:
         ok, found = False, f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})"
     except Exception as error:
         ok, found = False, f"{type(error).__name__}: {error}"
-    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else probe.advice)
+    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else probe.advice, probe.of_run)
 
 
 def look_at_everything() -> list[Finding]:
@@ -82,10 +84,10 @@ def look_at_everything() -> list[Finding]:
 
 
 def _probe(
-    name: str, purpose: str, advice: str, *, required: bool = False
+    name: str, purpose: str, advice: str, *, required: bool = False, of_run: bool = False
 ) -> Callable[[Callable[[], str]], Callable[[], str]]:
     def register(attempt: Callable[[], str]) -> Callable[[], str]:
-        PROBES.append(Probe(name, purpose, advice, required, attempt))
+        PROBES.append(Probe(name, purpose, advice, required, attempt, of_run))
         return attempt
 
     return register
@@ -276,50 +278,58 @@ def libatomic() -> str:
     return "libatomic.so.1"
 
 
-@_probe("seccomp notification", "unmodified programs (run)", "Linux 5.5 or newer, and a sandbox that allows seccomp")
+# Without these no program can be run unmodified.
+
+
+@_probe(
+    "seccomp notification",
+    "unmodified programs (run)",
+    "Linux 5.14 or newer on x86-64; in a container: --security-opt seccomp=unconfined; not within `gntalloc run`",
+    of_run=True,
+)
 def seccomp() -> str:
-    """Ask the kernel whether it would let another process answer system calls."""
-    return _in_child(
-        """
-        number = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
-        action = ctypes.c_uint32(0x7FC00000)
-        check(libc.syscall(number, 2, 0, ctypes.byref(action)))
-        sizes = (ctypes.c_uint16 * 3)()
-        check(libc.syscall(number, 3, 0, ctypes.byref(sizes)))
-        print(f"{sizes[0]}-byte notifications")
-        """
-    )
+    """A child's open is brought to us and answered with a descriptor."""
+    if platform.machine() != "x86_64":
+        raise Lacking(f"programs for {platform.machine()} cannot be served")
+    return _in_child("notification")
+
+
+@_probe(
+    "a child's memory",
+    "unmodified programs (run)",
+    "sysctl -w kernel.yama.ptrace_scope=1 (or 0); in a container: --security-opt seccomp=unconfined, or --cap-add "
+    "SYS_PTRACE",
+    of_run=True,
+)
+def memory() -> str:
+    """What a child's call points to can be read (process_vm_readv)."""
+    return _with_scope("memory")
+
+
+@_probe(
+    "ptrace",
+    "maps in unmodified programs (run)",
+    "sysctl -w kernel.yama.ptrace_scope=1 (or 0); in a container: --security-opt seccomp=unconfined, or --cap-add "
+    "SYS_PTRACE; not under strace or gdb",
+    of_run=True,
+)
+def ptrace() -> str:
+    """A page is mapped in a child that was told of nothing."""
+    return _with_scope("placing")
 
 
 @_probe(
     "user namespaces",
-    "domains of one user that cannot reach each other (run)",
-    "sysctl user.max_user_namespaces, "
-    "kernel.unprivileged_userns_clone or kernel.apparmor_restrict_unprivileged_userns; or run as root",
+    "domains of one user that cannot reach each other (run --userns)",
+    "sysctl -w user.max_user_namespaces=10000, kernel.unprivileged_userns_clone=1 (Debian) or "
+    "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu); or run as root",
 )
 def user_namespaces() -> str:
-    """Enter one, in a child."""
-    return _in_child(
-        """
-        check(libc.unshare(0x10000000))
-        print("can be entered")
-        """
-    )
+    """Enter one in a child, and write its ids."""
+    return _in_child("namespace")
 
 
-@_probe("ptrace", "unmodified programs (run)", "sysctl kernel.yama.ptrace_scope=1, or a sandbox that allows ptrace")
-def ptrace() -> str:
-    """Be traced by one's parent, in a child."""
-    try:
-        scope = f"ptrace_scope {_setting('kernel/yama/ptrace_scope')}"
-    except OSError:
-        scope = "no Yama"
-    return _in_child(
-        f"""
-        check(libc.ptrace(0, 0, 0, 0))
-        print("a child can be traced; {scope}")
-        """
-    )
+# These add something else.
 
 
 @_probe("QEMU", "the lab", "apt install qemu-system-x86")
@@ -369,20 +379,32 @@ def _setting(name: str) -> str:
         return file.read().strip()
 
 
-_CHILD = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def check(result):
-    if result < 0:
-        sys.exit(os.strerror(ctypes.get_errno()))
+def _with_scope(trial: str) -> str:
+    """The same, with the setting that decides about it."""
+    try:
+        scope = f"kernel.yama.ptrace_scope is {_setting('kernel/yama/ptrace_scope')}"
+    except OSError:
+        scope = "no Yama"
+    try:
+        return f"{_in_child(trial)}; {scope}"
+    except Lacking as lack:
+        raise Lacking(f"{lack}; {scope}") from None
+
+
+_TRIAL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from gntalloc.run import trial
+try: print(getattr(trial, sys.argv[2])())
+except OSError as error: sys.exit(error.strerror or str(error))
 """
 
 
-def _in_child(code: str) -> str:
-    """Run code in another Python, because what it does cannot be undone. It prints what it found."""
-    lines = "\n".join(line.strip() for line in code.splitlines())
-    command = [sys.executable, "-I", "-S", "-c", _CHILD + lines]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10, stdin=subprocess.DEVNULL)
+def _in_child(trial: str) -> str:
+    """A trial of run/trial.py, in another Python, because what it does cannot be undone. It prints what it found."""
+    where = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-I", "-S", "-c", _TRIAL, where, trial]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])
     return done.stdout.strip()

@@ -15,14 +15,15 @@ __all__ = ["command"]
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: `ok`, and what was found.")
-@click.option("--strict", is_flag=True, help="Fail also if something is lacking that is not required.")
+@click.option("--strict", is_flag=True, help="Fail also if `gntalloc run` would not work: for CI.")
 def command(as_json: bool, strict: bool) -> None:
     """Try what gntalloc needs of this computer, and say what to do about what is lacking.
 
-    Exits with 0 if a machine can run here without Xen, with 1 if something for that is lacking.
+    Exits with 0 if a machine can run here without Xen, with 1 if something for that is lacking; with --strict also if
+    unmodified programs cannot be run.
     """
     findings = look_at_everything()
-    ok = all(finding.ok for finding in findings if finding.required or strict)
+    ok = all(finding.ok for finding in findings if finding.required or (strict and finding.of_run))
     if as_json:
         print(json.dumps({"ok": ok, "findings": [finding._asdict() for finding in findings]}))
     else:
@@ -43,9 +44,13 @@ def _show(findings: list[Finding]) -> None:
         print("A machine cannot run here.")
     else:
         print("A machine can run here, without Xen.")
+        if any(finding.of_run for finding in lacking):
+            print("Unmodified programs cannot: `gntalloc run` would not work.")
+        else:
+            print("So can unmodified programs, with `gntalloc run`.")
 
 
 def _verdict(finding: Finding) -> str:
     if finding.ok:
         return "ok"
-    return "MISSING" if finding.required else "optional"
+    return "MISSING" if finding.required else "not run" if finding.of_run else "optional"

@@ -9,4 +9,5 @@ injector    an mmap of ours in place of the caller's
 supervisor  serves the calls of one `run`, in a process of its own
 launcher    starts the program, and is it for whoever called us: signals, stops, exit status
 joining     find the machine, or start it
+trial       what all this needs of the kernel, tried
 """

@@ -20,7 +20,7 @@ from gntalloc.run.filter import filter_program, install
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["CannotExecute", "Program", "signal_descriptor", "start"]
+__all__ = ["CannotExecute", "Program", "enter_namespace", "map_ids", "signal_descriptor", "start"]
 
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWUSER = 0x10000000
@@ -76,7 +76,7 @@ def start(program: Program, extra: dict[str, str], announce: Callable[[int], Non
     with ours:
         if program.userns:
             _expect(ours, "a user namespace cannot be entered")
-            _map_ids(child)
+            map_ids(child)
             ours.send(b"\0")
         _, listener = _expect(ours, "system calls cannot be brought to us (seccomp)")
         announce(child)
@@ -104,7 +104,7 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
     try:
         environment = _environment() | {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
         if program.userns:
-            _check(_libc.unshare(_CLONE_NEWUSER))
+            enter_namespace()
             line.send(bytes(4))
             line.recv(1)
         _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
@@ -135,8 +135,21 @@ def _environment() -> dict[bytes, bytes]:
     return {name: value for name, value in os.environb.items() if name in ours or name != b"LC_CTYPE"}
 
 
-def _map_ids(child: int) -> None:
-    """Let every id in the namespace of `child` be what it is outside; an ordinary user may do so for its own alone."""
+def enter_namespace() -> None:
+    """Leave for a user namespace of one's own.
+
+    Raises:
+        OSError: the kernel's or a sandbox's refusal.
+    """
+    _check(_libc.unshare(_CLONE_NEWUSER))
+
+
+def map_ids(child: int) -> None:
+    """Let every id in the namespace of `child` be what it is outside; an ordinary user may do so for its own alone.
+
+    Raises:
+        GntallocError: the kernel or a sandbox forbids it.
+    """
     root = os.geteuid() == 0
     for what, number in (("uid", os.geteuid()), ("gid", os.getegid())):
         if what == "gid" and not root:

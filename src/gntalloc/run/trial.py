@@ -1,0 +1,157 @@
+"""What `run` needs of a kernel and its settings, tried with a program of a few lines. `gntalloc doctor` asks.
+
+The program opens a device that nobody has and maps a page of it; we serve both, with the parts that serve all programs.
+Each trial goes one step further than the one before, so the first that fails names what is lacking.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import select
+import signal
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from gntalloc.run import program
+from gntalloc.run.filter import filter_program, install
+from gntalloc.run.injector import Injector, Traced
+from gntalloc.run.listener import Call, Listener
+from gntalloc.run.machine import Piece
+from gntalloc.run.memory import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["memory", "namespace", "notification", "placing"]
+
+_PATH = b"/dev/xen/trial"
+_MARK = 0x5EA1
+_PATIENCE = 5000  # milliseconds
+_PR_SET_PDEATHSIG = 1
+
+
+def notification() -> str:
+    """An open is brought to us, and we put a descriptor in its place.
+
+    Raises:
+        OSError: it cannot be. So for all of these.
+    """
+    with _program() as listener, _Home() as home:
+        listener.answer_with(_next(listener), home.fileno(), flags=0)
+    return "an open was answered with a descriptor"
+
+
+def memory() -> str:
+    """What the program calls the file is read from its memory."""
+    with _program() as listener:
+        _read(_next(listener))
+    return "a child's memory can be read"
+
+
+def placing() -> str:
+    """A page is mapped in the program, and what it writes is in our file."""
+    page = os.memfd_create("trial", os.MFD_CLOEXEC)
+    os.ftruncate(page, mmap.PAGESIZE)
+    with _program() as listener, _Home() as home:
+        opening = _next(listener)
+        _read(opening)
+        listener.answer_with(opening, home.fileno(), flags=0)
+        injector = Injector(listener, _MARK, lambda *_: None, Memory().read)
+        try:
+            result = injector.place(_next(listener), [Piece(0, 0, mmap.PAGESIZE)], [page])
+        except Traced as refusal:
+            raise refusal.__cause__ or refusal from None
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        home.peer.settimeout(_PATIENCE / 1000)
+        home.peer.recv(1)  # it has written
+    if os.pread(page, 5, 0) != b"hello":
+        raise OSError("what a child wrote is not in the file")
+    return "a page can be mapped in a child"
+
+
+def namespace() -> str:
+    """All of it is so for a child in a user namespace, whose ids we write."""
+    with _program(userns=True) as listener:
+        _read(_next(listener))
+    return "can be entered, given ids and looked into"
+
+
+class _Home(socket.socket):
+    """A file for the program, and our end of it."""
+
+    peer: socket.socket
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(fileno=theirs.detach())
+        self.peer = ours
+
+
+def _read(call: Call) -> None:
+    if Memory().path(call.thread, call.arguments[1]) != _PATH:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _next(listener: Listener) -> Call:
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    if poll.poll(_PATIENCE) and (call := listener.receive()):
+        return call
+    raise OSError("a call was not brought to us")
+
+
+@contextmanager
+def _program(*, userns: bool = False) -> Iterator[Listener]:
+    """Start it, and end it."""
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        _be_served(theirs, userns=userns)
+    theirs.close()
+    try:
+        with ours:
+            if userns:
+                _told(ours)
+                program.map_ids(child)
+                ours.send(b"\0")
+            listener = Listener(_told(ours))
+        try:
+            yield listener
+        finally:
+            os.kill(child, signal.SIGKILL)
+            listener.close()
+    finally:
+        os.waitpid(child, 0)
+
+
+def _told(line: socket.socket) -> int:
+    """The descriptor that came with the child's word that it got so far."""
+    data, descriptors, _, _ = socket.recv_fds(line, 4, 1)
+    code = int.from_bytes(data, "little")
+    if code:
+        raise OSError(code, os.strerror(code))
+    return descriptors[0] if descriptors else -1
+
+
+def _be_served(line: socket.socket, *, userns: bool) -> NoReturn:
+    """In the child."""
+    try:
+        if userns:
+            program.enter_namespace()
+            line.send(bytes(4))
+            line.recv(1)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        listener = install(filter_program(_MARK))
+        socket.send_fds(line, [bytes(4)], [listener])
+        file = os.open(_PATH, os.O_RDWR)
+        mmap.mmap(file, mmap.PAGESIZE)[:5] = b"hello"
+        os.write(file, b"!")
+    except OSError as error:
+        line.send((error.errno or 1).to_bytes(4, "little"))
+    finally:
+        os._exit(0)
