@@ -126,7 +126,7 @@ def peer_dies(
         except TimedOut:
             raise ProgramFailed(f"{doomed!r} was to die when it had {moved} {at} bytes, and is still running") from None
         if status != -signal.SIGKILL or doomed.last_words != _AT_ITS_BYTE:
-            if doomed.last_words:
+            if status == 1:
                 doomed.result()  # which raises what it raised
             raise ProgramFailed(f"{doomed!r} was to die when it had {moved} {at} bytes, and {doomed.ending} before")
 
