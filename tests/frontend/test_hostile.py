@@ -280,3 +280,29 @@ def test_any_status_but_zero_is_an_error(setting: Setting, status: int, error: s
         with pytest.raises(OSError, match=error):
             disk.readinto(0, buffer, timeout=PATIENCE)
         assert buffer == b"x" * 512
+
+
+class Noting(Backend):
+    """Notes the state that it lets go of a ring in."""
+
+    states: tuple[State, ...] = ()
+
+    def _disconnect(self) -> None:
+        if self._link is not None:
+            self.states = (*self.states, self._end.state)
+        super()._disconnect()
+
+
+def test_a_backend_says_that_it_closes_before_it_lets_go(setting: Setting) -> None:
+    """The other way round it would look like its death."""
+    setting.attach()
+    with Noting(setting.dom0, DEVICE, setting.path) as backend:
+        server = threading.Thread(target=backend.serve)
+        server.start()
+        with setting.open():
+            pass
+        disk = setting.open()
+        backend.stop()
+        server.join(PATIENCE)
+        disk.close()
+        assert backend.states == (State.CLOSING, State.CLOSING)

@@ -245,3 +245,18 @@ def test_an_entry_is_a_copy() -> None:
     entry = back.take(8)
     front._memory[HEADER : HEADER + 8] = b"changed!"
     assert entry == b"first..."
+
+
+def test_what_comes_while_falling_asleep_is_seen() -> None:
+    """The other shows something between the last look and the asking, and sees no wish to be woken."""
+    front, _, _ = two()
+
+    class Late:
+        ordered = True
+
+        def fence(self) -> None:
+            front.put(b"late")
+            front.show()
+
+    late = Back(front._memory, ENTRY, Late())
+    assert late.ask() == 1
