@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import tarfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +70,14 @@ def test_a_tree_arrives_unharmed(cat: Cat, tmp_path: Path, size: str) -> None:
         (folder / "link").symlink_to("file")
     server = cat(1, "-l", "2", "tree", "--size", size, stdin=subprocess.DEVNULL)
     client = cat(2, "1", "tree", stdout=subprocess.DEVNULL)
-    assert client.stdin
     assert server.stdout
-    pid = os.fork()
-    if not pid:
-        with tarfile.open(fileobj=client.stdin, mode="w|") as tar:
-            tar.add(source, "source")
-        client.stdin.close()
-        os._exit(0)
+    target.mkdir()
+    packing = subprocess.Popen(["tar", "-c", "-C", tmp_path, "source"], stdout=client.stdin)
+    assert client.stdin
     client.stdin.close()
     client.stdin = None
-    with tarfile.open(fileobj=server.stdout, mode="r|") as tar:
-        tar.extractall(target, filter="data")
-    os.waitpid(pid, 0)
+    subprocess.run(["tar", "-x", "-C", target], stdin=server.stdout, timeout=PATIENCE, check=True)
+    assert packing.wait(PATIENCE) == 0
     assert (client.wait(PATIENCE), server.wait(PATIENCE)) == (0, 0)
     compared = subprocess.run(["diff", "-r", "--no-dereference", source, target / "source"], check=False)
     assert compared.returncode == 0

@@ -17,7 +17,7 @@ from gntalloc.abi.gntalloc import (
     UnmapNotify,
 )
 from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
-from gntalloc.errors import GntallocError, MachineGone, TimedOut, ViewsStillExported
+from gntalloc.errors import Closed, GntallocError, MachineGone, TimedOut, ViewsStillExported
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class _Pages:
         if os.getpid() == self._pid:
             try:
                 self._undo()
-            except MachineGone:
-                pass  # then there is nothing left to undo
+            except (MachineGone, Closed):
+                pass  # then there is nothing left to undo: what was on a file's list went with the file
             except GntallocError:
                 if not self._mapping.closed:
                     raise

@@ -537,7 +537,7 @@ class Channel:
             error.add_note(str(still))  # the body's own exception is the one to tell
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and warnings is not None:  # None: the interpreter is ending
             warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
             with contextlib.suppress(Exception):
                 self.close()
