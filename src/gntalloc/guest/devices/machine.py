@@ -132,6 +132,8 @@ class MachineFile:
         self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
     ) -> Mapping | DeviceError:
         """See `DeviceFile`. One message: the machine goes on to the mmap by itself."""
+        if len(argument) > _LONGEST_ARGUMENT:
+            self.ioctl(request, argument)  # which the driver refuses, with the better reason
         try:
             mapping = Mapping(length * times, prot=prot, name=("a map of", self.name))
         except (OSError, OverflowError) as error:
