@@ -55,7 +55,7 @@ class Peer:
         self.size = size
 
     def end(self, first: bool) -> Ends:
-        raise NotImplementedError
+        raise NotImplementedError  # each transport has its own; there is no end of none
 
     def close(self) -> None:
         pass

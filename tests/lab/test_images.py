@@ -103,7 +103,7 @@ def test_files_come_along_under_their_own_names(tmp_path: Path) -> None:
     (tmp_path / "suite/__pycache__").mkdir()
     (tmp_path / "suite/__pycache__/old.pyc").write_text("")
     data = payload([tmp_path / "suite"])
-    assert b"lab/work/suite/below/test.py\0" in data
+    assert b"lab/files/suite/below/test.py\0" in data
     assert b"old.pyc" not in data
     assert b"lab/site/gntalloc/errors.py\0" in data
     assert b"\0init\0" not in data[:4]

@@ -100,7 +100,7 @@ class _Ring:
 
     def _limit(self) -> int:
         """The largest that the other's producer can be."""
-        raise NotImplementedError
+        raise NotImplementedError  # a ring is one of its two ends, below: each has its own rule, and `_Ring` has none
 
     def put(self, entry: bytes) -> None:
         """Write an entry into the next slot; there must be one. `show` shows it."""

@@ -40,11 +40,11 @@ def payload(files: Iterable[str | Path] = ()) -> bytes:
             name = f"{_SITE}/gntalloc/{path.relative_to(package)}"
             archive.file(name, path.read_bytes(), mtime=int(path.stat().st_mtime))
     archive.file(f"{_SITE}/gntalloc.dist-info/METADATA", _metadata().encode())
-    archive.directory("lab/work")
+    archive.directory("lab/files")
     for source, name in files_below(files):
         status = source.stat()
         archive.file(
-            f"lab/work/{name}", source.read_bytes(), mode=stat.S_IMODE(status.st_mode), mtime=int(status.st_mtime)
+            f"lab/files/{name}", source.read_bytes(), mode=stat.S_IMODE(status.st_mode), mtime=int(status.st_mtime)
         )
     return archive.finish()
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WORK", "Commands"]
 
-WORK = "/lab/work"
+WORK = "/lab/files"
 
 _READ = 16 * 1024
 
