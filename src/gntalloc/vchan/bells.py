@@ -146,7 +146,7 @@ class Bells:
                     self._changed.wait(left)
                 self._beside -= 1
         elif self.news != seen:
-            self._sleeping.release()
+            self._sleep_no_more()  # and not just release: somebody may have begun to wait beside us meanwhile
         else:
             self._hear(left)
 
@@ -165,11 +165,14 @@ class Bells:
                 else:
                     self._port.take_and_rearm()
         finally:
-            self.news += 1
-            self._sleeping.release()
-            if self._beside:
-                with self._changed:
-                    self._changed.notify_all()
+            self._sleep_no_more()
+
+    def _sleep_no_more(self) -> None:
+        self.news += 1
+        self._sleeping.release()
+        if self._beside:
+            with self._changed:
+                self._changed.notify_all()
 
     def _sleep_direct(self, timeout: float | None) -> None:
         """Sleep on the direct bell alone, in one system call: it also tells of the peer's end, as the port does."""
