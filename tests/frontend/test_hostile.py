@@ -170,6 +170,22 @@ def test_a_page_once_used_and_taken_back_is_let_go_of_when_others_come(setting: 
     setting.guest.limit = 1024
 
 
+def test_a_backend_that_closes_while_its_frontend_looks_has_not_died(setting: Setting) -> None:
+    setting.attach()
+    setting.backend()
+    with raw_frontend(setting) as raw:
+        held = raw.link._held
+
+        def held_after_it_closed() -> bool:
+            setting.dom0.store.write(f"{DEVICE.front}/state", str(int(State.CLOSING)))
+            while held():
+                raw.link.sleep(PATIENCE)
+            return held()
+
+        raw.link._held = held_after_it_closed  # type: ignore[method-assign]
+        assert isinstance(raw.link.verdict(), PeerClosed)
+
+
 @pytest.mark.parametrize("lie", [33, 1 << 31, 0xFFFF_FFFF])
 def test_a_frontend_that_breaks_the_ring_is_let_go_of_and_told_why(setting: Setting, lie: int) -> None:
     setting.attach()

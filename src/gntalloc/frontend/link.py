@@ -139,14 +139,13 @@ class Link:
     def verdict(self) -> GntallocError | None:
         """What has become of the backend. None: it is there, as far as is known."""
         self._watch.poll()
+        held = self._held()  # first: who closes in order says so before it lets go
         state = self._end.peer
         if state in _GONE:
             why = "is gone from xenstore" if state == State.UNKNOWN else f"went to state {state}"
             complaint = self._end.complaint()
             return PeerClosed(f"the backend {self._end.other} {why}" + (f"; it says: {complaint}" if complaint else ""))
-        if not self._held():
-            return self._died()
-        return None
+        return None if held else self._died()
 
     def give_up(self) -> None:
         """Tell the backend that nothing comes of it, if it can be told."""
