@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gntalloc.atomics import atomics
 from gntalloc.errors import PeerBroke
 from gntalloc.frontend.ring import HEADER, Back, Front, slots_of
-from gntalloc.vchan.atomics import atomics
 
 WORD = 1 << 32
 ENTRY = 112

@@ -24,8 +24,8 @@ from gntalloc import (
     TimedOut,
     ViewsStillExported,
 )
+from gntalloc.atomics import plain
 from gntalloc.vchan import end, layout, server
-from gntalloc.vchan.atomics import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable

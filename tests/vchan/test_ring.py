@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gntalloc.atomics import Atomics, atomics, plain
 from gntalloc.errors import PeerBroke
-from gntalloc.vchan.atomics import Atomics, atomics, plain
 from gntalloc.vchan.ring import HEADER, Reader, Writer
 
 WORD = 1 << 32

@@ -21,6 +21,7 @@ import select
 import stat
 from typing import TYPE_CHECKING, Self
 
+from gntalloc.atomics import atomics
 from gntalloc.errors import DeviceError, EventsLost, GntallocError, PeerBroke
 from gntalloc.frontend.blkif import (
     ENTRY,
@@ -42,7 +43,6 @@ from gntalloc.frontend.blkif import (
 from gntalloc.frontend.grantio import Access, Copied, Kept, Mapped
 from gntalloc.frontend.ring import Back
 from gntalloc.frontend.xenbus import BACK, End, State
-from gntalloc.vchan.atomics import atomics
 
 if TYPE_CHECKING:
     from gntalloc.frontend.nodes import Device

@@ -11,10 +11,10 @@ import select
 import time
 from typing import TYPE_CHECKING
 
+from gntalloc.atomics import atomics
 from gntalloc.errors import EventsLost, GntallocError, NotKnownHere, PeerClosed, PeerDied
 from gntalloc.frontend.ring import Front
 from gntalloc.frontend.xenbus import State
-from gntalloc.vchan.atomics import atomics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

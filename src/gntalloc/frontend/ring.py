@@ -36,7 +36,7 @@ _HALF = 1 << 31
 
 
 class Order(Protocol):
-    """How memory is ordered here. See `gntalloc.vchan.atomics.Atomics`."""
+    """How memory is ordered here. See `gntalloc.atomics.Atomics`."""
 
     ordered: bool
 

@@ -3,7 +3,6 @@
 layout      the shared page: where what lies, which sizes go together. Pure
 extension   what two ends of this package agree on beside it, in bytes that libxenvchan does not use. Pure
 ring        indexes, room, wrap; a peer that lies is found. Pure
-atomics     the memory orders that this needs, from Python
 nodes       how two ends find each other in xenstore
 bells       how one end wakes the other
 channel     Channel: read, write, send, recv, reserve, peek, with deadlines

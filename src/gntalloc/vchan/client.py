@@ -11,9 +11,9 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from gntalloc.atomics import atomics
 from gntalloc.errors import DeviceError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
-from gntalloc.vchan.atomics import atomics
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
 from gntalloc.vchan.end import CLIENT, SPIN, End

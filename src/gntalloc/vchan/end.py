@@ -33,7 +33,7 @@ from gntalloc.vchan.layout import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.vchan.atomics import Atomics
+    from gntalloc.atomics import Atomics
     from gntalloc.vchan.bells import Bells
     from gntalloc.vchan.pages import ChannelPages
 

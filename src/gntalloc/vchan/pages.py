@@ -9,8 +9,8 @@ from gntalloc.vchan.layout import CLI_LIVE, INDEXES, in_page
 from gntalloc.vchan.ring import Reader, Writer
 
 if TYPE_CHECKING:
+    from gntalloc.atomics import Atomics
     from gntalloc.guest.pages import MappedPages, SharedPages
-    from gntalloc.vchan.atomics import Atomics
     from gntalloc.vchan.end import Role
     from gntalloc.vchan.layout import Orders
 

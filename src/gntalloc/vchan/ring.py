@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gntalloc.errors import PeerBroke
 
 if TYPE_CHECKING:
-    from gntalloc.vchan.atomics import Atomics
+    from gntalloc.atomics import Atomics
 
 __all__ = ["HEADER", "Reader", "Writer"]
 

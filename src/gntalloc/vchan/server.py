@@ -13,9 +13,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from gntalloc.atomics import atomics
 from gntalloc.errors import Closed, GntallocError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
-from gntalloc.vchan.atomics import atomics
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
 from gntalloc.vchan.end import SERVER, SPIN, End

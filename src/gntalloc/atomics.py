@@ -1,4 +1,4 @@
-"""The memory orders a vchan needs, from Python.
+"""The memory orders that rings in shared pages need, from Python.
 
 A processor may let a load overtake a store before it. Who publishes an index and then looks whether the peer wants to
 be told, or says that it wants to be told and then looks at the index, must forbid that: a *fence* in between. And who
@@ -84,7 +84,7 @@ def find(machine: str, library: Any) -> Atomics:
     if library is None and not ordered:
         raise DeviceError(
             errno.ENOSYS,
-            f"a vchan on {machine} needs libatomic, which is not here; install it (Debian: apt install libatomic1)",
+            f"shared rings on {machine} need libatomic, which is not here; install it (Debian: apt install libatomic1)",
         )
     return Atomics(ordered=ordered, library=library)
 

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
+from gntalloc.atomics import Atomics, atomics, find, plain
 from gntalloc.errors import DeviceError
-from gntalloc.vchan.atomics import Atomics, atomics, find, plain
 
 
 @pytest.fixture
