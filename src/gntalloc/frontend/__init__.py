@@ -6,7 +6,8 @@ nodes       what a toolstack writes so that two ends find each other
 blkif       the numbers and structs of a block device. Pure
 requests    blkfront's core: pages, requests in flight, responses. Pure
 link        a frontend's ring, port and handshake, whatever the device is
-blkfront    BlockDevice: a disk that a backend serves
+session     a disk and its backend: handshake, requests, checks. What the faces are made of
+blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 grantio     a backend's way to granted pages: mapped, mapped for good, or copied
 blkback     Backend: serves a file as a disk
 """

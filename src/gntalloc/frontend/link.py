@@ -107,10 +107,10 @@ class Link:
                 raise
             if self._released >= 0:
                 undo.callback(os.close, self._released)
-            self._poll = select.poll()
+            self._poll = undo.enter_context(select.epoll())
             for number in (self._port.fileno(), self._watch.fileno(), self._bell, self._released):
                 if number >= 0:
-                    self._poll.register(number, select.POLLIN)
+                    self._poll.register(number, select.EPOLLIN)
             self._undo = undo.pop_all()
 
     def notify(self) -> None:
@@ -119,10 +119,8 @@ class Link:
 
     def sleep(self, timeout: float | None) -> bool:
         """Until something may have happened; one thread at a time. Whether to ask for the `verdict`."""
-        if self._masked:
-            self._port.rearm()
-            self._masked = False
-        ready = {number for number, _ in self._poll.poll(None if timeout is None else timeout * 1000)}
+        self._rearm()
+        ready = {number for number, _ in self._poll.poll(timeout)}
         if self._port.fileno() in ready:
             try:
                 self._masked = self._port.take()
@@ -131,6 +129,16 @@ class Link:
         if self._bell in ready:
             os.eventfd_read(self._bell)
         return self._watch.fileno() in ready or self._released in ready
+
+    def fileno(self) -> int:
+        """For an event loop: readable when there is something for `heard`."""
+        return self._poll.fileno()
+
+    def heard(self) -> bool:
+        """Take the event that made `fileno` readable, and be ready for the next. Whether to ask for the `verdict`."""
+        look = self.sleep(0)
+        self._rearm()
+        return look
 
     def wake(self) -> None:
         """Let who sleeps, or will, come back."""
@@ -156,6 +164,11 @@ class Link:
     def close(self) -> None:
         """Take back the ring, and the port. Can be repeated."""
         self._undo.close()
+
+    def _rearm(self) -> None:
+        if self._masked:
+            self._port.rearm()
+            self._masked = False
 
     def _held(self) -> bool:
         try:

@@ -25,12 +25,16 @@ _NAME = re.compile("xvd([a-p])([1-9]|1[0-5])?")
 
 
 class Device(NamedTuple):
-    """A device by its address: its kind ("vbd" is a disk), its number, and the domains of its two ends."""
+    """A device by its address: its kind ("vbd" is a disk), its number, and the domains of its two ends.
+
+    Some backends look for their devices under another kind than the frontend's: QEMU's disks are "qdisk" there.
+    """
 
     kind: str
     number: int
     frontend: int
     backend: int
+    served_as: str = ""
 
     @property
     def front(self) -> str:
@@ -40,7 +44,7 @@ class Device(NamedTuple):
     @property
     def back(self) -> str:
         """The backend's folder."""
-        return f"/local/domain/{self.backend}/backend/{self.kind}/{self.frontend}/{self.number}"
+        return f"/local/domain/{self.backend}/backend/{self.served_as or self.kind}/{self.frontend}/{self.number}"
 
 
 def attach(
