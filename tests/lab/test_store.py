@@ -77,3 +77,4 @@ def test_our_server_replies_as_the_real_one(xen: Session) -> None:
     episodes = {number: generate(number, LENGTH) for number in range(SEED, SEED + EPISODES)}
     differing = compare(episodes, ask(xen, episodes))
     assert not differing, "\n".join(map(str, differing[:5]))
+    assert xen.run(["xenstore-write", "data/afterwards", ""], "pv").exit_status == 0, "it left something behind"

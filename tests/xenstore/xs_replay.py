@@ -64,7 +64,7 @@ class Player:
 
     def play(self, episode: Episode) -> list[Answer]:
         """The answers to an episode, which finds everything as each does."""
-        self._set_back()
+        self.set_back()
         answers: list[Answer] = []
         for step in episode:
             try:
@@ -74,7 +74,8 @@ class Player:
                 raise RuntimeError(f"the daemon was lost at the end of\n{so_far}") from error
         return answers
 
-    def _set_back(self) -> None:
+    def set_back(self) -> None:
+        """Everything as an episode is to find it."""
         daemon = self._daemon
         for who in SOCKETS:
             daemon.reconnect(who)
@@ -149,6 +150,7 @@ def replay(daemon: Daemon, episodes: Mapping[int, Episode]) -> Iterable[tuple[in
     player = Player(daemon)
     for number, episode in episodes.items():
         yield number, player.play(episode)
+    player.set_back()  # the last one's quotas are everybody's
 
 
 # Ours, as pure state.
