@@ -33,6 +33,7 @@ _HYPERVISOR = re.compile(r"xen-hypervisor-(\d+\.\d+)-amd64$")
 _PACKAGES = (
     "linux-image-amd64",
     "busybox-static",
+    "e2fsprogs",
     "kmod",
     "python3",
     "python3-click",
