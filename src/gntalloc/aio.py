@@ -8,6 +8,9 @@
         async for channel in listener:
             ...
 
+    async with await aio.disk(domain) as disk:
+        await disk.read(0, 4096)
+
     await aio.wait(port)                    # a port of domain.events
     await aio.wait_released(shared)         # pages that a peer maps
 
@@ -28,13 +31,14 @@ from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from gntalloc.frontend.aio import Disk
     from gntalloc.guest.domain import Domain
     from gntalloc.guest.events import Port
     from gntalloc.guest.pages import SharedPages
     from gntalloc.vchan import channel as blocking
     from gntalloc.vchan import server
 
-__all__ = ["Channel", "Listener", "connect", "listen", "wait", "wait_released"]
+__all__ = ["Channel", "Listener", "connect", "disk", "listen", "wait", "wait_released"]
 
 Result = TypeVar("Result")
 
@@ -246,6 +250,13 @@ async def connect(domain: Domain, peer: int | Domain, path: str, **settings: Any
         return Channel(await asyncio.to_thread(attempt))
     finally:
         wanted = False  # if this was cancelled, the thread finds out
+
+
+async def disk(domain: Domain, number: int | None = None, **settings: Any) -> Disk:
+    """Open a disk: `await aio.disk(domain)`. See `gntalloc.frontend.aio.disk`, whose settings these are."""
+    from gntalloc.frontend import aio
+
+    return await aio.disk(domain, number, **settings)
 
 
 async def wait(port: Port) -> None:

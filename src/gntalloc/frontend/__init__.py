@@ -8,6 +8,7 @@ requests    blkfront's core: pages, requests in flight, responses. Pure
 link        a frontend's ring, port and handshake, whatever the device is
 session     a disk and its backend: handshake, requests, checks. What the faces are made of
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
+aio         Disk: the same, for asyncio
 grantio     a backend's way to granted pages: mapped, mapped for good, or copied
 blkback     Backend: serves a file as a disk
 """
