@@ -13,7 +13,7 @@ import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
 from tests.frontend.test_disk import kill
 
-from gntalloc import Closed, DeviceError, PeerClosed, PeerDied, TimedOut, aio
+from gntalloc import Closed, DeviceError, GntallocError, PeerClosed, PeerDied, TimedOut, aio
 from gntalloc.frontend.xenbus import State
 
 if TYPE_CHECKING:
@@ -256,7 +256,18 @@ def test_an_opening_that_is_cancelled_leaves_nothing(attached: Setting) -> None:
         with pytest.raises(asyncio.CancelledError):
             await opening
 
+    async def too_late() -> None:
+        """The handshake goes on behind the cancelled task, and succeeds."""
+        for naps in range(4):
+            opening = asyncio.create_task(opened(attached))
+            await asyncio.sleep(naps * 0.002)
+            opening.cancel()
+            with contextlib.suppress(asyncio.CancelledError, GntallocError):  # two get in each other's way
+                await (await opening).close()
+
     run(main)
     attached.backend()
+    run(too_late)  # which waits for its threads
+    assert [grant for grant in attached.machine.grants() if grant["granter"] == 1] == []
     with attached.open() as disk:
         assert disk.read(0, 1) == attached.content[:1]

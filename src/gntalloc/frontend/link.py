@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gntalloc.atomics import atomics
 from gntalloc.errors import EventsLost, GntallocError, NotKnownHere, PeerClosed, PeerDied
 from gntalloc.frontend.ring import Front
-from gntalloc.frontend.xenbus import State
+from gntalloc.frontend.xenbus import State, StepRefused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -157,7 +157,7 @@ class Link:
 
     def give_up(self) -> None:
         """Tell the backend that nothing comes of it, if it can be told."""
-        with contextlib.suppress(GntallocError):
+        with contextlib.suppress(GntallocError, StepRefused):  # the state may be another's by now
             self._end.go(State.CLOSING)
             self._end.go(State.CLOSED)
 

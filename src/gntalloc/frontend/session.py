@@ -18,7 +18,7 @@ from gntalloc.frontend.blkif import ENTRY, INFO_READ_ONLY, NOT_SUPPORTED, PROTOC
 from gntalloc.frontend.link import Link, part, recover
 from gntalloc.frontend.nodes import Device, devices
 from gntalloc.frontend.requests import Flight, Flights
-from gntalloc.frontend.xenbus import FRONT, End, State
+from gntalloc.frontend.xenbus import FRONT, End, State, StepRefused
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Session:
         timeout: seconds for the handshake.
 
     Raises:
-        DeviceError: ENODEV there is no such disk; ENOSPC there are not enough pages.
+        DeviceError: ENODEV there is no such disk; ENOSPC there are not enough pages; EBUSY another program has begun
+            to use it meanwhile.
         TimedOut: no backend served it; the text says where it got to, and what the backend complains of.
         PeerClosed: the backend does not want it.
 
@@ -197,7 +198,7 @@ class Session:
     def close(self, timeout: float) -> None:
         """Tell the backend, and take the pages back. A backend that does not answer is left alone after `timeout`."""
         self.closed = True
-        with contextlib.suppress(GntallocError):
+        with contextlib.suppress(GntallocError, StepRefused):  # the state may be another's by now
             gone = self.failed is not None or self.link is None or self.link.verdict() is not None
             part(self._end, timeout, alone=gone)
         self._disconnect()
@@ -211,16 +212,18 @@ class Session:
     def _connect(self, timeout: float) -> Link:
         """From wherever both ends are to state 4. The link that was is gone already."""
         deadline = time.monotonic() + timeout
-        recover(self._end, deadline)
         nodes = {"protocol": PROTOCOL, "feature-persistent": "1"}
-        link = Link(self._domain, self._device, self._end, ENTRY, nodes, deadline)
-        try:
-            self.offer = self._read_offer()
-            self._end.go(State.CONNECTED)
-        except BaseException:
-            link.give_up()
-            link.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            try:
+                recover(self._end, deadline)
+                link = Link(self._domain, self._device, self._end, ENTRY, nodes, deadline)
+                undo.callback(link.close)
+                undo.callback(link.give_up)
+                self.offer = self._read_offer()
+                self._end.go(State.CONNECTED)
+            except StepRefused as moved:
+                raise DeviceError(errno.EBUSY, f"{self} is being used by another program too: {moved}") from None
+            undo.pop_all()
         self.link = link
         return link
 

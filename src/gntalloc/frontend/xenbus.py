@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gntalloc.xenstore.client import Store, Transaction
 
-__all__ = ["BACK", "FRONT", "TABLE", "End", "State", "Step", "draw", "may"]
+__all__ = ["BACK", "FRONT", "TABLE", "End", "State", "Step", "StepRefused", "draw", "may"]
 
 
 class State(IntEnum):
@@ -46,6 +46,10 @@ class State(IntEnum):
 
 
 FRONT, BACK = "frontend", "backend"
+
+
+class StepRefused(ValueError):
+    """An end cannot go from where it is to there. Either it is a mistake, or somebody else has moved it."""
 
 
 class Step(NamedTuple):
@@ -144,7 +148,7 @@ class End:
             nodes: names in this end's folder, and their values.
 
         Raises:
-            ValueError: the table does not know that step.
+            StepRefused: the table does not know that step.
             DeviceError: ENODEV the device was detached.
         """
 
@@ -153,7 +157,7 @@ class End:
             if state == State.UNKNOWN:
                 raise DeviceError(errno.ENODEV, f"{self.folder} was detached: its state is gone from xenstore")
             if not may(self.side, state, to):
-                raise ValueError(f"a {self.side} cannot go from {state} to {to}; see the table in docs/frontends.md")
+                raise StepRefused(f"a {self.side} cannot go from {state} to {to}; see the table in docs/frontends.md")
             for name, value in (nodes or {}).items():
                 tree.write(f"{self.folder}/{name}", str(value))
             tree.write(f"{self.folder}/state", str(int(to)))
