@@ -258,16 +258,26 @@ def test_an_opening_that_is_cancelled_leaves_nothing(attached: Setting) -> None:
 
     async def too_late() -> None:
         """The handshake goes on behind the cancelled task, and succeeds."""
+        opening = asyncio.create_task(opened(attached))
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    async def many() -> None:
+        """Some get in each other's way."""
         for naps in range(4):
             opening = asyncio.create_task(opened(attached))
             await asyncio.sleep(naps * 0.002)
             opening.cancel()
-            with contextlib.suppress(asyncio.CancelledError, GntallocError):  # two get in each other's way
+            with contextlib.suppress(asyncio.CancelledError, GntallocError):
                 await (await opening).close()
 
     run(main)
     attached.backend()
     run(too_late)  # which waits for its threads
+    assert [grant for grant in attached.machine.grants() if grant["granter"] == 1] == []
+    run(many)
     assert [grant for grant in attached.machine.grants() if grant["granter"] == 1] == []
     with attached.open() as disk:
         assert disk.read(0, 1) == attached.content[:1]
