@@ -148,24 +148,25 @@ class Bells:
         elif self.news != seen:
             self._sleep_no_more()  # and not just release: somebody may have begun to wait beside us meanwhile
         else:
-            self._hear(left)
+            try:
+                if self._direct_number < 0 or left == 0:
+                    self._hear(left)
+                else:  # on the direct bell alone, in one system call: it also tells of the peer's end, as the port does
+                    self._limit_to(left)
+                    self._take_direct(0)
+            finally:
+                self._sleep_no_more()
 
     def _hear(self, timeout: float | None) -> None:
         """Take what rings, or rings within `timeout` seconds. One thread at a time: who holds `_sleeping`."""
-        try:
-            if self._direct_number >= 0 and timeout != 0:
-                self._sleep_direct(timeout)
-                return
-            for descriptor, _ in self._epoll.poll(timeout):
-                if descriptor == self._direct_number:
-                    self._take_direct(socket.MSG_DONTWAIT)
-                elif descriptor == self._own:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._own)
-                else:
-                    self._port.take_and_rearm()
-        finally:
-            self._sleep_no_more()
+        for descriptor, _ in self._epoll.poll(timeout):
+            if descriptor == self._direct_number:
+                self._take_direct(socket.MSG_DONTWAIT)
+            elif descriptor == self._own:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._own)
+            else:
+                self._port.take_and_rearm()
 
     def _sleep_no_more(self) -> None:
         self.news += 1
@@ -174,14 +175,13 @@ class Bells:
             with self._changed:
                 self._changed.notify_all()
 
-    def _sleep_direct(self, timeout: float | None) -> None:
-        """Sleep on the direct bell alone, in one system call: it also tells of the peer's end, as the port does."""
+    def _limit_to(self, timeout: float | None) -> None:
+        """How long the direct bell's recv waits, from now on."""
         limit = 0 if timeout is None else max(1, math.ceil(timeout * 1e6))  # 0 is for ever
         if limit != self._limit:
             assert self._direct is not None
             self._direct.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIME.pack(*divmod(limit, 1_000_000)))
             self._limit = limit
-        self._take_direct(0)
 
     def _take_direct(self, flags: int) -> None:
         """One wake-up: hardly ever are there two, and then the next look finds it."""
@@ -201,7 +201,10 @@ class Bells:
     def hear_now(self) -> None:
         """Take what rings, and let those know who wait here. If a thread sleeps here, it hears that by itself."""
         if self._sleeping.acquire(False):
-            self._hear(0)
+            try:
+                self._hear(0)
+            finally:
+                self._sleep_no_more()
 
     def fileno(self) -> int:
         """Readable while something rings."""

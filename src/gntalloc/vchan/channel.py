@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
-import time
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.errors import (
-    Busy,
-    Closed,
     GntallocError,
     NotKnownHere,
     PeerBroke,
@@ -31,16 +27,16 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.vchan.end import Asking, flag_word
+from gntalloc.vchan.end import Asking
 from gntalloc.vchan.extension import FINISHED
-from gntalloc.vchan.layout import CONNECTED, NOTIFY_READ, NOTIFY_WRITE
+from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
+from gntalloc.vchan.lending import Lending
 from gntalloc.vchan.ring import HEADER
+from gntalloc.vchan.waiting import Turn, bytes_of, deadline_of, queue_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
-
-    from gntalloc.vchan.end import End
 
 __all__ = ["Channel"]
 
@@ -48,30 +44,12 @@ _PIECES = 4  # of a ring: how much is written, or read, before the peer sees it,
 _SMALLEST_PIECE = 4096
 
 
-class Channel:
+class Channel(Lending):
     """One end of a vchan. Made by `Domain.listen` and `Domain.connect`.
 
     Attributes:
         peer: the domid at the other end.
     """
-
-    def __init__(self, end: End) -> None:
-        self.peer = end.peer
-        self._end = end
-        self._in, self._out = end.reader, end.writer
-        self._reading = threading.Lock()
-        self._writing = threading.Lock()
-        self._peeked: _Lent | None = None
-        self._reserved: _Lent | None = None
-        self._closed = False
-        # What to look at after a message: one load of the four bytes from cli_live on, and what is nothing to do.
-        role, ordered = end.role, end.atomics.ordered
-        self._flags = end.pages.flags
-        self._after_writing = flag_word(role.peer_live, 0xFF) | flag_word(role.asked, NOTIFY_WRITE)
-        self._after_reading = flag_word(role.asked, NOTIFY_READ)
-        self._live, self._connected = flag_word(role.peer_live, 0xFF), flag_word(role.peer_live, CONNECTED)
-        self._quiet = self._connected if ordered else -1
-        self._quiet_reading = 0 if ordered else -1
 
     # What it is.
 
@@ -152,10 +130,10 @@ class Channel:
             raise ValueError(f"{size} bytes cannot be read")
         reading = self._reading
         if not reading.acquire(False):
-            _queue_up(reading, timeout)
+            queue_up(reading, timeout)
         try:
             ring = self._in
-            if not (ring.ready or self._await_bytes(1, _deadline(timeout))) or size == 0:
+            if not (ring.ready or self._await_bytes(1, deadline_of(timeout))) or size == 0:
                 return b""
             ready = ring.ready if size is not None and ring.ready >= size else self._end.look(ring.refresh)
             data = ring.take(ready if size is None else min(size, ready))
@@ -173,14 +151,14 @@ class Channel:
         Raises:
             TimedOut, PeerDied, PeerBroke, Busy, Closed: as `read`.
         """
-        view = _bytes_of(buffer)
+        view = bytes_of(buffer)
         size = len(view)
         reading = self._reading
         if not reading.acquire(False):
-            _queue_up(reading, timeout)
+            queue_up(reading, timeout)
         try:
             ring = self._in
-            if not (ring.ready or self._await_bytes(1, _deadline(timeout))) or not size:
+            if not (ring.ready or self._await_bytes(1, deadline_of(timeout))) or not size:
                 return 0
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
             done = min(piece, ring.ready, size)
@@ -205,10 +183,10 @@ class Channel:
             Busy: something that was reserved is not committed.
             Closed: this end is closed, or finished.
         """
-        view = _bytes_of(data)
+        view = bytes_of(data)
         writing = self._writing
         if not writing.acquire(False):
-            _queue_up(writing, timeout)
+            queue_up(writing, timeout)
         try:
             ring = self._out
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
@@ -216,7 +194,7 @@ class Channel:
             if 0 < len(view) <= min(ring.room, piece) and self._flags[0] & self._live == self._connected:
                 ring.put(view)
             else:
-                self._write_in_pieces(view, piece, _deadline(timeout))
+                self._write_in_pieces(view, piece, deadline_of(timeout))
         finally:
             writing.release()
         self._has_written()
@@ -248,15 +226,15 @@ class Channel:
             GntallocError: EMSGSIZE it is longer than the ring.
         """
         if type(message) is not bytes:
-            message = _bytes_of(message)
+            message = bytes_of(message)
         length = len(message)
         writing = self._writing
         if not writing.acquire(False):
-            _queue_up(writing, timeout)
+            queue_up(writing, timeout)
         try:
             ring = self._out
             if ring.room < length + HEADER:
-                self._await_room(length + HEADER, _deadline(timeout))
+                self._await_room(length + HEADER, deadline_of(timeout))
             ring.put_message(message, length)
         finally:
             writing.release()
@@ -277,13 +255,14 @@ class Channel:
         """
         reading = self._reading
         if not reading.acquire(False):
-            _queue_up(reading, timeout)
+            queue_up(reading, timeout)
         try:
             message = self._in.take_message()
             if message is None:
-                self._await_message(_deadline(timeout))
-                message = self._in.take_message()
-                assert message is not None
+                deadline = deadline_of(timeout)
+                while message is None:
+                    self._await_more(deadline)
+                    message = self._in.take_message()
         except PeerBroke as broken:
             raise self._end.give_up(broken) from None
         finally:
@@ -301,14 +280,12 @@ class Channel:
             GntallocError: EMSGSIZE the buffer is too small. The message stays.
             PeerClosed, TimedOut, PeerDied, PeerBroke, Busy, Closed: as `recv`.
         """
-        view = _bytes_of(buffer)
+        view = bytes_of(buffer)
         reading = self._reading
         if not reading.acquire(False):
-            _queue_up(reading, timeout)
+            queue_up(reading, timeout)
         try:
-            length = self._in.message_length()
-            if length is None:
-                length = self._await_message(_deadline(timeout))
+            length = self._await_message(deadline_of(timeout))
             if length > len(view):
                 why = f"the message is {length} bytes long, and the buffer {len(view)}; take a larger one"
                 raise GntallocError(errno.EMSGSIZE, why)
@@ -329,121 +306,6 @@ class Channel:
                 return
             yield message
 
-    # In place.
-
-    def reserve(self, size: int | None = None, timeout: float | None = None, *, message: bool = False) -> memoryview:
-        """Room for `size` bytes to be filled in where they will lie; `commit` then sends them.
-
-        The peer sees nothing until then. Until then nothing else can be written. (Where the ring's end would part the
-        bytes, other memory is lent, and `commit` copies it.)
-
-        Args:
-            size: no more than the ring holds; if not given, all the room that lies in one piece.
-            timeout: seconds to wait for the room.
-            message: what is committed is a message, as `send` sends.
-
-        Raises:
-            TimedOut, PeerGone, PeerBroke, Busy, Closed, GntallocError: as `send`.
-        """
-        head = HEADER if message else 0
-        if size is not None and size < 1:
-            raise ValueError(f"{size} bytes cannot be reserved")
-        with _Turn(self._writing, timeout) as turn:
-            ring = self._out
-            self._await_room((size or 1) + head, turn.deadline)
-            if size is None:
-                if not self._end.waiting:
-                    self._end.look(ring.refresh)
-                size = max(1, ring.in_one_piece(head))
-            view = ring.view(size, head)
-            copy = None
-            if view is None:
-                copy = bytearray(size)
-                view = memoryview(copy)
-            self._reserved = _Lent(view, size, head, ring.room, copy)
-            ring.room = 0  # none for anybody else while this is out
-        return view
-
-    def commit(self, size: int | None = None) -> None:
-        """Send what was filled in, or its first `size` bytes; of 0 bytes nothing is sent.
-
-        Raises:
-            ValueError: nothing was reserved, or less than `size`.
-            Closed: this end is closed.
-        """
-        with self._writing:
-            self._end.check_open()
-            lent = self._reserved
-            if lent is None:
-                raise ValueError("nothing was reserved that could be committed")
-            count = lent.size if size is None else size
-            if not 0 <= count <= lent.size:
-                raise ValueError(f"{count} bytes cannot be committed of {lent.size} that were reserved")
-            self._reserved = None
-            ring = self._out
-            ring.room = lent.known
-            if not count:
-                return
-            if lent.copy is not None:
-                ring.fill(memoryview(lent.copy)[:count], lent.head)
-            if lent.head:
-                ring.fill_length(count)
-            ring.advance(count + lent.head)
-            self._tell(NOTIFY_WRITE)
-
-    def peek(self, size: int | None = None, timeout: float | None = None, *, message: bool = False) -> memoryview:
-        """The next bytes, where they lie, to be read only; `release` then gives their room back.
-
-        A peer that does not keep to the protocol can change them while they are looked at.
-
-        Args:
-            size: so many bytes, all of them or up to the end; if not given, what is there and lies in one piece.
-            timeout: seconds to wait for them.
-            message: the next message, as `recv` gives. (Where the ring's end parts it, or `size` bytes, a copy.)
-
-        Returns:
-            The view; it is empty as `read` gives nothing.
-
-        Raises:
-            TimedOut, PeerDied, PeerBroke, Busy, Closed: as `read`; with `message` as `recv`.
-        """
-        with _Turn(self._reading, timeout) as turn:
-            ring = self._in
-            if message:
-                length, head = self._await_message(turn.deadline), HEADER
-            else:
-                if not self._await_bytes(1 if size is None else size, turn.deadline) and not ring.ready:
-                    return memoryview(b"")
-                self._end.look(ring.refresh)
-                length, head = ring.in_one_piece() if size is None else min(size, ring.ready), 0
-            view = ring.view(length, head)
-            if view is None:
-                view = memoryview(ring.look(length, head))
-            self._peeked = _Lent(view, length, head, ring.ready, None)
-            ring.ready = 0  # nothing is there for anybody else while this is out
-        return view
-
-    def release(self, size: int | None = None) -> None:
-        """Give back the room of what was peeked, or of its first `size` bytes: then the rest is peeked again.
-
-        Raises:
-            ValueError: nothing was peeked, or less; of a message all is released.
-            Closed: this end is closed.
-        """
-        with self._reading:
-            self._end.check_open()
-            lent = self._peeked
-            if lent is None:
-                raise ValueError("nothing was peeked that could be released")
-            count = lent.size if size is None else size
-            if not 0 <= count <= lent.size or (lent.head and count != lent.size):
-                why = f"{count} bytes cannot be released of {lent.size} that were peeked; a message goes whole"
-                raise ValueError(why)
-            self._peeked = None
-            self._in.ready = lent.known
-            self._in.advance(count + lent.head)
-            self._tell(NOTIFY_READ)
-
     # The end.
 
     def finish(self, timeout: float | None = None) -> None:
@@ -456,7 +318,7 @@ class Channel:
         """
         with self._writing:
             self._end.check_open()
-            self._end.await_peer(_deadline(timeout))
+            self._end.await_peer(deadline_of(timeout))
             if not self._end.extended:
                 raise NotKnownHere(
                     "the peer is a libxenvchan, which knows no end of one direction; `drain` waits until it has read "
@@ -473,16 +335,16 @@ class Channel:
             PeerGone: it will not.
             PeerBroke, Closed: as `write`.
         """
-        with _Turn(self._writing, timeout) as turn:
+        with Turn(self._writing, timeout) as turn:
             self._end.check_open()
             self._end.await_peer(turn.deadline)
             ring = self._out
 
-            def empty() -> bool:
-                return self._end.look(ring.unread) == 0
+            def read() -> int:
+                return ring.size - ring.unread()
 
             if not self._end.wait(
-                NOTIFY_READ, empty, self._end.peer_is_gone, turn.deadline, "the peer to read everything"
+                NOTIFY_READ, read, ring.size, self._end.peer_is_gone, turn.deadline, "the peer to read everything"
             ):
                 raise self._end.gone()
 
@@ -494,9 +356,7 @@ class Channel:
             PeerBroke: who came broke the protocol.
             Closed: this end is closed.
         """
-        with _Turn(
-            self._reading, timeout
-        ) as turn:  # who closes waits for it, so that the page stays until this is over
+        with Turn(self._reading, timeout) as turn:  # who closes waits for it, so that the page stays until this is over
             self._end.check_open()
             self._end.await_peer(turn.deadline)
 
@@ -545,160 +405,3 @@ class Channel:
     def __repr__(self) -> str:
         state = "closed" if self._end.closing else "waiting" if self._end.waiting else "open"
         return f"<{state} Channel with domain {self.peer}>"
-
-    # Waiting, with the lock of the direction held.
-
-    def _await_bytes(self, count: int, deadline: float | None) -> bool:
-        """Until so many can be read. False: there will not be."""
-        self._end.check_open()
-        if self._peeked is not None:
-            raise Busy(f"{self!r} cannot be read: what was peeked is to be released first")
-        ring = self._in
-        if ring.ready >= count:
-            return True
-        if count > ring.size:
-            raise _too_long(count, ring.size)
-        self._end.await_peer(deadline)
-        if self._end.wait(
-            NOTIFY_WRITE,
-            lambda: self._end.look(ring.refresh) >= count,
-            self._end.no_more_comes,
-            deadline,
-            "bytes to read",
-        ):
-            return True
-        if not self._end.orderly():
-            raise self._end.gone()
-        return False
-
-    def _await_message(self, deadline: float | None) -> int:
-        """Until there is a whole message. How long it is."""
-        self._end.check_open()
-        if self._peeked is not None:
-            raise Busy(f"{self!r} cannot be read: what was peeked is to be released first")
-        ring = self._in
-        known = 0
-
-        def more() -> bool:
-            return self._end.look(ring.refresh) > known
-
-        while True:
-            try:
-                length = ring.message_length()
-            except PeerBroke as broken:
-                raise self._end.give_up(broken) from None
-            if length is not None:
-                return length
-            self._end.await_peer(deadline)
-            known = ring.ready
-            if not self._end.wait(NOTIFY_WRITE, more, self._end.no_more_comes, deadline, "a message"):
-                if ring.ready and self._end.orderly():
-                    raise self._end.give_up(PeerBroke("the peer closed in the middle of a message"))
-                raise self._end.gone()
-
-    def _await_room(self, count: int, deadline: float | None) -> None:
-        """Until so many bytes can be written."""
-        self._end.check_open()
-        if self._reserved is not None:
-            raise Busy(f"{self!r} cannot be written: what was reserved is to be committed first")
-        if self._end.finished:
-            raise Closed(f"{self!r} cannot be written: `finish` was called")
-        ring = self._out
-        if count > ring.size and not self._end.waiting:
-            raise _too_long(count, ring.size)
-        if self._end.peer_is_gone():
-            raise self._end.gone()
-        if ring.room >= count:
-            return
-        self._end.await_peer(deadline)
-        if count > ring.size:
-            raise _too_long(count, ring.size)
-        if not self._end.wait(
-            NOTIFY_READ,
-            lambda: self._end.look(ring.refresh) >= count,
-            self._end.peer_is_gone,
-            deadline,
-            "room to write",
-        ):
-            raise self._end.gone()
-
-    def _tell(self, bit: int) -> None:
-        """An index was moved, with the lock still held."""
-        self._end.atomics.fence()
-        self._end.tell(bit)
-
-    def _has_read(self) -> None:
-        """After a message was read and the lock released, which is a fence if `ordered`."""
-        try:
-            if self._flags[0] & self._after_reading != self._quiet_reading:
-                if not self._end.atomics.ordered:
-                    self._end.atomics.fence()
-                self._end.tell(NOTIFY_READ)
-        except ValueError:
-            pass  # another thread closed this end, and that told the peer
-
-    def _has_written(self) -> None:
-        """After bytes were written and the lock released, which is a fence if `ordered`."""
-        try:
-            if self._flags[0] & self._after_writing != self._quiet:
-                self._written()
-        except ValueError:
-            pass  # as in `_has_read`
-
-    def _written(self) -> None:
-        """A message was written, and something is to be done: the peer has asked, or is not there."""
-        if not self._end.atomics.ordered:
-            self._end.atomics.fence()
-        self._end.tell(NOTIFY_WRITE)
-        if self._end.peer_is_gone():
-            with self._writing:
-                self._out.room = 0  # so that the next one finds out
-
-
-class _Lent(NamedTuple):
-    """What is in the user's hands."""
-
-    view: memoryview
-    size: int
-    head: int  # bytes before it that belong to it: a message's length
-    known: int  # what the ring knew to be ready, or room, before
-    copy: bytearray | None  # what was lent instead, because the ring's end parts the place
-
-
-class _Turn:
-    """A lock that is waited for no longer than a timeout, and how much of that is left."""
-
-    __slots__ = ("_lock", "deadline")
-
-    def __init__(self, lock: threading.Lock, timeout: float | None) -> None:
-        self.deadline = _deadline(timeout)
-        self._lock = lock
-        if not lock.acquire(blocking=False):
-            _queue_up(lock, timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-def _queue_up(lock: threading.Lock, timeout: float | None) -> None:
-    if not lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
-        raise TimedOut(f"another thread has used this direction of the channel for {timeout} s; wait longer")
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
-
-
-def _bytes_of(data: Any) -> memoryview:
-    view = memoryview(data)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
-
-
-def _too_long(count: int, size: int) -> GntallocError:
-    return GntallocError(
-        errno.EMSGSIZE,
-        f"{count} bytes do not fit a ring of {size} at once; listen with a larger `size`, or use read and write",
-    )

@@ -143,46 +143,62 @@ class End:
             self.bells.sleep(seen, left)
 
     def wait(
-        self, bit: int, enough: Callable[[], bool], over: Callable[[], bool], deadline: float | None, what: str
+        self,
+        bit: int,
+        refresh: Callable[[], int],
+        count: int,
+        over: Callable[[], bool],
+        deadline: float | None,
+        what: str,
     ) -> bool:
-        """Until there is `enough`. False: it is `over`, and there is not.
+        """Until there are so many. False: it is `over`, and there are not.
+
+        Written out in one piece, as what it calls most is: of a wake-up's time this is half.
 
         Args:
             bit: what the peer is asked to tell.
-            enough: looks at the page.
-            over: whether `enough` will not change any more.
+            refresh: looks at the page, and says how many there are. If the peer lies there, that is the end.
+            count: wanted.
+            over: whether that will not change any more.
             deadline: None waits for ever.
             what: is waited for, for the TimedOut.
         """
-        if enough() or (self.spin and self._look_a_while(enough, over, deadline)):
-            return True
-        self.ask(bit)
+        bells = self.bells
         try:
-            while True:
-                seen = self.bells.news
-                if enough():
-                    return True
-                if over():
-                    return enough()
-                self.check_open()
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimedOut(f"{self} has waited in vain for {what}; wait again")
-                self.bells.sleep(seen, left)
-                if enough():
-                    return True
-                self.ask_again()
-        finally:
-            self.ask_no_more(bit)
+            if refresh() >= count or (self.spin and self._look_a_while(refresh, count, over, deadline)):
+                return True
+            self.ask(bit)
+            try:
+                while True:
+                    seen = bells.news
+                    if refresh() >= count:
+                        return True
+                    if over():
+                        return refresh() >= count
+                    if self.closing or self._broken is not None:
+                        self.check_open()
+                    left = None
+                    if deadline is not None and (left := deadline - time.monotonic()) <= 0:
+                        raise TimedOut(f"{self} has waited in vain for {what}; wait again")
+                    bells.sleep(seen, left)
+                    if refresh() >= count:
+                        return True
+                    self.ask_again()
+            finally:
+                self.ask_no_more(bit)
+        except PeerBroke as broken:
+            raise self.give_up(broken) from None
 
-    def _look_a_while(self, enough: Callable[[], bool], over: Callable[[], bool], deadline: float | None) -> bool:
-        """Whether there was enough before `spin` had passed."""
+    def _look_a_while(
+        self, refresh: Callable[[], int], count: int, over: Callable[[], bool], deadline: float | None
+    ) -> bool:
+        """Whether there were enough before `spin` had passed."""
         until = time.monotonic() + self.spin
         if deadline is not None:
             until = min(until, deadline)
         while time.monotonic() < until:
             for _ in range(_LOOKS):
-                if enough():
+                if refresh() >= count:
                     return True
             if over() or self.closing:
                 break
@@ -276,7 +292,10 @@ class End:
 
     def no_more_comes(self) -> bool:
         """It writes no more, whatever the reason."""
-        return self.peer_is_gone() or bool(self._peer_state() & FINISHED)
+        page, role, states = self._page, self.role, self._state_at
+        if self.bells.hung_up or page[role.peer_live] == GONE:
+            return True
+        return states is not None and bool(page[states + role.peer_state] & FINISHED)
 
     def _peer_state(self) -> int:
         return 0 if self._state_at is None else int(self._page[self._state_at + self.role.peer_state])
