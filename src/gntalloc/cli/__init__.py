@@ -23,6 +23,7 @@ COMMANDS = {
     "list": "Every machine, domain and grant: who granted, who maps, what is still held.",
     "limit": "Show or set how many pages a domain may have granted at once.",
     "cat": "Netcat between domains: standard input and output through a channel.",
+    "disk": "Read and write a disk that another domain serves, serve one, or export it as NBD.",
     "doctor": "What this computer has and lacks, and what to do about it.",
     "lab": "Boot a real Xen in QEMU and run a command in it.",
 }

@@ -1,0 +1,424 @@
+"""`gntalloc disk`: a disk of this domain, or one for another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import click
+
+from gntalloc.cli.show import bytes_text, progress, table
+from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.frontend.blkback import WAYS, Backend
+from gntalloc.frontend.blkfront import BlockDevice
+from gntalloc.frontend.nodes import Device, attach, detach, disk_number
+from gntalloc.guest.domain import current_domain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gntalloc.guest.domain import Domain
+
+__all__ = ["command"]
+
+_PIECE = 4 << 20  # bytes at a time
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """4096, 64K, 1M: how many bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", value, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no number of bytes; write 4096, 64K, 1M or 2G")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """xvda, or 51712: the number of a disk."""
+    try:
+        return None if value is None else disk_number(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_domain = click.option(
+    "-d", "--domain", metavar="DOMAIN", help="The domain to be in, as NAME/DOMID; otherwise as for every program."
+)
+_disk = click.option(
+    "--disk", "number", callback=_number, metavar="DISK", help="Which, as xvda or 51712; otherwise the only one."
+)
+_timeout = click.option(
+    "-w",
+    "--timeout",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the backend to be there.",
+)
+_offset = click.option("--offset", callback=_bytes, default="0", metavar="BYTES", help="Where to begin: 4096, 64K, 1M.")
+
+
+@click.group()
+def command() -> None:
+    """Read and write a disk that another domain serves, or serve one.
+
+    \b
+        gntalloc disk serve --for 1 disk.img        in domain 0
+        gntalloc disk read backup.img               in domain 1
+        qemu-img info nbd+unix:///?socket=/tmp/s    with gntalloc disk nbd --socket /tmp/s
+    """  # noqa: D301  the backslash is click's
+
+
+@command.command("info")
+@_domain
+@_disk
+@_timeout
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def info_command(domain: str | None, number: int | None, timeout: float, as_json: bool) -> None:
+    """Connect to a disk, and say what its backend offers."""
+    with _opened(domain, number, timeout) as disk:
+        facts: dict[str, Any] = {
+            "number": disk.number,
+            "size": disk.size,
+            "sector_size": disk.sector_size,
+            "physical_sector_size": disk.physical_sector_size,
+            "read_only": disk.read_only,
+            "largest_request": disk.largest,
+            "features": disk.features._asdict(),
+        }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    features = facts.pop("features")
+    facts["size"] = f"{facts['size']} ({bytes_text(disk.size)})"
+    table(("", ""), [(name.replace("_", " "), _said(value)) for name, value in {**facts, **features}.items()])
+
+
+@command.command("read")
+@_domain
+@_disk
+@_timeout
+@_offset
+@click.option("--length", callback=_bytes, metavar="BYTES", help="How much; to the disk's end if not given.")
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
+def read_command(
+    domain: str | None, number: int | None, timeout: float, offset: int, length: int | None, file: str
+) -> None:
+    """Copy a disk, or a part of it, to FILE or to standard output."""
+    with _opened(domain, number, timeout) as disk, _file(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
+        length = _length(disk, offset, length)
+        buffer = memoryview(bytearray(min(_PIECE, length)))
+        with progress(f"disk → {file}", length) as show:
+            for at in range(0, length, _PIECE):
+                piece = buffer[: min(_PIECE, length - at)]
+                disk.readinto(offset + at, piece)
+                _write_all(target, piece)
+                show(at + len(piece))
+
+
+@command.command("write")
+@_domain
+@_disk
+@_timeout
+@_offset
+@click.option("--length", callback=_bytes, metavar="BYTES", help="How much; to the file's end if not given.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-")
+def write_command(
+    domain: str | None, number: int | None, timeout: float, offset: int, length: int | None, file: str
+) -> None:
+    """Copy FILE or standard input to a disk, and flush it.
+
+    What does not fill its last sector leaves the rest of that sector as it is.
+    """
+    with _opened(domain, number, timeout) as disk, _file(file, os.O_RDONLY) as source:
+        if offset % disk.sector_size:
+            raise click.UsageError(f"--offset {offset}: no sector begins there; they have {disk.sector_size} bytes")
+        status = os.fstat(source)
+        if length is None and stat.S_ISREG(status.st_mode):
+            length = status.st_size - os.lseek(source, 0, os.SEEK_CUR)
+        most = _length(disk, offset, length)
+        done = 0
+        buffer = memoryview(bytearray(_PIECE))
+        with progress(f"{file} → disk", length) as show:
+            while count := _read_all(source, buffer[: min(_PIECE, most - done)] if length is not None else buffer):
+                _length(disk, offset + done, count)  # a pipe may have more than there is room for
+                whole = -(-count // disk.sector_size) * disk.sector_size
+                if whole != count:
+                    disk.readinto(offset + done + count, buffer[count:whole])
+                disk.write(offset + done, buffer[:whole])
+                done += count
+                show(done)
+        disk.flush()
+
+
+@command.command("serve")
+@_domain
+@click.option("--for", "frontend", type=click.IntRange(0, 32751), required=True, metavar="DOMID", help="Whose disk.")
+@click.option(
+    "--disk",
+    "number",
+    callback=_number,
+    default="xvda",
+    show_default=True,
+    metavar="DISK",
+    help="Which.",
+)
+@click.option("--read-only", is_flag=True, help="It cannot be written.")
+@click.option("--attached", is_flag=True, help="A toolstack has attached it, and will detach it: only serve.")
+@click.option("--way", type=click.Choice(WAYS), default="map", show_default=True, help="How to get at its pages.")
+@click.option("--sector-size", type=click.Choice(["512", "1024", "2048", "4096"]), default="512", show_default=True)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+def serve_command(
+    domain: str | None,
+    frontend: int,
+    number: int,
+    read_only: bool,
+    attached: bool,
+    way: str,
+    sector_size: str,
+    file: str,
+) -> None:
+    """Be the backend: serve FILE, or a block device, as a disk of domain DOMID, until Ctrl-C.
+
+    Attaches the disk first, as a toolstack does, and detaches it afterwards. That is for domain 0.
+    """
+    here = current_domain(domain)
+    device = Device("vbd", number, frontend, here.domid)
+    with contextlib.ExitStack() as stack:
+        if not attached:
+            if here.store.exists(f"{device.front}/state") or here.store.exists(f"{device.back}/state"):
+                raise GntallocError(
+                    f"domain {frontend} has a disk {number} already; use another --disk, or serve that by --attached"
+                )
+            nodes = {"virtual-device": str(number), "device-type": "disk"}
+            attach(here.store, device, nodes, {"mode": "r" if read_only else "w"})
+            stack.callback(detach, here.store, device)
+        settings: dict[str, Any] = {"read_only": read_only, "way": way, "sector_size": int(sector_size)}
+        with _telling_of(file):
+            backend = stack.enter_context(Backend(here, device, file, **settings))
+        came = stack.enter_context(_stopped_by_signals(backend))
+        how = "read-only " if backend.read_only else ""
+        print(f"serving {file} ({bytes_text(backend.size)}) as {how}disk {number} of domain {frontend}; Ctrl-C ends it")
+        sys.stdout.flush()
+        backend.serve()
+    print(f"{backend.requests} requests were answered, {backend.refused} of them with an error", file=sys.stderr)
+    if signal.SIGINT in came:
+        raise KeyboardInterrupt
+
+
+@command.command("nbd")
+@_domain
+@_disk
+@_timeout
+@click.option("--socket", "path", type=click.Path(), metavar="PATH", help="Listen on a Unix socket.")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="Listen on a port of 127.0.0.1; 0 is any.")
+@click.option("--name", default="", help="Of the export, if it shall have one beside the default.")
+@click.option("--read-only", is_flag=True, help="Refuse writes.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="To wait for a backend that has gone to return.",
+)
+def nbd_command(
+    domain: str | None,
+    number: int | None,
+    timeout: float,
+    path: str | None,
+    port: int | None,
+    name: str,
+    read_only: bool,
+    patience: float,
+) -> None:
+    """Export a disk as a network block device, until Ctrl-C: for qemu-img, nbdcopy, nbdinfo, or a kernel's nbd.
+
+    Whoever may open the socket may read and write the disk: that is this user only, or with --port any program of this
+    computer.
+    """
+    if (path is None) == (port is None):
+        raise click.UsageError("give --socket PATH or --port PORT")
+    with _no_device_is_3():
+        asyncio.run(_export(current_domain(domain), number, timeout, patience, path, port, name, read_only=read_only))
+
+
+async def _export(
+    here: Domain,
+    number: int | None,
+    timeout: float,  # noqa: ASYNC109  it bounds a handshake
+    patience: float,
+    path: str | None,
+    port: int | None,
+    name: str,
+    *,
+    read_only: bool,
+) -> None:
+    from gntalloc.frontend.aio import disk as open_disk
+    from gntalloc.frontend.nbd import Server
+
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(_listener(path, port or 0))
+        if path:
+            stack.callback(_unlink, os.path.abspath(path))
+        disk = await stack.enter_async_context(await open_disk(here, number, timeout=timeout, patience=patience))
+        server = await stack.enter_async_context(Server(disk, name=name, read_only=read_only))
+        await server.listen(listener)
+        loop.add_signal_handler(signal.SIGTERM, server.failed.cancel)
+        where = _uri(listener, name)
+        how = "read-only " if server.read_only else ""
+        print(f"{how}disk {disk.number} ({bytes_text(disk.size)}) is at {where}; Ctrl-C ends it", flush=True)
+        try:
+            await server.failed
+        except asyncio.CancelledError:
+            if not server.failed.cancelled():
+                raise  # Ctrl-C; else it was SIGTERM
+
+
+@contextmanager
+def _opened(domain: str | None, number: int | None, timeout: float) -> Iterator[BlockDevice]:
+    """A disk. What goes wrong with it is told without a traceback."""
+    with _no_device_is_3(), BlockDevice(current_domain(domain), number, timeout=timeout) as disk:
+        yield disk
+
+
+@contextmanager
+def _no_device_is_3() -> Iterator[None]:
+    try:
+        yield
+    except DeviceError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        print(f"gntalloc: {error}", file=sys.stderr)
+        sys.exit(3)
+
+
+@contextmanager
+def _file(path: str, flags: int) -> Iterator[int]:
+    """A descriptor of a file, or of a standard stream for "-"."""
+    if path == "-":
+        stream = sys.stdin if flags == os.O_RDONLY else sys.stdout
+        with _telling_of("standard input" if flags == os.O_RDONLY else "standard output"):
+            yield stream.fileno()
+        return
+    with _telling_of(path):
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _telling_of(path: str) -> Iterator[None]:
+    """What the kernel says of a file names it."""
+    try:
+        yield
+    except (GntallocError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror}") from None
+
+
+def _length(disk: BlockDevice, offset: int, length: int | None) -> int:
+    """How many bytes from `offset` on; GntallocError if so many are not there."""
+    left = disk.size - offset
+    if left < 0 or (length is not None and length > left):
+        what = f"{'anything' if length is None else f'{length} bytes'} at {offset} is not on the disk"
+        raise GntallocError(errno.EINVAL, f"{what}: it has {disk.size}; see --offset and --length")
+    return left if length is None else length
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _read_all(descriptor: int, buffer: memoryview) -> int:
+    """Fill the buffer as far as there is anything."""
+    done = 0
+    while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
+        done += count
+    return done
+
+
+def _said(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def _stopped_by_signals(backend: Backend) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM let the backend close in order. Which came."""
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        backend.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listener(path: str | None, port: int) -> socket.socket:
+    """A bound socket. One that is there already is used only if nobody listens."""
+    if path is None:
+        with _telling_of(f"port {port}"):
+            return socket.create_server(("127.0.0.1", port))
+    path = os.path.abspath(path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with _telling_of(path):
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.lstat(path).st_mode) and not _answers(path):
+                    os.unlink(path)
+            mask = os.umask(0o177)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(mask)
+            sock.listen()
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _uri(listener: socket.socket, name: str) -> str:
+    """Where clients find it."""
+    address = listener.getsockname()
+    if isinstance(address, str):
+        return f"nbd+unix:///{quote(name)}?socket={quote(address)}"
+    return f"nbd://{address[0]}:{address[1]}/{quote(name)}"
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
