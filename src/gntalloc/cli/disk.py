@@ -253,6 +253,7 @@ def nbd_command(
     """
     if (path is None) == (port is None):
         raise click.UsageError("give --socket PATH or --port PORT")
+    path = path and os.path.abspath(path)
     with _no_device_is_3():
         asyncio.run(_export(current_domain(domain), number, timeout, patience, path, port, name, read_only=read_only))
 
@@ -275,19 +276,20 @@ async def _export(
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(_listener(path, port or 0))
         if path:
-            stack.callback(_unlink, os.path.abspath(path))
+            stack.callback(_unlink, path)
         disk = await stack.enter_async_context(await open_disk(here, number, timeout=timeout, patience=patience))
         server = await stack.enter_async_context(Server(disk, name=name, read_only=read_only))
         await server.listen(listener)
-        loop.add_signal_handler(signal.SIGTERM, server.failed.cancel)
+        terminated = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, terminated.set)
         where = _uri(listener, name)
         how = "read-only " if server.read_only else ""
         print(f"{how}disk {disk.number} ({bytes_text(disk.size)}) is at {where}; Ctrl-C ends it", flush=True)
-        try:
-            await server.failed
-        except asyncio.CancelledError:
-            if not server.failed.cancelled():
-                raise  # Ctrl-C; else it was SIGTERM
+        ended = asyncio.ensure_future(terminated.wait())
+        stack.callback(ended.cancel)
+        await asyncio.wait([server.failed, ended], return_when=asyncio.FIRST_COMPLETED)
+        if server.failed.done():
+            server.failed.result()
 
 
 @contextmanager
@@ -383,7 +385,6 @@ def _listener(path: str | None, port: int) -> socket.socket:
     if path is None:
         with _telling_of(f"port {port}"):
             return socket.create_server(("127.0.0.1", port))
-    path = os.path.abspath(path)
     sock = socket.socket(socket.AF_UNIX)
     try:
         with _telling_of(path):

@@ -9,6 +9,7 @@ link        a frontend's ring, port and handshake, whatever the device is
 session     a disk and its backend: handshake, requests, checks. What the faces are made of
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 aio         Disk: the same, for asyncio
+nbd         Server: a disk as a network block device
 grantio     a backend's way to granted pages: mapped, mapped for good, or copied
 blkback     Backend: serves a file as a disk
 """

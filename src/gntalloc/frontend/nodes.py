@@ -9,9 +9,11 @@ Only domain 0 may do so, or whoever owns all these folders. Source: libxl_device
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.errors import DeviceError
 from gntalloc.xenstore.errors import Denied, NoNode
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def attach(
 
     Raises:
         Denied: this store's domain may not.
+        DeviceError: ESRCH one of the two domains is not there.
     """
     f, b = device.frontend, device.backend
     common = {"online": "1", "state": "1"}
@@ -82,7 +85,12 @@ def attach(
             tree.mkdir(errors)
             tree.set_permissions(errors, (f"n{b}",))
 
-    store.transact(write)
+    try:
+        store.transact(write)
+    except NoNode:  # whose the folders would be
+        raise DeviceError(
+            errno.ESRCH, f"{device.front} cannot be made: there is no domain {f}, or no domain {b}; make it first"
+        ) from None
 
 
 def detach(store: Store, device: Device) -> None:

@@ -1,0 +1,250 @@
+"""NBD clients that break the protocol, against an export of a disk; real clients are in tests/cli/test_disk.py."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from struct import Struct, pack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.frontend.conftest import PATIENCE, SIZE
+from tests.frontend.test_aio import run
+
+from gntalloc import aio
+from gntalloc.frontend.nbd import LARGEST, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.frontend.conftest import Setting
+
+OPTION = Struct(">8sII")
+REQUEST = Struct(">IHHQQI")
+READ, WRITE, DISC, FLUSH, TRIM = range(5)
+FUA = 1
+MAGIC = 0x25609513
+
+
+class Client:
+    """Bytes, one way and the other."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def agree(self, flags: int = 3) -> int:
+        """By the oldest way: the export's flags."""
+        assert await self.reader.readexactly(18) == b"NBDMAGICIHAVEOPT\0\3"
+        self.send(pack(">I", flags), OPTION.pack(b"IHAVEOPT", 1, 0))
+        size, export = Struct(">QH").unpack(await self.reader.readexactly(10))
+        assert size == SIZE
+        if not flags & 2:
+            assert await self.reader.readexactly(124) == bytes(124)
+        return int(export)
+
+    def send(self, *data: bytes) -> None:
+        self.writer.writelines(data)
+
+    def ask(
+        self, command: int, offset: int, length: int, data: bytes = b"", *, cookie: int = 7, flags: int = 0
+    ) -> None:
+        self.send(REQUEST.pack(MAGIC, flags, command, cookie, offset, length), data)
+
+    async def answer(self, length: int = 0) -> tuple[int, int, bytes]:
+        """Error, cookie, data."""
+        magic, error, cookie = Struct(">IIQ").unpack(await self.reader.readexactly(16))
+        assert magic == 0x67446698
+        return error, cookie, await self.reader.readexactly(0 if error else length)
+
+    async def left(self) -> bool:
+        """Whether the server closes the connection. What it says before does not matter."""
+        try:
+            while await self.reader.read(65536):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+
+def exported(
+    setting: Setting, main: Callable[[Callable[[], Awaitable[Client]]], Awaitable[None]], *, read_only: bool = False
+) -> None:
+    """Runs `main` with something that connects. At the end the disk is as good as before."""
+    setting.attach()
+    setting.backend()
+
+    async def serve() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        writers: list[asyncio.StreamWriter] = []
+
+        async def connect() -> Client:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writers.append(writer)
+            return Client(reader, writer)
+
+        async with await aio.disk(setting.guest, timeout=PATIENCE) as disk:
+            async with Server(disk, name="it", read_only=read_only) as server:
+                await server.listen(listener)
+                await main(connect)
+                assert not server.failed.done()
+                good = await connect()
+                await good.agree(flags=1)
+                good.ask(READ, 4096, 4096)
+                assert (await good.answer(4096))[2] == (await disk.read(4096, 4096))
+                for writer in writers:
+                    writer.close()
+            assert await disk.read(SIZE - 512, 512) == setting.now()[-512:]
+
+    run(serve)
+
+
+def test_errors_have_nbds_numbers(setting: Setting) -> None:
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        assert await client.agree() & 0x12D == 0x12D  # flags, FLUSH, FUA, TRIM, MULTI_CONN
+        cases: list[tuple[tuple[Any, ...], int]] = [
+            ((READ, SIZE, 1), 22),
+            ((READ, 1 << 63, 512), 22),
+            ((READ, 0, LARGEST + 1), 22),
+            ((WRITE, SIZE, 512, bytes(512)), 28),
+            ((WRITE, 100, 512, bytes(512)), 22),
+            ((TRIM, 1, 512), 22),
+            ((TRIM, 0, 0xFFFF_FE00), 22),
+            ((9, 0, 512), 22),
+            ((READ, 5, 3), 0),  # a read may begin anywhere
+            ((WRITE, 0, 512, b"w" * 512), 0),
+            ((FLUSH, 0, 0), 0),
+            ((TRIM, 4096, 4096), 0),
+        ]
+        for cookie, (request, error) in enumerate(cases):
+            client.ask(*request, cookie=cookie)
+            assert (await client.answer(request[2] if request[0] == READ else 0))[:2] == (error, cookie), request
+        assert setting.now()[:512] == b"w" * 512
+        client.ask(WRITE, 0, 512, b"v" * 512, flags=FUA)
+        assert (await client.answer())[0] == 0
+
+    exported(setting, main)
+
+
+def test_a_read_only_export_is_not_written(setting: Setting) -> None:
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        assert await client.agree() & 0x22 == 2
+        for request in ((WRITE, 0, 512, b"w" * 512), (TRIM, 0, 512)):
+            client.ask(*request)
+            assert (await client.answer())[0] == 1
+        assert setting.now() == setting.content
+
+    exported(setting, main, read_only=True)
+
+
+def test_many_requests_at_once_are_all_answered(setting: Setting) -> None:
+    """More than a connection may have in flight, of 1 MiB, from a client that reads only when all are sent."""
+
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.agree()
+        for cookie in range(200):
+            client.ask(READ, cookie * 512, 1 << 20, cookie=cookie)
+        await client.writer.drain()
+        seen = set()
+        for _ in range(200):
+            _, cookie, data = await client.answer(1 << 20)
+            assert data == setting.content[cookie * 512 : cookie * 512 + (1 << 20)]
+            seen.add(cookie)
+        assert len(seen) == 200
+        client.ask(DISC, 0, 0)
+        assert await client.left()
+
+    exported(setting, main)
+
+
+def test_options(setting: Setting) -> None:
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.reader.readexactly(18)
+        client.send(pack(">I", 3))
+
+        async def option(number: int, data: bytes) -> list[tuple[int, bytes]]:
+            client.send(OPTION.pack(b"IHAVEOPT", number, len(data)), data)
+            answers = []
+            while True:
+                magic, to, kind, length = Struct(">QIII").unpack(await client.reader.readexactly(20))
+                assert (magic, to) == (0x3E889045565A9, number)
+                answers.append((kind, await client.reader.readexactly(length)))
+                if kind == 1 or kind & 0x8000_0000:
+                    return answers
+
+        assert await option(3, b"") == [(2, b"\0\0\0\2it"), (1, b"")]
+        assert await option(3, b"x") == [(0x80000003, b"")]
+        assert await option(8, b"") == [(0x80000001, b"")]  # structured replies
+        for wrong in (b"", b"\0" * 5, pack(">I", 900) + b"\0\0", b"\0\0\0\0\0\1", b"\xff" * 6):
+            assert await option(7, wrong) == [(0x80000003, b"")]
+        assert await option(7, b"\0\0\0\5other\0\0") == [(0x80000006, b"")]
+        (_, export), (_, blocks), _ = await option(6, b"\0\0\0\2it\0\1\0\3")
+        assert Struct(">HQH").unpack(export)[:2] == (0, SIZE)
+        assert Struct(">HIII").unpack(blocks) == (3, 512, 4096, LARGEST)
+        assert (await option(7, b"\0\0\0\0\0\0"))[-1] == (1, b"")
+        client.ask(READ, 0, 512)
+        assert (await client.answer(512))[2] == setting.content[:512]
+
+    exported(setting, main)
+
+
+GREETED = pack(">I", 3)
+AGREED = GREETED + OPTION.pack(b"IHAVEOPT", 1, 0)
+BROKEN = {
+    "flags": pack(">I", 0xFFFF_FFFF),
+    "an option's magic number": GREETED + OPTION.pack(b"ihaveopt", 1, 0),
+    "a long option": GREETED + OPTION.pack(b"IHAVEOPT", 7, 1 << 30),
+    "no such export": GREETED + OPTION.pack(b"IHAVEOPT", 1, 5) + b"other",
+    "abort": GREETED + OPTION.pack(b"IHAVEOPT", 2, 0),
+    "a request's magic number": AGREED + REQUEST.pack(1, 0, READ, 0, 0, 512),
+    "a large write": AGREED + REQUEST.pack(MAGIC, 0, WRITE, 0, 0, LARGEST + 1),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_who_breaks_the_protocol_is_left(setting: Setting, what: str) -> None:
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        client.send(BROKEN[what])
+        assert await client.left()
+
+    exported(setting, main)
+
+
+def test_who_leaves_in_the_middle_is_forgotten(setting: Setting) -> None:
+    """At each byte of a write, and with reads that nobody takes."""
+
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        whole = AGREED + REQUEST.pack(MAGIC, 0, WRITE, 0, 8192, 512) + b"z" * 512
+        chance = random.Random(8)
+        for cut in [*range(len(AGREED) + 30), *(chance.randrange(len(whole)) for _ in range(20))]:
+            client = await connect()
+            client.send(whole[:cut])
+            client.writer.close()
+        for _ in range(10):
+            client = await connect()
+            client.send(AGREED)
+            for _ in range(40):
+                client.ask(READ, 0, 1 << 20)
+            client.writer.transport.abort()
+        assert setting.now() == setting.content
+
+    exported(setting, main)
+
+
+def test_noise(setting: Setting) -> None:
+    async def main(connect: Callable[[], Awaitable[Client]]) -> None:
+        chance = random.Random(6)
+        for start in (b"", GREETED, AGREED):
+            for _ in range(40):
+                client = await connect()
+                client.send(start, chance.randbytes(chance.randrange(1, 3000)))
+                client.writer.write_eof()
+                assert await client.left()
+        assert setting.now() == setting.content
+
+    exported(setting, main)
