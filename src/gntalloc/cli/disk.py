@@ -285,9 +285,10 @@ async def _export(
         where = _uri(listener, name)
         how = "read-only " if server.read_only else ""
         print(f"{how}disk {disk.number} ({bytes_text(disk.size)}) is at {where}; Ctrl-C ends it", flush=True)
-        ended = asyncio.ensure_future(terminated.wait())
+        ended = loop.create_task(terminated.wait())
         stack.callback(ended.cancel)
-        await asyncio.wait([server.failed, ended], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [server.failed, ended]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if server.failed.done():
             server.failed.result()
 
