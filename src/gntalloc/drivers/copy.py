@@ -21,18 +21,24 @@ from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from gntalloc.drivers.chardev import Caller, Frame, Frames
-    from gntalloc.hypervisor.domains import Handle, Hypervisor
+    from gntalloc.hypervisor.domains import Hypervisor
 
 __all__ = ["MAX_SEGMENTS", "Copier"]
 
 MAX_SEGMENTS = 4096  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
 BATCH = 16
 _STATUS = Struct("=h")
+_OKAY = _STATUS.pack(OKAY)
+_SEGMENT = GrantCopySegment.LAYOUT
+_WORD, _PLACE = Struct("=Q"), ForeignPage.LAYOUT
 
-Side = int | ForeignPage
+Place = tuple[int, int, int]
+"""A place in a granted page: reference, offset, and the granter's domid."""
+
+Side = int | Place
 """An address in the caller's memory, or a place in a granted page."""
 
 
@@ -64,32 +70,18 @@ class Copier:
             why = f"{asked.count} segments were given, and {MAX_SEGMENTS} are the most of one call; make several"
             raise DeviceError(errno.EINVAL, why)
         batch: list[Operation] = []
-        for number in range(asked.count):
-            for operation in self._operations(asked.segments + number * GrantCopySegment.SIZE, caller):
+        for at, segment in _segments(asked, caller):
+            for operation in _operations(at, segment, caller):
                 if len(batch) == BATCH:
                     self._carry_out(batch, caller)
                     batch = []
-                for side in (operation.source, operation.dest):
-                    if isinstance(side, int):
-                        caller.read(side, 1)  # is it there at all?
+                source, dest, _, _ = operation
+                if isinstance(source, int):
+                    caller.read(source, 1)  # is it there at all?
+                if isinstance(dest, int):
+                    caller.read(dest, 1)
                 batch.append(operation)
         self._carry_out(batch, caller)
-
-    def _operations(self, address: int, caller: Caller) -> Iterator[Operation]:
-        """The copies of the segment at `address`."""
-        segment = GrantCopySegment.unpack_from(caller.read(address, GrantCopySegment.SIZE))
-        if not segment.flags & (COPY_SOURCE_GREF | COPY_DEST_GREF):
-            raise DeviceError(errno.EINVAL, "a segment copies between two local buffers; use memcpy for that")
-        source = _side(segment.source, segment.len, granted=bool(segment.flags & COPY_SOURCE_GREF))
-        dest = _side(segment.dest, segment.len, granted=bool(segment.flags & COPY_DEST_GREF))
-        status = address + GrantCopySegment.STATUS_OFFSET
-        caller.write(status, _STATUS.pack(OKAY))
-        done = 0
-        while done < segment.len:
-            from_, to = _advance(source, done), _advance(dest, done)
-            length = min(segment.len - done, _room(from_), _room(to))
-            yield Operation(from_, to, length, status)
-            done += length
 
     def _carry_out(self, batch: list[Operation], caller: Caller) -> None:
         """A segment's status is that of its first operation that failed."""
@@ -102,44 +94,75 @@ class Copier:
 
     def _copy_one(self, operation: Operation, caller: Caller) -> None:
         source, dest, length, _ = operation
-        handles: list[Handle[Frame]] = []
-        try:
-            there = self._page(source, handles, writable=False)
-            here = self._page(dest, handles, writable=True)
-            data = caller.read(source, length) if isinstance(source, int) else bytes(there[:length])
-            if isinstance(dest, int):
-                caller.write(dest, data)
-            else:
-                here[:length] = data
-        finally:
-            for handle in handles:
-                self._hypervisor.unmap(handle)
+        there = None if isinstance(source, int) else self._page(source, writable=False)
+        here = None if isinstance(dest, int) else self._page(dest, writable=True)
+        if there is None:
+            data: bytes | memoryview = caller.read(source, length)  # type: ignore[arg-type]  # not both can be None
+        else:
+            data = there[:length]
+        if here is None:
+            caller.write(dest, bytes(data))  # type: ignore[arg-type]
+        else:
+            here[:length] = data
 
-    def _page(self, side: Side, handles: list[Handle[Frame]], *, writable: bool) -> memoryview:
-        """The memory of a granted page from its offset on; what was mapped for it joins `handles`."""
-        if isinstance(side, int):
-            return memoryview(b"")
-        granter = self._domid if side.domid == DOMID_SELF else side.domid
-        handle = self._hypervisor.map(self._domid, granter, side.ref, writable=writable)
-        handles.append(handle)
+    def _page(self, place: Place, *, writable: bool) -> memoryview:
+        """The memory of a granted page from its offset on. It is used at once, so nothing is mapped for it."""
+        ref, offset, domid = place
+        granter = self._domid if domid == DOMID_SELF else domid
+        frame = self._hypervisor.look(self._domid, granter, ref, writable=writable)
         try:
-            self._frames.open_window(handle.frame.extent)
+            self._frames.open_window(frame.extent)
         except DeviceError as error:  # its granter may have seen to that: no reason to fail other segments
             raise MapRefused(GENERAL_ERROR, str(error)) from error
-        return self._frames.page(*handle.frame)[side.offset :]
+        return self._frames.page(*frame)[offset:]
 
 
-def _side(word: int, length: int, *, granted: bool) -> Side:
-    if not granted:
-        return word
-    place = ForeignPage.from_word(word)
-    if place.offset + length > PAGE_SIZE:
-        raise DeviceError(errno.EINVAL, f"{length} bytes at {place.offset} of a granted page go beyond its end")
-    return place
+def _segments(asked: GrantCopy, caller: Caller) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The segments, and where each lies: read a batch at a time, or one by one where not all of a batch is there."""
+    size = GrantCopySegment.SIZE
+    for first in range(0, asked.count, BATCH):
+        count = min(BATCH, asked.count - first)
+        address = asked.segments + first * size
+        try:
+            table = caller.read(address, count * size)
+        except DeviceError:
+            for at in range(address, address + count * size, size):
+                yield at, _SEGMENT.unpack(caller.read(at, size))
+        else:
+            for number, segment in enumerate(_SEGMENT.iter_unpack(table)):
+                yield address + number * size, segment
+
+
+def _operations(address: int, segment: tuple[int, ...], caller: Caller) -> Sequence[Operation]:
+    """The copies of the segment at `address`."""
+    from_, to, length, flags, _ = segment
+    if not flags & (COPY_SOURCE_GREF | COPY_DEST_GREF):
+        raise DeviceError(errno.EINVAL, "a segment copies between two local buffers; use memcpy for that")
+    source: Side = _place(from_, length) if flags & COPY_SOURCE_GREF else from_
+    dest: Side = _place(to, length) if flags & COPY_DEST_GREF else to
+    status = address + GrantCopySegment.STATUS_OFFSET
+    caller.write(status, _OKAY)
+    if not length:
+        return ()
+    if length <= _room(source) and length <= _room(dest):
+        return (Operation(source, dest, length, status),)
+    operations = []
+    while length:
+        size = min(length, _room(source), _room(dest))
+        operations.append(Operation(source, dest, size, status))
+        source, dest, length = _advance(source, size), _advance(dest, size), length - size
+    return operations
+
+
+def _place(word: int, length: int) -> Place:
+    ref, offset, domid = _PLACE.unpack(_WORD.pack(word))
+    if offset + length > PAGE_SIZE:
+        raise DeviceError(errno.EINVAL, f"{length} bytes at {offset} of a granted page go beyond its end")
+    return ref, offset, domid
 
 
 def _advance(side: Side, done: int) -> Side:
-    return side + done if isinstance(side, int) else side._replace(offset=side.offset + done)
+    return side + done if isinstance(side, int) else (side[0], side[1] + done, side[2])
 
 
 def _room(side: Side) -> int:

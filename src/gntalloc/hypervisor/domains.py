@@ -56,17 +56,21 @@ class Hypervisor(Generic[Frame]):
         """Forget the domain. What others still map of it stays mapped until they unmap."""
         del self._tables[domid]
 
+    def look(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Frame:
+        """The page that `map` would map, for a use that ends before anything else happens: nothing is counted.
+
+        Raises:
+            MapRefused: as `map`.
+        """
+        return self._may_map(mapper, granter).look(ref, mapper, writable=writable).frame
+
     def map(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Handle[Frame]:
         """Map page `ref` of `granter` for domain `mapper`.
 
         Raises:
             MapRefused: with Xen's status and the reason.
         """
-        table = self._tables.get(granter)
-        if table is None:
-            raise MapRefused(BAD_DOMAIN, f"there is no domain {granter}")
-        if self._handles.get(mapper, 0) >= MAX_HANDLES:
-            raise MapRefused(NO_SPACE, f"domain {mapper} maps {MAX_HANDLES} pages already")
+        table = self._may_map(mapper, granter)
         entry = table.map(ref, mapper, writable=writable)
         self._handles[mapper] = self._handles.get(mapper, 0) + 1
         return Handle(table, ref, mapper, entry.frame)
@@ -75,3 +79,11 @@ class Hypervisor(Generic[Frame]):
         """Undo one `map`."""
         self._handles[handle.mapper] -= 1
         handle.table.unmap(handle.ref, handle.mapper)
+
+    def _may_map(self, mapper: int, granter: int) -> GrantTable[Frame]:
+        table = self._tables.get(granter)
+        if table is None:
+            raise MapRefused(BAD_DOMAIN, f"there is no domain {granter}")
+        if self._handles.get(mapper, 0) >= MAX_HANDLES:
+            raise MapRefused(NO_SPACE, f"domain {mapper} maps {MAX_HANDLES} pages already")
+        return table

@@ -140,8 +140,8 @@ class GrantTable(Generic[Frame]):
         self._free.extend(freed)
         return kept
 
-    def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
-        """Map for `mapper`, the domid Xen knows the caller by.
+    def look(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
+        """What `mapper`, the domid Xen knows the caller by, would map.
 
         Raises:
             MapRefused: with Xen's status and the reason.
@@ -162,6 +162,11 @@ class GrantTable(Generic[Frame]):
             raise MapRefused(GENERAL_ERROR, why)
         if entry.pins >= MAX_PINS:
             raise MapRefused(GENERAL_ERROR, f"reference {ref} is mapped {entry.pins} times already")
+        return entry
+
+    def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
+        """Map for `mapper`. Raises what `look` does."""
+        entry = self.look(ref, mapper, writable=writable)
         entry.pins += 1
         entry.mappers[mapper] = entry.mappers.get(mapper, 0) + 1
         return entry
