@@ -71,25 +71,28 @@ def _address(region: Region) -> int:
     return region.address
 
 
+_FEW = 4  # regions that are tried one by one before it is searched
+
+
 class MessageCaller:
     """A caller whose memory is what a message carries: outside its regions there is nothing.
 
     Regions may touch, and a copy may then go over several, as far as it gets.
     """
 
-    __slots__ = ("process", "regions")
+    __slots__ = ("_first", "process", "regions")
 
     def __init__(self, regions: list[Region], *, process: int = 0) -> None:
         self.regions = sorted(regions, key=_address) if len(regions) > 1 else regions
+        self._first = self.regions[:_FEW]
         self.process = process
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
-        if self.regions:  # nearly always there is one, and all is in it
-            region = self.regions[0]
+        for region in self._first:  # nearly always all is in one of few
             start = address - region.address
             if start >= 0 and start + size <= len(region.data):
-                return bytes(region.data[start : start + size])
+                return bytes(memoryview(region.data)[start : start + size])
         found = bytearray()
         while len(found) < size:
             region, start = self._find(address + len(found), size - len(found))
@@ -98,8 +101,7 @@ class MessageCaller:
 
     def write(self, address: int, data: bytes) -> None:
         """See `Caller`."""
-        if self.regions:
-            region = self.regions[0]
+        for region in self._first:
             start = address - region.address
             if start >= 0 and start + len(data) <= len(region.data) and region.writable:
                 region.data[start : start + len(data)] = data
