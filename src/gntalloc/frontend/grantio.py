@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import mmap
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc.abi.gntdev import COPY_DEST_GREF, COPY_SOURCE_GREF, GRANT_COPY, ForeignPage, GrantCopy, GrantCopySegment
 from gntalloc.errors import DeviceError
-from gntalloc.frontend.blkif import SECTOR
+from gntalloc.frontend.blkif import SECTOR, SEGMENTS_OF_A_PAGE
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -122,21 +123,27 @@ class Kept:
 
 
 class Copied:
-    """Copies by GRANT_COPY: all segments of a request in one call, and nothing is ever mapped."""
+    """Copies by GRANT_COPY: all segments of a request in one call, and nothing is ever mapped.
+
+    Its buffer begins at a page: then a segment that is a whole page is one copy, and not two.
+    """
 
     def __init__(self, domain: Domain, granter: int) -> None:
         self._granter = granter
+        self._buffer = mmap.mmap(-1, 8 * SEGMENTS_OF_A_PAGE * PAGE_SIZE)  # no more of it is there than was used
         self._file = domain.devices.open("gntdev")
         self._closed = False
 
     @contextlib.contextmanager
     def borrow(self, segments: Sequence[Segment], *, writable: bool) -> Iterator[list[memoryview]]:
         """See `Access`. Pages to be written are written at the end."""
-        buffer = bytearray(sum(segment.length for segment in segments))
-        if not writable:
-            self._copy(segments, buffer, to_them=False)
-        views, at = [], 0
-        with memoryview(buffer) as whole:
+        length = sum(segment.length for segment in segments)
+        if length > len(self._buffer):
+            raise DeviceError(errno.EINVAL, f"{len(segments)} segments are more than one request may have here")
+        with memoryview(self._buffer) as all_of_it, all_of_it[:length] as whole:
+            if not writable:
+                self._copy(segments, whole, to_them=False)
+            views, at = [], 0
             for segment in segments:
                 views.append(whole[at : at + segment.length])
                 at += segment.length
@@ -144,10 +151,10 @@ class Copied:
                 yield views
             finally:
                 _release(views)
-        if writable:
-            self._copy(segments, buffer, to_them=True)
+            if writable:
+                self._copy(segments, whole, to_them=True)
 
-    def _copy(self, segments: Sequence[Segment], buffer: bytearray, *, to_them: bool) -> None:
+    def _copy(self, segments: Sequence[Segment], buffer: memoryview, *, to_them: bool) -> None:
         here = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         packed, at = bytearray(), 0
         for segment in segments:
@@ -168,6 +175,7 @@ class Copied:
         if not self._closed:
             self._closed = True
             self._file.close()
+            self._buffer.close()
 
 
 def _release(views: list[memoryview]) -> None:
