@@ -29,7 +29,15 @@ later, by whomever, as long as nobody sends more than MOST_UNANSWERED of them be
     WRITE     handle u32, the bytes                                       length
     HOLDERS   handle u32, wait u32, index u64, count u64                  held 0 or 1; domids u32 each; if asked to wait
                                                                           one descriptor, at its end of file when free
+    SERVE     number of its namespace of processes u64; one descriptor:   1: the machine serves those calls from now on;
+              where the calls of programs come from (seccomp)             one descriptor: see calls/listener.py. 0: not
+    BEHALF    pid u32: what follows is on behalf of this process          (none: it is not answered)
     CONTROL   JSON                                                        0; JSON
+
+The machine says by itself, to who sent SERVE:
+
+    BROUGHT   what u32, confirm u32, record u64, the call, pieces; a descriptor for each memory file. It is to answer
+              this call: PLACE, an mmap, which makes these pieces; TAKE_OVER, any call, and from now on all others too
 
 A region is address u64, length u32, flags u32 (bit 0: writable), and its bytes. A piece is the
 place of its descriptor in the message u32, offset u64, length u64.
@@ -45,6 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "BEHALF",
+    "BROUGHT",
     "CONTROL",
     "HELLO",
     "HOLDERS",
@@ -56,10 +66,13 @@ __all__ = [
     "MMAP",
     "MOST_UNANSWERED",
     "OPEN",
+    "PLACE",
     "PLACED",
     "READ",
     "REPLY",
+    "SERVE",
     "SHOW",
+    "TAKE_OVER",
     "UNANSWERED",
     "VERSION",
     "WRITE",
@@ -75,14 +88,15 @@ __all__ = [
     "encode_reply",
 ]
 
-VERSION = 2
+VERSION = 3
 MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
 MAX_REGIONS = 4096  # of one ioctl
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
 
 MOST_UNANSWERED = 8  # in a row
 
-HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL, IOCTL_MMAP = range(1, 12)
+HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL, IOCTL_MMAP, SERVE, BEHALF, BROUGHT = range(1, 15)
+PLACE, TAKE_OVER = 1, 2
 REPLY = 0x8000
 UNANSWERED = 0x4000
 
@@ -99,6 +113,9 @@ WRITE_REQUEST = Struct("=I")
 HOLDERS_REQUEST = Struct("=IIQQ")
 SHOW_REPLY = Struct("=I")
 CONFIRM = Struct("=B")
+SERVE_REQUEST = Struct("=Q")
+BEHALF_REQUEST = Struct("=I")
+BROUGHT_HEAD = Struct("=IIQ")
 PIECE = Struct("=IQQ")
 _REGION = Struct("=QII")
 _REPLY = Struct("=iIq")

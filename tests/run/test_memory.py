@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gntalloc.run.memory import Memory, leader_of
+from gntalloc.calls.memory import Memory
+from gntalloc.calls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import sys
 from contextlib import closing
@@ -20,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import python, said, tell, wait_for
 
 from gntalloc.guest.control import ControlClient
-from gntalloc.places import lock_path
 
 if TYPE_CHECKING:
     import subprocess
@@ -215,5 +213,4 @@ say(m[:1].decode())
         each.communicate(timeout=20)
     assert asks.returncode == reads.returncode == watches.returncode == 0
     wait_for(lambda: ended(supervisor), "a supervisor is left")
-    os.unlink(lock_path(runs.folder))
-    shutil.rmtree(runs.folder, ignore_errors=True)  # nobody else tidies up after a machine that was killed
+    wait_for(runs.over, "nobody tidied up after the machine")

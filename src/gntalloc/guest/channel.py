@@ -135,6 +135,31 @@ class Channel:
             self.unanswered += 1
             return True
 
+    def hear(self) -> tuple[wire.Message, list[Descriptor]]:
+        """What the machine says by itself, of which there must be something.
+
+        Raises:
+            MachineGone: there is nobody to hear any more.
+        """
+        with self.lock:
+            try:
+                while not self._messages:
+                    self._fill()
+                return self._receive(self._messages[0].id)
+            except OSError as error:
+                self.close()
+                raise self._gone(error) from error
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether `hear` need not wait: more came with what came last."""
+        return bool(self._messages)
+
+    def fileno(self) -> int:
+        """To wait for."""
+        assert self._sock is not None
+        return self._sock.fileno()
+
     @property
     def closed(self) -> bool:
         """Whether the next call has to connect."""
@@ -215,7 +240,8 @@ class Channel:
                 return message, descriptors
 
     def _fill(self) -> None:
-        assert self._sock is not None
+        if self._sock is None:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
         data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC)
         for level, kind, content in controls:
             if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):

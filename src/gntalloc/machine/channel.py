@@ -54,6 +54,7 @@ class Channel:
         self._stalled_since: float | None = None
         self._admitted = 0  # how many of the inbox
         self.wanted = select.EPOLLIN  # the loop's: what it waits for here
+        self.notes_expected = 0  # so many more than usual are in order
         self.queued = False  # the loop's: whether it waits for its turn
 
     def serve(self, message: wire.Message, descriptors: list[int]) -> None:
@@ -131,7 +132,7 @@ class Channel:
         Raises:
             Dropped: the program is gone.
         """
-        for _ in range(_NOTES_A_TURN):
+        for _ in range(_NOTES_A_TURN + self.notes_expected):
             if not self.has_notes:
                 break
             self._serve_next()

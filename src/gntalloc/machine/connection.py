@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import struct
 from typing import TYPE_CHECKING, cast
 
@@ -13,12 +14,15 @@ from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF
 from gntalloc.drivers.chardev import MessageCaller, Region
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.channel import Channel, Dropped
+from gntalloc.machine.home import identity_of
+from gntalloc.machine.served import Served, may_be_served
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
+    from gntalloc.calls.listener import Call
     from gntalloc.drivers.chardev import File, Loan, Plan, Record
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.server import Server
@@ -28,6 +32,7 @@ __all__ = ["Connection"]
 log = logging.getLogger("gntalloc.machine")
 
 _MANY_UNPLACED = 64
+_UNASKED = 0xFFFFFFFF  # the number of messages that answer nothing
 _INDEX, _INDEX_AT = struct.Struct("=Q"), 8  # in the arguments of ALLOC_GREF and MAP_GRANT_REF
 _INVERSE = {ALLOC_GREF: DEALLOC_GREF, MAP_GRANT_REF: UNMAP_GRANT_REF}
 _RANGE = struct.Struct("=QI4x")  # the arguments of the other two
@@ -60,14 +65,16 @@ def _pieces(plan: Plan, loans: list[Loan]) -> bytes:
 class Connection(Channel):
     """The call channel of one process in a domain."""
 
-    def __init__(self, sock: socket.socket, server: Server, guest: Guest, pid: int) -> None:
+    def __init__(self, sock: socket.socket, server: Server, guest: Guest, pid: int, uid: int) -> None:
         super().__init__(sock)
         self.guest = guest
-        self.pid = pid
+        self.pid = pid  # whom it speaks for: see BEHALF
+        self.served: Served | None = None  # the run that it is the supervisor of, if we serve that
+        self._uid = uid
         self._server = server
         self._files: dict[int, File] = {}
         self._next_handle = 1
-        self._unplaced: dict[int, Record] = {}
+        self._unplaced: dict[int, tuple[Record, int]] = {}  # and whose it is
         self._many_unplaced = _MANY_UNPLACED
         self._next_record = 1
         # What the last message made. If none follows it, its answer may not have been read (no descriptors left,
@@ -85,6 +92,8 @@ class Connection(Channel):
             wire.READ: self._read,
             wire.WRITE: self._write,
             wire.HOLDERS: self._holders,
+            wire.SERVE: self._serve_calls,
+            wire.BEHALF: self._behalf,
         }
 
     def serve(self, message: wire.Message, descriptors: list[int]) -> None:
@@ -106,6 +115,7 @@ class Connection(Channel):
     def close(self) -> None:
         """See `Channel`."""
         super().close()
+        self.end_serving()
         if self._made is not None:
             file, inverse, argument = self._made
             self._made = None
@@ -175,7 +185,7 @@ class Connection(Channel):
             del self._files[handle]
 
     def _show(self, message: wire.Message, descriptors: list[int]) -> None:
-        file = self._server.file_of(self.guest, descriptors[0]) if descriptors else None
+        file = self._server.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
         if file is None:
             raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
         body = wire.SHOW_REPLY.pack(file.flags) + file.driver.name.encode()
@@ -229,7 +239,7 @@ class Connection(Channel):
         else:
             plan.record.place(self.pid, place)
             confirm = plan.confirm
-            number = self._expect_placing(plan.record) if confirm else 0
+            number = self._expect_placing(plan.record, self.pid) if confirm else 0
             pieces = _pieces(plan, loans)
         head = wire.IOCTL_MMAP_REPLY.pack(error, len(why), number, confirm, len(pieces) // wire.PIECE.size)
         body = head + why + pieces + _written(regions)
@@ -240,16 +250,17 @@ class Connection(Channel):
         plan = self._file(handle).mmap(offset, length, prot=prot, shared=bool(shared))
         loans = self._server.machine.carry_out(plan)
         confirm = plan.confirm or plan.locate
-        number = self._expect_placing(plan.record) if confirm else 0
+        number = self._expect_placing(plan.record, self.pid) if confirm else 0
         self._answer_with(message, number, wire.CONFIRM.pack(confirm) + _pieces(plan, loans), loans)
 
-    def _expect_placing(self, record: Record) -> int:
+    def _expect_placing(self, record: Record, process: int) -> int:
         number = self._next_record
         self._next_record += 1
         if len(self._unplaced) >= self._many_unplaced:  # mapped, and unmapped without a word
-            self._unplaced = {old: record for old, record in self._unplaced.items() if record.loans}
+            self._unplaced = {old: (record, pid) for old, (record, pid) in self._unplaced.items() if record.loans}
             self._many_unplaced = 2 * len(self._unplaced) + _MANY_UNPLACED
-        self._unplaced[number] = record
+        self._unplaced[number] = record, process
+        self.notes_expected = len(self._unplaced)
         return number
 
     def _answer_with(self, message: wire.Message, result: int, body: bytes, loans: list[Loan]) -> None:
@@ -262,11 +273,11 @@ class Connection(Channel):
 
     def _placed(self, message: wire.Message, descriptors: list[int]) -> None:
         number, address = wire.PLACED_REQUEST.unpack_from(message.payload)
-        record = self._unplaced.pop(number, None)
+        record, process = self._unplaced.pop(number, (None, 0))
         if record is None:
             return
         if record.loans:
-            record.place(self.pid, address)
+            record.place(process, address)
         record.file.driver.placed(record)  # also if it was unmapped at once, and that was seen first: it was there
 
     def _read(self, message: wire.Message, descriptors: list[int]) -> None:
@@ -291,3 +302,52 @@ class Connection(Channel):
             return
         with self._server.wait_released(driver, file, index, count) as programs_end:
             self._answer(message, result=held, body=body, descriptors=[programs_end.fileno()])
+
+    # A run's supervisor.
+
+    def _serve_calls(self, message: wire.Message, descriptors: list[int]) -> None:
+        (namespace,) = wire.SERVE_REQUEST.unpack_from(message.payload)
+        if self.served is not None or not descriptors or not may_be_served(self._uid, namespace, descriptors[0]):
+            self._answer(message)
+            return
+        self.served = Served(self._server, self, os.dup(descriptors[0]))
+        try:
+            self._answer(message, result=1, descriptors=[self.served.notes])
+        finally:
+            os.close(self.served.notes)
+
+    def _behalf(self, message: wire.Message, descriptors: list[int]) -> None:
+        (self.pid,) = wire.BEHALF_REQUEST.unpack_from(message.payload)
+
+    def have_placed(self, call: Call, plan: Plan, process: int) -> None:
+        """The supervisor shall answer this mmap with these pages."""
+        loans = self._server.machine.carry_out(plan)
+        confirm = plan.confirm or plan.locate
+        number = self._expect_placing(plan.record, process) if confirm else 0
+        head = wire.BROUGHT_HEAD.pack(wire.PLACE, confirm, number) + call.encode()
+        try:
+            self._bring(head + _pieces(plan, loans), [loan.descriptor for loan in loans])
+        finally:
+            for loan in loans:
+                loan.close()
+
+    def hand_over(self, call: Call) -> None:
+        """The supervisor shall answer this call and all that follow."""
+        for each in [call, *self.end_serving()]:
+            self._bring(wire.BROUGHT_HEAD.pack(wire.TAKE_OVER, 0, 0) + each.encode(), ())
+
+    def _bring(self, payload: bytes, descriptors: Sequence[int]) -> None:
+        try:
+            self.send(wire.encode(wire.BROUGHT, _UNASKED, payload, len(descriptors)), descriptors)
+        except Dropped as reason:
+            self._server.drop(self, str(reason))
+        else:
+            if self.wants_to_send:
+                self._server.plan(self)
+
+    def end_serving(self) -> list[Call]:
+        """Take no more calls. Those that were taken and are not answered."""
+        served, self.served = self.served, None
+        if served is None:
+            return []
+        return served.close()

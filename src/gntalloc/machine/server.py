@@ -19,14 +19,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import wire
-from gntalloc.drivers.chardev import Stream
 from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.machine.connection import Connection
 from gntalloc.machine.control import Control
 from gntalloc.machine.faults import Faults
-from gntalloc.machine.home import Home, identity_of
+from gntalloc.machine.home import Home
 from gntalloc.machine.store import StoreFront
 from gntalloc.machine.visits import Visits
 from gntalloc.maps import PAGE_SIZE
@@ -35,9 +34,11 @@ from gntalloc.places import control_path, domain_path, store_path
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gntalloc.calls.listener import Call
     from gntalloc.drivers.chardev import File
     from gntalloc.drivers.gntalloc import GntallocDriver, ReleaseWaiter
     from gntalloc.machine.machine import Guest, Machine
+    from gntalloc.machine.served import Served
 
 __all__ = ["Server"]
 
@@ -65,6 +66,8 @@ class Server:
         self._ready: dict[int, Callable[[int], None]] = {}
         self._channels: dict[int, Channel] = {}
         self._turns: deque[Channel] = deque()  # channels with something to serve
+        self.calls: deque[tuple[Served, Call]] = deque()
+        """Of programs that we serve ourselves: taken, and not answered."""
         self._slow: set[Channel] = set()  # channels that keep the machine waiting
         self._listeners: dict[str, socket.socket] = {}
         self._homes: dict[int, Home] = {}
@@ -76,11 +79,11 @@ class Server:
         self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
         self._news.register(machine.frames.fileno(), select.EPOLLIN)
         self._has_news = False
-        self._watch(self._news.fileno(), self._note_news)
+        self.watch(self._news.fileno(), self._note_news)
         self.visits = Visits(self)
         self.faults = Faults(machine)
         self._store = StoreFront(machine.store)
-        self._watch(self._store.fileno(), lambda _events: self._store.serve())
+        self.watch(self._store.fileno(), lambda _events: self._store.serve())
         self._listen(control_path(folder), 0o600, self._accept_control)
 
     # Domains.
@@ -119,7 +122,7 @@ class Server:
         self._stop_listening(store_path(self.folder, domid))
         for channel in list(self._channels.values()):
             if isinstance(channel, Connection) and channel.guest is guest:
-                self._drop(channel, "its domain was destroyed")
+                self.drop(channel, "its domain was destroyed")
         for descriptor, home in list(self._homes.items()):
             if home.guest is guest:
                 self._close_home(descriptor)
@@ -153,9 +156,9 @@ class Server:
             home.carry_nothing()
         return file, theirs
 
-    def file_of(self, guest: Guest, descriptor: int) -> File | None:
-        """The file whose home this is a copy of. None if it is none of this domain."""
-        home = self._homes_by_identity.get(identity_of(descriptor))
+    def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
+        """The file whose home has this identity. None if it is none of this domain."""
+        home = self._homes_by_identity.get(identity)
         return home.file if home is not None and home.guest is guest else None
 
     def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
@@ -203,7 +206,7 @@ class Server:
             self._hear(self._patience())
             if self.faults.late:
                 self.faults.serve()
-            if self._turns:
+            if self._turns or self.calls:
                 self._serve_round()
             else:
                 self._settle()
@@ -214,20 +217,26 @@ class Server:
 
     def _serve_round(self) -> None:
         # What is served now was sent before this second look, so the look finds all that was told before it.
-        admitted = len(self._turns)
-        for channel in self._turns:
+        turns, calls = self._turns, self.calls
+        admitted, taken = len(turns), len(calls)
+        for channel in turns:
             channel.admit()
         self._hear(0)
-        self._settle()
-        for channel in self._turns:
+        if self._has_news or self.machine.frames.restless:
+            self._settle()
+        for channel in turns:
             if channel.has_notes:
                 self._let(channel, channel.take_notes)
         for _ in range(admitted):
-            self._turn(self._turns.popleft())
+            self._turn(turns.popleft())
+        for _ in range(min(taken, len(calls))):  # those of a run that has gone meanwhile are not there any more
+            served, call = calls.popleft()
+            served.serve(call)
 
     def _hear(self, patience: float) -> None:
-        for descriptor, events in self._epoll.poll(patience, len(self._ready)):
-            ready = self._ready.get(descriptor)
+        waiting = self._ready
+        for descriptor, events in self._epoll.poll(patience, len(waiting)):
+            ready = waiting.get(descriptor)
             if ready is not None:
                 ready(events)
 
@@ -237,7 +246,7 @@ class Server:
     def close(self) -> None:
         """Disconnect everybody and take the sockets out of the folder."""
         for channel in list(self._channels.values()):
-            self._drop(channel, "the machine ends")
+            self.drop(channel, "the machine ends")
         for path in list(self._listeners):
             self._stop_listening(path)
         for home in self._homes.values():
@@ -265,16 +274,18 @@ class Server:
         def swallow(_events: int) -> None:
             os.read(descriptor, 4096)
 
-        self._watch(descriptor, swallow)
+        self.watch(descriptor, swallow)
 
     def _patience(self) -> float:
-        if self._turns:
+        if self._turns or self.calls:
             return 0.0
         if self.visits.over:
             return _LEAVING
+        pages = self.machine.frames.patience()
+        if not (self._slow or self.faults.late):
+            return -1.0 if pages is None else pages
         stalls = _CHECK_FOR_STALLS if self._slow else None
-        waits = self.machine.frames.patience(), self.faults.patience(), stalls
-        return min((wait for wait in waits if wait is not None), default=-1.0)
+        return min(wait for wait in (pages, self.faults.patience(), stalls) if wait is not None)
 
     def _settle(self) -> None:
         if not self._has_news and not self.machine.frames.restless:
@@ -297,7 +308,7 @@ class Server:
         data = b"" if events & select.EPOLLHUP else home.receive(PAGE_SIZE)
         if data == b"":
             self._close_home(descriptor)
-        elif data and isinstance(home.file.driver, Stream):
+        elif data and home.carries_events:
             home.file.write(data)
 
     def _want_room(self, home: Home) -> None:
@@ -329,7 +340,7 @@ class Server:
         if there >= MAX_CONNECTIONS:
             self._refuse(sock, errno.EMFILE, f"{there} programs are connected to domain {guest.domid}; end some")
             return
-        self._add(Connection(sock, self, guest, pid))
+        self._add(Connection(sock, self, guest, pid, uid))
 
     def _accept_store(self, sock: socket.socket, guest: Guest) -> None:
         _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
@@ -357,7 +368,7 @@ class Server:
 
     def _add(self, channel: Channel) -> None:
         self._channels[channel.sock.fileno()] = channel
-        self._watch(channel.sock.fileno(), lambda events: self._channel_ready(channel, events))
+        self.watch(channel.sock.fileno(), lambda events: self._channel_ready(channel, events))
 
     def _channel_ready(self, channel: Channel, events: int) -> None:
         try:
@@ -366,12 +377,12 @@ class Server:
             if events & _SOMETHING_CAME:
                 channel.receive()
         except Dropped as reason:
-            self._drop(channel, str(reason))
+            self.drop(channel, str(reason))
             return
         if channel.runnable:
             self._queue(channel)  # and is looked at again when it has had its turn
         else:
-            self._plan(channel)
+            self.plan(channel)
 
     def _queue(self, channel: Channel) -> None:
         if not channel.queued:
@@ -381,7 +392,7 @@ class Server:
     def _turn(self, channel: Channel) -> None:
         channel.queued = False
         if self._let(channel, channel.turn):
-            self._plan(channel)
+            self.plan(channel)
 
     def _let(self, channel: Channel, serve: Callable[[], None]) -> bool:
         """Serve some messages of this channel. Whether it is still there."""
@@ -390,16 +401,16 @@ class Server:
         try:
             serve()
         except Dropped as reason:
-            self._drop(channel, str(reason))
+            self.drop(channel, str(reason))
             return False
         except Exception:
             # A fault of ours. The program must not wait for ever, nobody else may notice, and we want to know.
             log.exception("a message could not be served")
-            self._drop(channel, "serving it failed, see above")
+            self.drop(channel, "serving it failed, see above")
             return False
         return True
 
-    def _plan(self, channel: Channel) -> None:
+    def plan(self, channel: Channel) -> None:
         """What to wait for on this channel, and whether it has something to serve."""
         if channel.wants_to_send:
             wanted = _WRITABLE
@@ -411,18 +422,21 @@ class Server:
         if wanted != channel.wanted:
             channel.wanted = wanted
             self._epoll.modify(channel.sock.fileno(), wanted)
+            if isinstance(channel, Connection) and channel.served is not None:  # what it cannot be told must wait
+                self._epoll.modify(channel.served.fileno(), 0 if channel.wants_to_send else _READABLE)
         if channel.waits():
             self._slow.add(channel)
         elif self._slow:
             self._slow.discard(channel)
 
-    def _drop(self, channel: Channel, why: str) -> None:
+    def drop(self, channel: Channel, why: str) -> None:
+        """End a connection."""
         descriptor = channel.sock.fileno()
         if self._channels.pop(descriptor, None) is None:
             return
         log.debug("%s: %s", type(channel).__name__, why)
         self._slow.discard(channel)
-        self._unwatch(descriptor)
+        self.unwatch(descriptor)
         channel.close()
         if isinstance(channel, Control) and channel.ends_the_machine:
             self.stopping = True
@@ -430,7 +444,7 @@ class Server:
     def _drop_the_stalled(self) -> None:
         now = time.monotonic()
         for channel in [channel for channel in self._slow if channel.stalled(now)]:
-            self._drop(channel, "it left a message half sent, or a reply unread, for too long")
+            self.drop(channel, "it left a message half sent, or a reply unread, for too long")
 
     # Descriptors.
 
@@ -449,11 +463,11 @@ class Server:
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
         listener.setblocking(False)
         self._listeners[path] = listener
-        self._watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
+        self.watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
 
     def _stop_listening(self, path: str) -> None:
         listener = self._listeners.pop(path)
-        self._unwatch(listener.fileno())
+        self.unwatch(listener.fileno())
         listener.close()
         try:
             os.unlink(path)
@@ -476,10 +490,12 @@ class Server:
             return
         accept(sock)
 
-    def _watch(self, descriptor: int, ready: Callable[[int], None]) -> None:
+    def watch(self, descriptor: int, ready: Callable[[int], None]) -> None:
+        """Call `ready` with the events when something has come."""
         self._ready[descriptor] = ready
         self._epoll.register(descriptor, select.EPOLLIN)
 
-    def _unwatch(self, descriptor: int) -> None:
+    def unwatch(self, descriptor: int) -> None:
+        """No more."""
         del self._ready[descriptor]
         self._epoll.unregister(descriptor)

@@ -26,15 +26,12 @@ class Visits:
 
     def __init__(self, server: Server) -> None:
         self.ends_when_left = False
+        self.over = False
+        """Whether nobody is left, and the machine is there for visitors only."""
         self._server = server
         self._visitors: dict[Control, set[int]] = {}
         self._made: set[int] = set()  # domains that are there for visitors only
         self._lock = -1
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody is left, and the machine is there for visitors only."""
-        return self.ends_when_left and not self._visitors
 
     def wait_for(self, visitor: Control) -> None:
         """The machine was started for this one, who will enter, and ends when nobody is left."""
@@ -52,10 +49,12 @@ class Visits:
             self._server.create(domid, uid=os.getuid())
             self._made.add(domid)
         self._visitors.setdefault(visitor, set()).add(domid)
+        self.over = False
 
     def leave(self, visitor: Control) -> None:
         """It is gone, and so are domains that nobody is in any more."""
         left = self._visitors.pop(visitor, set())
+        self.over = self.ends_when_left and not self._visitors
         self._server.machine.settle()  # its programs' maps went before it did: their peers are told before the ports go
         for domid in left & self._made:
             if not any(domid in domids for domids in self._visitors.values()):

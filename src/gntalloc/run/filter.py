@@ -5,6 +5,7 @@ Everything passes but this:
 * ioctl, if the request has no direction and is of the kinds 'G', 'E' or 'P', as those of /dev/xen are;
 * open and openat for reading and writing without O_CREAT, as Xen's libraries open devices and hardly anybody opens
   anything else. BPF cannot read the path. With `all_opens` every open, and every map of a file;
+* if asked for, the calls by which root's programs become another user's;
 * mmap of a shared file, unless the upper half of the descriptor's register has our mark: the kernel looks at the lower
   half only, so that is how the injector's own calls pass;
 * openat2 and io_uring_setup, which say ENOSYS, so that programs take the calls above: the first keeps its flags in
@@ -23,9 +24,10 @@ import os
 import struct
 from typing import NamedTuple
 
-__all__ = ["IOCTL", "MMAP", "OPEN", "OPENAT", "filter_program", "install"]
+from gntalloc.calls.serving import CHANGES_OF_USER, IOCTL, MMAP, OPEN, OPENAT
 
-OPEN, MMAP, IOCTL, OPENAT = 2, 9, 16, 257
+__all__ = ["filter_program", "install"]
+
 _OPENAT2, _IO_URING_SETUP, _SECCOMP = 437, 425, 317
 _X32 = 0x40000000
 _AUDIT_ARCH_X86_64 = 0xC000003E
@@ -55,7 +57,7 @@ def _low(argument: int) -> int:
     return 16 + 8 * argument
 
 
-def _lines(mark: int, *, all_opens: bool) -> list[_Line | str]:
+def _lines(mark: int, *, all_opens: bool, users: bool) -> list[_Line | str]:
     """The program. A string is a label."""
     opens: list[_Line | str] = [_Line(_IF_EQUAL, OPEN, "notify"), _Line(_IF_EQUAL, OPENAT, "notify")]
     map_flags: list[_Line | str] = [_Line(_AND, _MAP_ANONYMOUS), _Line(_IF_EQUAL, 0, "notify", "allow")]
@@ -66,6 +68,7 @@ def _lines(mark: int, *, all_opens: bool) -> list[_Line | str]:
             _Line(_IF_EQUAL, _MAP_SHARED, "notify", "allow"),
         ]
     kinds: list[_Line | str] = [_Line(_IF_EQUAL, ord(kind) << 8, "notify") for kind in "GEP"]
+    changes: list[_Line | str] = [_Line(_IF_EQUAL, number, "notify") for number in CHANGES_OF_USER if users]
     return [
         _Line(_LOAD, _ARCH),
         _Line(_IF_EQUAL, _AUDIT_ARCH_X86_64, "", "allow"),
@@ -74,6 +77,7 @@ def _lines(mark: int, *, all_opens: bool) -> list[_Line | str]:
         _Line(_IF_EQUAL, IOCTL, "ioctl"),
         _Line(_IF_EQUAL, MMAP, "mmap"),
         *opens,
+        *changes,
         _Line(_IF_EQUAL, _OPENAT2, "refuse"),
         _Line(_IF_EQUAL, _IO_URING_SETUP, "refuse", "allow"),
         "ioctl",
@@ -103,16 +107,17 @@ def _lines(mark: int, *, all_opens: bool) -> list[_Line | str]:
     ]
 
 
-def filter_program(mark: int, *, all_opens: bool = False) -> bytes:
+def filter_program(mark: int, *, all_opens: bool = False, users: bool = False) -> bytes:
     """The filter as the kernel takes it: an array of struct sock_filter.
 
     Args:
         mark: 32 bits that the injector puts above the descriptor of its own mmap calls.
         all_opens: bring every open and every map of a file to us.
+        users: bring changes of user to us.
     """
     lines: list[_Line] = []
     labels: dict[str, int] = {}
-    for line in _lines(mark, all_opens=all_opens):
+    for line in _lines(mark, all_opens=all_opens, users=users):
         if isinstance(line, str):
             labels[line] = len(lines)
         else:

@@ -19,13 +19,13 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gntalloc.run.listener import CallerGone
-from gntalloc.run.memory import leader_of
+from gntalloc.calls.listener import CallerGone
+from gntalloc.calls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gntalloc.run.listener import Call, Listener
+    from gntalloc.calls.listener import Call, Listener
     from gntalloc.run.machine import Piece
 
 __all__ = ["Injector", "Traced"]
@@ -72,6 +72,10 @@ def _ptrace(request: int, thread: int, address: int = 0, data: object = None) ->
         raise OSError(code, os.strerror(code))
 
 
+def _nothing(_address: int) -> None:
+    pass
+
+
 class Injector:
     """Makes calls in threads that wait for `listener` to answer them.
 
@@ -95,8 +99,12 @@ class Injector:
         self._died = died
         self._read = read
 
-    def place(self, call: Call, pieces: list[Piece], descriptors: list[int]) -> int:
+    def place(
+        self, call: Call, pieces: list[Piece], descriptors: list[int], placed: Callable[[int], None] = _nothing
+    ) -> int:
         """Answer the mmap `call` with a map of `pieces`. The address, or a negative errno.
+
+        `placed` is told the address before the caller goes on.
 
         Raises:
             Traced: nothing has happened, and the call still waits.
@@ -115,6 +123,8 @@ class Injector:
             self._listener.answer(call, 0)
             held = self._until_stopped(thread)
             result = self._make_calls(call, pieces, theirs, failure, held)
+            if result >= 0:
+                placed(result)
             self._detach(thread, held)
         except _Died:
             self._bury(thread)

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from gntalloc.places import control_path, domain_path, lock_path, machine_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["join"]
+__all__ = ["join", "tidy"]
 
 
 def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
@@ -49,6 +50,26 @@ def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
     if control is None:
         raise GntallocError(f"the machine {name!r} did not start; `gntalloc doctor` may know why")
     return control, path
+
+
+def tidy(folder: str) -> None:
+    """Take away what a machine has left there that was killed."""
+    if _nobody_answers(folder):
+        with _alone(folder):
+            if _nobody_answers(folder):  # nor has anybody started another one since
+                shutil.rmtree(folder, ignore_errors=True)
+                os.unlink(lock_path(folder))
+
+
+def _nobody_answers(folder: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(control_path(folder))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass  # it is not there, or not ours
+    return False
 
 
 def _enter(control: ControlClient, domid: int) -> ControlClient | None:

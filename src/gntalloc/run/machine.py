@@ -1,4 +1,4 @@
-"""The machine as a supervisor speaks to it: open files known by their homes, ioctl, mmap.
+"""The machine as a supervisor speaks to it: open files known by their homes, ioctl, mmap; and calls that it hands over.
 
 A supervisor is a program in the domain like any other, with one call channel. What it holds of an open file is only
 what the machine calls it; the home is the program's alone, so that its last close(2) is the release.
@@ -6,13 +6,22 @@ what the machine calls it; the home is the program's alone, so that its last clo
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc import wire
-from gntalloc.errors import DeviceError
+from gntalloc.calls.arguments import regions_of
+from gntalloc.calls.listener import CALL_SIZE, Call
+from gntalloc.calls.memory import Memory
+from gntalloc.calls.serving import is_shared
+from gntalloc.calls.threads import fetch, leader_of
+from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Channel, Descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
@@ -25,6 +34,7 @@ class OpenFile(NamedTuple):
     handle: int
     name: str
     generation: int  # of the channel
+    inode: int  # of its home
 
 
 class Piece(NamedTuple):
@@ -45,94 +55,166 @@ class Plan(NamedTuple):
     generation: int
 
 
+class Brought(NamedTuple):
+    """A call that the machine hands over: to be answered with `plan`; None: to be served, and all that follow."""
+
+    call: Call
+    plan: Plan | None
+
+
 class Files:
-    """The device files of the domain whose socket is at `path`.
+    """The device files of the domain whose socket is at `path`, as `calls.serving` uses them.
+
+    Args:
+        path: see there.
+        place: carries out an mmap with a plan, and answers it.
+        waits: whether the caller of a call still waits, so that its memory is still its own.
 
     Raises:
         NoMachine: nobody answers there.
     """
 
-    def __init__(self, path: str) -> None:
-        self._channel = Channel(path)
-        self._channel.connect()
+    def __init__(self, path: str, place: Callable[[Call, Plan], None], waits: Callable[[Call], bool]) -> None:
+        self.channel = Channel(path)
+        self.channel.connect()
+        self._place = place
+        self._waits = waits
+        self._memory = Memory()
+        self._store = f"{path}.store"
         self._known: dict[int, OpenFile] = {}
+        self._sockets = os.fstat(self.channel.fileno()).st_dev  # the file system of all sockets
+        self._process, self._generation = 0, 0  # whom the channel speaks for
 
     @property
     def domid(self) -> int:
         """Of the domain."""
-        return self._channel.domid
+        return self.channel.domid
 
-    def open(self, name: str, flags: int) -> Descriptor:
+    def open(self, process: int, name: str, flags: int) -> Descriptor:
         """Open a device. Gives the home.
 
         Raises:
             DeviceError: the machine's errno. So for all of these.
         """
-        answer = self._channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags & 0xFFFFFFFF) + name.encode())
+        self._speak_for(process)
+        answer = self.channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags) + name.encode())
         (home,) = answer.descriptors
-        self._remember(os.fstat(home.fileno()).st_ino, OpenFile(answer.result, name, self._channel.generation))
+        inode = os.fstat(home.fileno()).st_ino
+        self._remember(OpenFile(answer.result, name, self.channel.generation, inode))
         return home
 
-    def known(self, inode: int) -> OpenFile | None:
-        """The file whose home has this inode, if it is remembered."""
-        file = self._known.get(inode)
-        if file is not None and file.generation != self._channel.generation:
-            del self._known[inode]  # the channel broke, and the new one knows no files
-            return None
-        return file
-
-    def show(self, inode: int, home: int) -> OpenFile | None:
-        """Ask which file this descriptor is the home of: None if of none in this domain."""
+    def open_store(self) -> socket.socket | None:
+        """A connection to the domain's xenstore."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            answer = self._channel.call(wire.SHOW, b"", [home])
+            sock.connect(self._store)
+        except OSError as error:
+            sock.close()
+            raise DeviceError(errno.ENODEV, f"xenstore does not answer: {error.strerror}") from None
+        return sock
+
+    def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> OpenFile | None:
+        """The file whose home that is, if it is one of this domain."""
+        device, inode = identity
+        if device != self._sockets:
+            return None
+        file = self._known.get(inode)
+        if file is not None and file.generation == self.channel.generation:
+            return file
+        home = Descriptor(fetch(leader_of(thread), descriptor))
+        try:
+            return self._show(home.fileno(), inode) if home.fileno() >= 0 else None
+        finally:
+            home.close()
+
+    def _show(self, home: int, inode: int) -> OpenFile | None:
+        try:
+            answer = self.channel.call(wire.SHOW, b"", [home])
         except DeviceError:
             return None
         name = answer.body[wire.SHOW_REPLY.size :].decode()
-        file = OpenFile(answer.result, name, self._channel.generation)
-        self._remember(inode, file)
+        file = OpenFile(answer.result, name, self.channel.generation, inode)
+        self._remember(file)
         return file
 
-    def forget(self, inode: int) -> None:
-        """It is closed, or another file has that number now."""
-        self._known.pop(inode, None)
+    def name(self, file: OpenFile) -> str:
+        """Of the device."""
+        return file.name
 
-    def ioctl(
-        self, file: OpenFile, request: int, address: int, regions: list[wire.Region]
-    ) -> tuple[int, list[wire.Region]]:
-        """The result, or a negative errno; and the memory that the driver wrote, also if it failed after that."""
+    def ioctl(self, call: Call, process: int, file: OpenFile) -> int:
+        """The result, or a negative errno. What the driver has written goes back, also if it failed after that."""
+        self._speak_for(process)
+        thread, (_, request, address, *_) = call.thread, call.arguments
+        request &= 0xFFFFFFFF
+        regions = regions_of(file.name, request, address, self._memory, thread)
         payload = wire.IOCTL_REQUEST.pack(file.handle, request, address) + wire.encode_regions(regions)
         try:
-            answer = self._channel.call(wire.IOCTL, payload)
+            answer = self.channel.call(wire.IOCTL, payload)
+            result, body = answer.result, answer.body
         except DeviceError as refusal:
-            return -(refusal.errno or 5), wire.decode_regions(getattr(refusal, "body", b""))
-        return answer.result, wire.decode_regions(answer.body)
+            if refusal.errno == errno.EBADF:  # it is closed, or another file has that inode now
+                self._known.pop(file.inode, None)
+            result, body = -(refusal.errno or errno.EIO), getattr(refusal, "body", b"")
+        written = wire.decode_regions(body)
+        if written and not self._waits(call):
+            return result  # nobody will hear of it
+        for region in written:
+            if self._memory.write(thread, region.address, bytes(region.data)) < len(region.data):
+                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program sees to that
+        return result
 
-    def mmap(self, file: OpenFile, offset: int, length: int, *, prot: int, shared: bool) -> Plan:
-        """What shall be mapped."""
-        payload = wire.MMAP_REQUEST.pack(file.handle, prot, shared, offset, length)
-        answer = self._channel.call(wire.MMAP, payload)
+    def map(self, call: Call, process: int, file: OpenFile) -> None:
+        """Carry out an mmap."""
+        self._speak_for(process)
+        _address, length, prot, flags, _descriptor, offset = call.arguments
+        payload = wire.MMAP_REQUEST.pack(file.handle, prot & 0xFFFFFFFF, is_shared(flags), offset, length)
+        answer = self.channel.call(wire.MMAP, payload)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
-        pieces = [
-            Piece(place, start, size) for place, start, size in wire.PIECE.iter_unpack(answer.body[wire.CONFIRM.size :])
-        ]
-        return Plan(pieces, answer.descriptors, answer.result, bool(confirm), self._channel.generation)
+        pieces = _pieces(answer.body[wire.CONFIRM.size :])
+        self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), self.channel.generation))
 
     def placed(self, plan: Plan, address: int) -> None:
         """The program has them there."""
         if plan.confirm:
-            self._channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(plan.record, address), plan.generation)
+            try:
+                self.channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(plan.record, address), plan.generation)
+            except MachineGone:
+                pass  # nobody needs to know any more
 
-    def _remember(self, inode: int, file: OpenFile) -> None:
+    # What the machine does for us.
+
+    def have_served(self, listener: int) -> Descriptor | None:
+        """Ask the machine to serve these calls. Gives the notes it takes of them (calls/listener.py), if it does."""
+        namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
+        answer = self.channel.call(wire.SERVE, namespace, [listener])
+        return answer.descriptors[0] if answer.result else None
+
+    def brought(self) -> Brought:
+        """What the machine hands over.
+
+        Raises:
+            MachineGone: it has ended.
+        """
+        message, descriptors = self.channel.hear()
+        what, confirm, record = wire.BROUGHT_HEAD.unpack_from(message.payload)
+        body = message.payload[wire.BROUGHT_HEAD.size :]
+        call = Call.decode(body)
+        if what != wire.PLACE:
+            return Brought(call, None)
+        pieces = _pieces(body[CALL_SIZE:])
+        return Brought(call, Plan(pieces, descriptors, record, bool(confirm), self.channel.generation))
+
+    def _speak_for(self, process: int) -> None:
+        if (process, self.channel.generation) != (self._process, self._generation):
+            self.channel.tell(wire.BEHALF, wire.BEHALF_REQUEST.pack(process), self.channel.generation)
+            self.channel.unanswered -= 1  # it is no note: it is served in its turn
+            self._process, self._generation = process, self.channel.generation
+
+    def _remember(self, file: OpenFile) -> None:
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
-        self._known[inode] = file
+        self._known[file.inode] = file
 
 
-def empty(home: int) -> None:
-    """Throw away the events on a home, which the machine cannot take back."""
-    with socket.socket(fileno=os.dup(home)) as sock:
-        try:
-            while sock.recv(4096, socket.MSG_DONTWAIT):
-                pass
-        except BlockingIOError:
-            pass
+def _pieces(data: bytes) -> list[Piece]:
+    return [Piece(place, start, size) for place, start, size in wire.PIECE.iter_unpack(data)]

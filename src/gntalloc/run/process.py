@@ -16,11 +16,10 @@ import signal
 import socket
 from typing import Any, NoReturn
 
+from gntalloc.calls.listener import Listener
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.places import store_path
-from gntalloc.run.joining import join
-from gntalloc.run.listener import Listener
-from gntalloc.run.machine import Files
+from gntalloc.run.joining import join, tidy
 from gntalloc.run.program import CannotExecute, Program, signal_descriptor, start
 from gntalloc.run.supervisor import Supervisor
 
@@ -74,22 +73,16 @@ class _Run:
             GntallocError, CannotExecute: see `join` and `start`.
         """
         self._standing, path = join(machine, domid)  # for as long as we live: it is our place in the domain
-        files = Files(path)
-        store = store_path(os.path.dirname(path), files.domid)
+        self._folder = os.path.dirname(path)
+        self._supervisor = Supervisor(path, say=lambda text: self.tell(say=text))
+        store = store_path(os.path.dirname(path), self._supervisor.files.domid)
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._children = signal_descriptor([signal.SIGCHLD])
         environment = {"GNTALLOC_DOMAIN": path, "XENSTORED_PATH": store}
         self._child, descriptor = start(program, environment, self._announce)
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         self._listener = Listener(descriptor)
-        self._supervisor = Supervisor(
-            self._listener,
-            files,
-            mark=program.mark,
-            store=store,
-            died=self._saw_the_end,
-            say=lambda text: self.tell(say=text),
-        )
+        self._supervisor.begin(self._listener, mark=program.mark, died=self._saw_the_end)
         _stand_apart()
 
     def _announce(self, child: int) -> None:
@@ -101,7 +94,13 @@ class _Run:
     def serve(self) -> None:
         """Until nobody is left."""
         listener = self._listener.fileno()
-        self._poll.register(listener, select.POLLIN)
+        machine = -1
+        if self._supervisor.serves:
+            self._poll.register(listener, select.POLLIN)
+        else:
+            machine = self._supervisor.files.channel.fileno()
+            self._poll.register(listener, 0)  # the calls are the machine's; the end is ours to see
+            self._poll.register(machine, select.POLLIN)
         self._poll.register(self._children, select.POLLIN)
         assert self._news is not None
         news = self._news.fileno()
@@ -114,6 +113,12 @@ class _Run:
                     elif events & (select.POLLHUP | select.POLLERR):
                         self._wait_for_the_end()
                         return
+                elif descriptor == machine:
+                    self._supervisor.hear()
+                    if self._supervisor.serves:
+                        self._poll.unregister(machine)
+                        self._poll.modify(listener, select.POLLIN)
+                        machine = -1
                 elif descriptor == self._children:
                     os.read(self._children, 4096)
                     self._collect()
@@ -136,6 +141,8 @@ class _Run:
         """Nobody is under the filter any more; that can be seen a moment before a status can be collected."""
         while not self._ended:
             self._saw_the_end(*os.waitpid(self._child, 0))
+        if self._standing is not None:
+            tidy(self._folder)
 
     def _collect(self) -> None:
         """Hear of children: the program stops or ends, others were left to us."""

@@ -46,7 +46,7 @@ class Program:
         self.mask = mask
         self.userns = userns
         self.mark = secrets.randbits(32) | 1
-        self.filter = filter_program(self.mark, all_opens=all_opens)
+        self.filter = filter_program(self.mark, all_opens=all_opens, users=os.geteuid() == 0)
 
 
 class CannotExecute(Exception):

@@ -15,12 +15,12 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from gntalloc.calls.listener import Call, Listener
+from gntalloc.calls.memory import Memory
 from gntalloc.run import program
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector, Traced
-from gntalloc.run.listener import Call, Listener
 from gntalloc.run.machine import Piece
-from gntalloc.run.memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gntalloc.run.memory import Memory
+    from gntalloc.calls.memory import Memory
 
 __all__ = ["regions_of"]
 

@@ -7,7 +7,7 @@ read-only pages. A copy is cut at page boundaries, so that one that cannot be wh
 from __future__ import annotations
 
 import ctypes
-import os
+import errno
 from typing import TYPE_CHECKING
 
 from gntalloc.maps import PAGE_SIZE
@@ -15,55 +15,72 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Memory", "inode_of", "leader_of"]
+__all__ = ["Denied", "Memory"]
 
 _MOST_PIECES = 1024  # IOV_MAX
 _TOP = 1 << 64
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.PyDLL(None, use_errno=True)  # nobody else here wants to run meanwhile
+
+
+class Denied(Exception):
+    """The kernel lets us not look into this program at all: Yama, or what its file's mode says."""
 
 
 class _Piece(ctypes.Structure):
     _fields_ = (("base", ctypes.c_size_t), ("length", ctypes.c_size_t))
 
 
+# Without argtypes: all arguments but the thread are made once, so that a call need not convert them.
 for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
     _function.restype = ctypes.c_ssize_t
-    _function.argtypes = (
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_void_p,
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    )
+_read, _write = _libc.process_vm_readv, _libc.process_vm_writev
+_ONE, _NONE = ctypes.c_ulong(1), ctypes.c_ulong(0)
 
 
 class Memory:
-    """Copies between programs and a buffer here. One object a supervisor; not for several threads."""
+    """Copies between programs and a buffer here. One object a process; not for several threads."""
 
     def __init__(self) -> None:
-        self._buffer = ctypes.create_string_buffer(PAGE_SIZE)
-        self._here = _Piece(ctypes.addressof(self._buffer), 0)
+        self._buffer = bytearray(PAGE_SIZE)
+        self._buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._here = _Piece(self._buffer_at, 0)
         self._there = _Piece()
-        self._here_at = ctypes.addressof(self._here)
-        self._there_at = ctypes.addressof(self._there)
+        self._here_at = ctypes.byref(self._here)
+        self._there_at = ctypes.byref(self._there)
 
     def read(self, thread: int, address: int, size: int) -> bytes:
-        """Up to `size` bytes: fewer if not all of them can be read."""
+        """Up to `size` bytes: fewer if not all of them can be read.
+
+        Raises:
+            Denied: see there. So for all of these.
+        """
         if 0 <= size <= PAGE_SIZE - address % PAGE_SIZE:  # within one page, as nearly always
             self._here.length = self._there.length = size
             self._there.base = address
-            got = _libc.process_vm_readv(thread, self._here_at, 1, self._there_at, 1, 0)
-            return self._buffer.raw[:got] if got > 0 else b""
+            got = _read(thread, self._here_at, _ONE, self._there_at, _ONE, _NONE)
+            if got > 0:
+                return bytes(self._buffer[:got])
+            if got < 0:
+                _see_whether_denied()
+            return b""
         buffer = ctypes.create_string_buffer(size)
-        got = self._copy(_libc.process_vm_readv, thread, address, buffer, size)
+        got = self._copy(_read, thread, address, buffer, size)
         return buffer.raw[:got]
 
     def write(self, thread: int, address: int, data: bytes) -> int:
         """Put `data` there; how many bytes could be written."""
-        buffer = ctypes.create_string_buffer(bytes(data), len(data))
-        return self._copy(_libc.process_vm_writev, thread, address, buffer, len(data))
+        size = len(data)
+        if size <= PAGE_SIZE - address % PAGE_SIZE:
+            self._buffer[:size] = data
+            self._here.length = self._there.length = size
+            self._there.base = address
+            written: int = _write(thread, self._here_at, _ONE, self._there_at, _ONE, _NONE)
+            if written < 0:
+                _see_whether_denied()
+            return max(written, 0)
+        buffer = ctypes.create_string_buffer(data, size)
+        return self._copy(_write, thread, address, buffer, len(data))
 
     def writable(self, thread: int, address: int, size: int) -> int:
         """How many of `size` bytes from `address` on can be written.
@@ -103,28 +120,15 @@ class Memory:
                 at += length
             there = (_Piece * len(pieces))(*pieces)
             here = _Piece(start + done, at - address - done)
-            got = copy(thread, ctypes.addressof(here), 1, ctypes.addressof(there), len(pieces), 0)
+            got = copy(thread, ctypes.byref(here), _ONE, there, ctypes.c_ulong(len(pieces)), _NONE)
             if got <= 0:
+                if got < 0:
+                    _see_whether_denied()
                 break
             done += got
         return done
 
 
-def leader_of(thread: int) -> int:
-    """The process that a thread belongs to; itself if that cannot be seen."""
-    try:
-        with open(f"/proc/{thread}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:"):
-                    return int(line[5:])
-    except OSError:
-        pass
-    return thread
-
-
-def inode_of(thread: int, descriptor: int) -> int:
-    """Which file a program's descriptor is, as a number; 0 if it is none. Sockets have their own each."""
-    try:
-        return os.stat(f"/proc/{thread}/fd/{descriptor}").st_ino
-    except OSError:
-        return 0
+def _see_whether_denied() -> None:
+    if ctypes.get_errno() == errno.EPERM:
+        raise Denied

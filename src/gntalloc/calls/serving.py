@@ -1,0 +1,201 @@
+"""What each system call that is brought to us means: opens, ioctls and maps of /dev/xen, and of nothing else.
+
+It is the same in both processes that serve: a run's supervisor, which asks the machine for each (run/machine.py), and
+the machine itself, which has the files (machine/served.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from gntalloc.abi.evtchn import RESET
+from gntalloc.calls.listener import CallerGone
+from gntalloc.calls.memory import Denied, Memory
+from gntalloc.calls.threads import Threads, fetch
+from gntalloc.errors import GntallocError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.calls.listener import Call, Listener
+
+__all__ = ["CHANGES_OF_USER", "IOCTL", "MMAP", "OPEN", "OPENAT", "Files", "Home", "Serving", "is_shared"]
+
+OPEN, MMAP, IOCTL, OPENAT = 2, 9, 16, 257  # x86-64's numbers
+CHANGES_OF_USER = 105, 113, 117, 122  # setuid, setreuid, setresuid, setfsuid
+
+_FOLDER = b"/dev/xen/"
+_STORE = "xenbus"
+_LOW_INT = 0xFFFFFFFF
+
+_MAP_SHARED_BITS = 0x03  # MAP_SHARED, MAP_PRIVATE; both are MAP_SHARED_VALIDATE
+_MAP_PRIVATE = 0x02
+
+F = TypeVar("F")
+
+
+class Home(Protocol):
+    """A program's end of an open file, as long as it is ours."""
+
+    def fileno(self) -> int:
+        """Its number."""
+
+    def close(self) -> None:
+        """It has been handed over."""
+
+
+class Files(Protocol[F]):
+    """The open device files of a domain; F is one of them. All of it may raise GntallocError with the errno."""
+
+    def open(self, process: int, name: str, flags: int) -> Home:
+        """Open a device: ENOENT there is none of that name."""
+
+    def open_store(self) -> socket.socket | None:
+        """A connection to the domain's xenstore, if it has one."""
+
+    def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> F | None:
+        """The file whose home is that descriptor."""
+
+    def name(self, file: F) -> str:
+        """Of the device."""
+
+    def ioctl(self, call: Call, process: int, file: F) -> int:
+        """Carry out this ioctl: its result or a negative errno."""
+
+    def map(self, call: Call, process: int, file: F) -> None:
+        """Carry out this mmap, and answer it."""
+
+
+def is_shared(flags: int) -> bool:
+    """Whether an mmap with these flags is."""
+    return flags & _MAP_SHARED_BITS != _MAP_PRIVATE
+
+
+class Serving(Generic[F]):
+    """Serves the calls of `listener` with `files`.
+
+    Args:
+        listener: where the calls come from.
+        files: see there.
+        say: told of faults of ours.
+        one_user: be done with it when the program becomes another user's.
+    """
+
+    def __init__(
+        self, listener: Listener, files: Files[F], *, say: Callable[[str], None], one_user: bool = False
+    ) -> None:
+        self._one_user = one_user
+        self._memory = Memory()
+        self._listener = listener
+        self._files = files
+        self._say = say
+        self._threads = Threads()
+        self._serve: dict[int, Callable[[Call], None]] = {
+            IOCTL: self._ioctl,
+            MMAP: self._mmap,
+            OPEN: lambda call: self._open(call, call.arguments[0], call.arguments[1]),
+            OPENAT: lambda call: self._open(call, call.arguments[1], call.arguments[2]),
+            **dict.fromkeys(CHANGES_OF_USER, self._change_user),
+        }
+
+    def serve(self, call: Call) -> None:
+        """Answer a call.
+
+        Raises:
+            Denied: we may not look into this program. It is not answered.
+        """
+        try:
+            try:
+                self._serve[call.number](call)
+            except GntallocError as error:
+                self._listener.answer(call, -(error.errno or errno.EIO))
+            except (CallerGone, Denied):
+                raise
+            except Exception as error:
+                # A fault of ours. The caller must not wait for ever.
+                self._say(f"a call of thread {call.thread} could not be served: {error!r}")
+                self._listener.answer(call, -errno.EIO)
+        except CallerGone:
+            pass  # nobody waits for the answer
+
+    def close(self) -> None:
+        """Let go of what is known of the program."""
+        self._threads.close()
+
+    def _open(self, call: Call, path: int, flags: int) -> None:
+        name = self._memory.path(call.thread, path)
+        if not name.startswith(_FOLDER) or flags & os.O_PATH:
+            self._listener.go_on(call)
+            return
+        device = name[len(_FOLDER) :].decode(errors="replace")
+        try:
+            home = self._open_store(flags) if device == _STORE else self._open_device(call, device, flags)
+        except GntallocError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self._listener.go_on(call)  # no device of ours: what the computer says itself
+            return
+        try:
+            self._listener.answer_with(call, home.fileno(), flags=flags & os.O_CLOEXEC)
+        except OSError as error:
+            self._listener.answer(call, -(error.errno or errno.EMFILE))
+        finally:
+            home.close()
+
+    def _open_device(self, call: Call, device: str, flags: int) -> Home:
+        return self._files.open(self._threads.process(call.thread), device, flags & _LOW_INT)
+
+    def _open_store(self, flags: int) -> Home:
+        """The device gives what the daemon's socket does, so the file is a connection to it."""
+        sock = self._files.open_store()
+        if sock is None:
+            raise GntallocError(errno.ENOENT, "this domain has no xenstore")
+        os.set_blocking(sock.fileno(), not flags & os.O_NONBLOCK)
+        return sock
+
+    def _ioctl(self, call: Call) -> None:
+        _, thread, _, arguments = call
+        descriptor = arguments[0] & _LOW_INT
+        identity = self._threads.identity(thread, descriptor)
+        file = None if identity is None else self._files.find(thread, descriptor, identity)
+        if file is None:
+            self._listener.go_on(call)
+            return
+        process = self._threads.process(thread)
+        if arguments[1] == RESET and self._files.name(file) == "evtchn":
+            _empty(fetch(process, descriptor), identity)
+        self._listener.answer(call, self._files.ioctl(call, process, file))
+
+    def _change_user(self, call: Call) -> None:
+        """From now on it may be somebody's whom those who serve must not wait for."""
+        if self._one_user:
+            raise Denied
+        self._listener.go_on(call)
+
+    def _mmap(self, call: Call) -> None:
+        descriptor = call.arguments[4] & _LOW_INT
+        identity = self._threads.identity(call.thread, descriptor)
+        file = None if identity is None else self._files.find(call.thread, descriptor, identity)
+        if file is None:
+            self._listener.go_on(call)
+        else:
+            self._files.map(call, self._threads.process(call.thread), file)
+
+
+def _empty(home: int, identity: tuple[int, int] | None) -> None:
+    """Throw away the events on a home, if this is it: the machine cannot take them back."""
+    if home < 0:
+        return
+    try:
+        status = os.fstat(home)
+        if (status.st_dev, status.st_ino) == identity:
+            with socket.socket(fileno=os.dup(home)) as sock:
+                while sock.recv(4096, socket.MSG_DONTWAIT):
+                    pass
+    except OSError:
+        pass  # nothing is left
+    finally:
+        os.close(home)

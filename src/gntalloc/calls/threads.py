@@ -1,0 +1,93 @@
+"""Who makes a call: the process that a thread belongs to, and which file its descriptor is.
+
+A thread's folder in /proc is kept open from its first call on: it is never another thread's, though that may get the
+number, so what was found out about the thread stays true.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import NamedTuple
+
+__all__ = ["Threads", "leader_of"]
+
+_MOST_KNOWN = 64
+_SYS_PIDFD_GETFD = 438
+
+_libc = ctypes.CDLL(None)
+
+
+class _Known(NamedTuple):
+    folder: int  # in /proc, opened
+    process: int
+
+
+class Threads:
+    """The threads that called last."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def identity(self, thread: int, descriptor: int) -> tuple[int, int] | None:
+        """Device and inode of the file behind a descriptor of this thread. None: it has none, or is not to be seen."""
+        known = self._known.get(thread)
+        if known is not None:
+            try:
+                status = os.stat(f"fd/{descriptor}", dir_fd=known.folder)
+                return status.st_dev, status.st_ino
+            except OSError:
+                self.forget(thread)  # another thread may have its number now
+        try:
+            status = os.stat(f"fd/{descriptor}", dir_fd=self._meet(thread).folder)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def process(self, thread: int) -> int:
+        """The process that it belongs to. Right after `identity`, which notices if a number has changed hands."""
+        known = self._known.get(thread)
+        return leader_of(thread) if known is None else known.process
+
+    def close(self) -> None:
+        """Forget all of them."""
+        for thread in list(self._known):
+            self.forget(thread)
+
+    def _meet(self, thread: int) -> _Known:
+        folder = os.open(f"/proc/{thread}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if len(self._known) >= _MOST_KNOWN:
+            self.forget(next(iter(self._known)))
+        known = self._known[thread] = _Known(folder, leader_of(thread))
+        return known
+
+    def forget(self, thread: int) -> None:
+        """It may be another one that has this number now."""
+        known = self._known.pop(thread, None)
+        if known is not None:
+            os.close(known.folder)
+
+
+def leader_of(thread: int) -> int:
+    """The process that a thread belongs to; itself if that cannot be seen."""
+    try:
+        with open(f"/proc/{thread}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Tgid:"):
+                    return int(line[5:])
+    except OSError:
+        pass
+    return thread
+
+
+def fetch(process: int, descriptor: int) -> int:
+    """A copy of a process's descriptor; -1 if it has none, or it cannot be had."""
+    try:
+        handle = os.pidfd_open(process, 0)
+    except OSError:
+        return -1
+    try:
+        number: int = _libc.syscall(_SYS_PIDFD_GETFD, handle, descriptor, 0)
+        return number
+    finally:
+        os.close(handle)

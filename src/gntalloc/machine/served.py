@@ -1,0 +1,218 @@
+"""Programs of a `run` that the machine serves itself: their system calls come straight to its loop.
+
+That is for programs of the machine's own user only. To look into a program can be to wait for whoever fills its memory,
+and who can hold the machine up so must be one who could stop it anyway: kill(2) asks for no more than the user, in a
+user namespace too. Programs of others are served by their run's supervisor, which asks the machine for each call.
+
+What waits by design is left to the supervisor here too: a map is placed by ptrace. And if the kernel does not let us
+look into a program (Yama: its parent only may), the supervisor takes over for good.
+
+If we die, the supervisor fails the calls that we had taken and not answered; which those are the kernel has written
+down, in a page that it can read and nobody but we could write to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import select
+from typing import TYPE_CHECKING
+
+from gntalloc.abi import gntdev, privcmd
+from gntalloc.abi.evtchn import NOTIFY, Notify
+from gntalloc.calls.arguments import regions_of
+from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
+from gntalloc.calls.memory import Denied, Memory
+from gntalloc.calls.serving import IOCTL, Serving, is_shared
+from gntalloc.drivers.chardev import File, MessageCaller, Region
+from gntalloc.errors import DeviceError
+
+if TYPE_CHECKING:
+    import socket
+
+    from gntalloc.calls.listener import Call
+    from gntalloc.drivers.chardev import Caller
+    from gntalloc.machine.connection import Connection
+    from gntalloc.machine.server import Server
+
+__all__ = ["Served", "may_be_served", "process_namespace"]
+
+log = logging.getLogger("gntalloc.machine")
+
+# Requests that name memory beside their argument, any amount of it: what goes along with them has a limit.
+_FAR = frozenset({gntdev.GRANT_COPY, privcmd.HYPERCALL})
+_LISTENER = "anon_inode:seccomp notify"
+_MOST_BELLS = 256
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # and F_SEAL_FUTURE_WRITE
+
+
+def process_namespace() -> int:
+    """What tells our numbers of processes from those of another container."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
+    """Whether we serve the calls that come over `descriptor`, for a supervisor of that user."""
+    return (
+        uid == os.getuid()
+        and namespace == process_namespace()
+        and os.readlink(f"/proc/self/fd/{descriptor}") == _LISTENER
+    )
+
+
+class Served:
+    """The calls of one run. As `Files` of them it goes to the drivers.
+
+    Args:
+        server: the loop.
+        connection: the supervisor's.
+        descriptor: the listener; ours from now on.
+    """
+
+    def __init__(self, server: Server, connection: Connection, descriptor: int) -> None:
+        self.connection = connection
+        self._server = server
+        self._guest = connection.guest
+        with os.fdopen(os.memfd_create("gntalloc calls", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "rb") as notes:
+            os.ftruncate(notes.fileno(), NOTES_SIZE)
+            page = mmap.mmap(notes.fileno(), NOTES_SIZE)
+            fcntl.fcntl(notes, fcntl.F_ADD_SEALS, _SEALS)
+            self.notes = os.dup(notes.fileno())
+        self._listener = Listener(descriptor, memoryview(page))
+        self._serving = Serving(self._listener, self, say=log.error, one_user=True)
+        self._memory = Memory()
+        self._bells: dict[tuple[int, int], File] = {}  # (thread, descriptor) -> a file of evtchn: see _notify
+        server.watch(descriptor, self._take)
+
+    def fileno(self) -> int:
+        """The listener."""
+        return self._listener.fileno()
+
+    def _take(self, events: int) -> None:
+        if not events & select.EPOLLIN:
+            self.connection.end_serving()  # nobody is left who could make a call
+            return
+        call = self._listener.receive()
+        if call is not None:
+            self._server.calls.append((self, call))
+
+    def serve(self, call: Call) -> None:
+        """Answer one, or have it answered."""
+        arguments = call.arguments
+        try:
+            if not (arguments[1] == NOTIFY and self._notify(call)):
+                self._serving.serve(call)
+        except Denied:
+            self.connection.hand_over(call)
+
+    def close(self) -> list[Call]:
+        """Serve no more. Gives the calls that were taken and are not answered."""
+        calls = self._server.calls
+        left = [call for whose, call in calls if whose is self]
+        for call in left:
+            calls.remove((self, call))
+        self._server.unwatch(self._listener.fileno())
+        self._listener.close()
+        self._serving.close()
+        return left
+
+    def _notify(self, call: Call) -> bool:
+        """NOTIFY, which comes more often than all else together, on the shortest way. False: it has to go the long one.
+
+        That way finds out which file the descriptor is; here it is taken for what it was when this thread last went
+        there. If it is another one by now, its port is not that file's, unless the program is wrong about it.
+        """
+        file = self._bells.get((call.thread, call.arguments[0]))
+        if file is None or file.closed or call.number != IOCTL:
+            return False
+        argument = self._memory.read(call.thread, call.arguments[2], Notify.SIZE)
+        if len(argument) < Notify.SIZE or not self._guest.evtchn.ring(file, argument):
+            return False
+        try:
+            self._listener.answer(call, 0)
+        except CallerGone:
+            pass
+        return True
+
+    # As `Files`.
+
+    def open(self, process: int, name: str, flags: int) -> socket.socket:
+        """See `Files`."""
+        return self._server.open(self._guest, name, flags, opener=process)[1]
+
+    def open_store(self) -> socket.socket:
+        """See `Files`."""
+        return self._server.open_store(self._guest)
+
+    def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> File | None:
+        """See `Files`."""
+        return self._server.file_of(self._guest, identity)
+
+    def name(self, file: File) -> str:
+        """See `Files`."""
+        return file.driver.name
+
+    def ioctl(self, call: Call, process: int, file: File) -> int:
+        """See `Files`."""
+        _, request, address, *_ = call.arguments
+        request &= 0xFFFFFFFF
+        caller: Caller
+        if request in _FAR:
+            regions = regions_of(file.driver.name, request, address, self._memory, call.thread)
+            there = [Region(at, bytearray(data), writable=writable) for at, writable, data in regions]
+            caller = MessageCaller(there, process=process)
+        else:
+            caller, there = _Program(self, call, process), []
+        if request == NOTIFY and file.driver is self._guest.evtchn:
+            if len(self._bells) >= _MOST_BELLS:
+                self._bells.clear()
+            self._bells[call.thread, call.arguments[0]] = file
+        try:
+            result = file.ioctl(request, address, caller)
+        except DeviceError as refusal:
+            log.debug("domain %d, pid %d: %s", self._guest.domid, process, refusal)
+            result = -(refusal.errno or errno.EIO)
+        for region in there:
+            if region.written and not self.put(call, region.address, region.data):
+                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program sees to that
+        return result
+
+    def get(self, call: Call, address: int, size: int) -> bytes:
+        """So much of the caller's memory, or less."""
+        return self._memory.read(call.thread, address, size)
+
+    def put(self, call: Call, address: int, data: bytes | bytearray) -> bool:
+        """Whether all of it could be written to the caller's memory, if it is still there."""
+        return self._listener.waits(call) and self._memory.write(call.thread, address, bytes(data)) == len(data)
+
+    def map(self, call: Call, process: int, file: File) -> None:
+        """See `Files`."""
+        _address, length, prot, flags, _descriptor, offset = call.arguments
+        plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
+        self.connection.have_placed(call, plan, process)
+
+
+class _Program:
+    """Its memory, as drivers see it."""
+
+    __slots__ = ("_call", "_served", "process")
+
+    def __init__(self, served: Served, call: Call, process: int) -> None:
+        self.process = process
+        self._served = served
+        self._call = call
+
+    def read(self, address: int, size: int) -> bytes:
+        """See `Caller`."""
+        data = self._served.get(self._call, address, size)
+        if len(data) < size:
+            raise DeviceError(errno.EFAULT, f"the {size} bytes at {address:#x} are not all in the caller's memory")
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        """See `Caller`."""
+        if not self._served.put(self._call, address, data):
+            raise DeviceError(errno.EFAULT, f"the {len(data)} bytes at {address:#x} cannot all be written")

@@ -1,0 +1,215 @@
+"""The two ways a call is served: by the machine itself, for programs of its own user, and by their run's supervisor."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import python, said, tell, wait_for
+
+from gntalloc import wire
+from gntalloc.embed import Machine
+from gntalloc.guest.channel import Answer, Channel
+from gntalloc.guest.control import ControlClient
+from gntalloc.places import domain_path
+from gntalloc.run.filter import filter_program, install
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from runs import Runs
+
+root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
+
+
+def order(runs: Runs, name: str) -> Any:
+    control = ControlClient(runs.folder)
+    try:
+        return control.order(name)
+    finally:
+        control.close()
+
+
+FORKS = """
+f = device('gntalloc')
+if not os.fork():
+    g = device('gntdev'); say(os.getpid()); input(); os._exit(0)
+os.wait()
+"""
+
+
+def test_a_file_is_its_own_process_s(runs: Runs) -> None:
+    parent = runs.start(1, *python("say(os.getpid())" + FORKS))
+    pids = [int(said(parent)), int(said(parent))]
+    openers = {file["device"]: file["opener"] for file in order(runs, "files")}
+    assert openers == dict(zip(("gntalloc", "gntdev"), pids, strict=True))
+    tell(parent, "")
+
+
+@root_only
+def test_the_same_where_the_machine_is_another_user_s() -> None:
+    from users import interpreter, machine_of_users
+
+    found = interpreter()
+    if found is None:
+        pytest.skip("no Python here can be started by every user")
+    with machine_of_users() as users:
+        command = (found, *python("say(os.getpid())" + FORKS)[1:])
+        parent = users.start(1, *command)
+        pids = [int(said(parent)), int(said(parent))]
+        assert [file["opener"] for file in order(users, "files") if file["domid"] == 1] != []
+        assert {file["opener"] for file in order(users, "files")} == set(pids)
+        tell(parent, "")
+
+
+TWO_PROCESSES = """
+libc = ctypes.CDLL(None, use_errno=True); libc.mmap.restype = ctypes.c_void_p
+f = device('gntdev')
+indexes = [reserve(f, 1, [ref]) for ref in map(int, sys.argv[1:])]
+def offset_of(index):
+    at = 0x7000000000
+    assert libc.mmap(ctypes.c_void_p(at), 4096, 3, 0x11, f, ctypes.c_long(index)) == at
+    say('mapped'); os.read(0, 1)
+    data = bytearray(struct.pack('=QQII', at, 0, 0, 0)); fcntl.ioctl(f, 0x184702, data, True)
+    return struct.unpack_from('=QQI', data)[1]
+a, b = os.pipe()
+if not os.fork():
+    os.write(b, str(offset_of(indexes[0])).encode()); os._exit(0)
+say(offset_of(indexes[1]) == indexes[1])
+say(int(os.read(a, 99)) == indexes[0]); os.wait()
+"""
+
+
+def test_two_processes_with_different_pages_at_one_address(runs: Runs) -> None:
+    """Each is told its own: the machine knows them apart."""
+    granter = runs.start(
+        1, *python("f = device('gntalloc'); i, r = alloc(f, 2, 2); m = place(f, i, 2); say(*r); input()")
+    )
+    refs = said(granter).split()
+    process = runs.start(2, *python(TWO_PROCESSES, *refs))
+    assert [said(process), said(process)] == ["mapped", "mapped"]
+    tell(process, "\n")
+    assert [said(process), said(process)] == ["True", "True"]
+
+
+def test_notify_of_a_file_whose_number_another_has_now(runs: Runs) -> None:
+    code = """
+def code_of(file, port):
+    try: call(file, NOTIFY, '=I', port); say('sent')
+    except OSError as error: say(errno.errorcode[error.errno])
+e = device('evtchn'); p = call(e, UNBOUND, '=I', 2); code_of(e, p); code_of(e, p); code_of(e, p + 1)
+spare = os.dup(e); os.close(e); f = device('evtchn'); assert f == e
+q = call(f, UNBOUND, '=I', 2); code_of(f, q); code_of(f, q); code_of(spare, p)
+os.close(f); g = device('gntalloc'); assert g == f; code_of(g, q)
+libc = ctypes.CDLL(None, use_errno=True); say(libc.ioctl(spare, NOTIFY, None), errno.errorcode[ctypes.get_errno()])
+"""
+    done = runs(1, *python(code))
+    assert done.stderr == ""
+    assert done.stdout.split() == ["sent", "sent", "ENOTCONN", "sent", "sent", "sent", "ENOTTY", "-1", "EFAULT"]
+
+
+@root_only
+def test_a_program_that_becomes_another_user_s(runs: Runs) -> None:
+    """From then on its supervisor serves it: no other user's memory is looked into by the machine."""
+    code = """
+f = device('gntalloc'); i, r = alloc(f, 2); m = place(f, i); m[:4] = b'good'
+os.setresuid(65533, 65533, 65533)
+j, s = alloc(f, 2); n = place(f, j); n[:4] = b'more'; g = device('gntalloc')
+say(*r, *s, os.geteuid()); input(); say(m[:4].decode(), n[:4].decode())
+"""
+    program = runs.start(1, *python(code))
+    *refs, user = said(program).split()
+    assert user == "65533"
+    code = f"""
+f = device('gntdev'); m = place(f, reserve(f, 1, [{",".join(refs)}]), 2); say(m[:4], m[4096:4100]); m[:4] = b'same'
+"""
+    assert runs(2, *python(code)).stdout == "b'good' b'more'\n"
+    tell(program, "")
+    assert said(program) == "same more"
+
+
+OPENS = """
+import threading
+killed = False
+def opens():
+    left = 100
+    while left:
+        left -= killed
+        try: os.close(os.open('/dev/null', os.O_RDWR))
+        except OSError as error: assert error.errno == errno.EIO, error
+threads = [threading.Thread(target=opens) for _ in range(4)]
+for each in threads: each.start()
+say('opens'); input(); killed = True
+for each in threads: each.join()
+"""
+
+
+def test_the_machine_killed_while_it_serves(runs: Runs) -> None:
+    """Calls that it had taken fail, and the supervisor serves those that follow: nobody waits for ever."""
+    for _ in range(8):
+        process = runs.start(1, *python(OPENS))
+        assert said(process) == "opens"
+        machine = order(runs, "statistics")["pid"]
+        os.kill(machine, signal.SIGKILL)
+        tell(process, "")
+        assert process.wait(20) == 0
+        wait_for(lambda: not os.path.exists(f"/proc/{machine}/fd"), "the machine lives")  # noqa: B023
+
+
+def test_programs_of_the_machine_s_user_could_stop_it_anyway(runs: Runs) -> None:
+    """Why the machine may look into them itself: a namespace does not keep anybody from kill(2)."""
+    keeper = runs.start(9, "sh", "-c", "echo up; read x")
+    assert said(keeper) == "up"
+    machine = order(runs, "statistics")["pid"]
+    assert runs(1, *python(f"os.kill({machine}, 0); say('yes')"), options=("--userns",)).stdout == "yes\n"
+
+
+def test_only_a_listener_is_served() -> None:
+    with Machine() as machine, listener_of_a_child() as listener:
+        machine.domain(1)
+        channel = Channel(domain_path(machine.folder, 1))
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+
+        def ask(descriptor: int, number: int) -> Answer:
+            return channel.call(wire.SERVE, wire.SERVE_REQUEST.pack(number), [descriptor])
+
+        assert ask(0, namespace).result == 0
+        assert ask(listener, namespace + 1).result == 0
+        answer = ask(listener, namespace)
+        assert answer.result == 1
+        (notes,) = answer.descriptors
+        for attack in (
+            lambda: os.pwrite(notes.fileno(), b"evil", 0),
+            lambda: os.ftruncate(notes.fileno(), 0),
+            lambda: mmap.mmap(notes.fileno(), 4096),
+        ):
+            with pytest.raises(PermissionError):
+                attack()
+        assert ask(listener, namespace).result == 0  # one each
+        channel.close()
+        assert machine.statistics()["domains"]
+
+
+@contextmanager
+def listener_of_a_child() -> Iterator[int]:
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        socket.send_fds(theirs, [b"x"], [install(filter_program(1))])
+        signal.pause()
+        os._exit(0)
+    with ours, theirs:
+        _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
+    yield listener
+    os.close(listener)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
