@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from typing import TYPE_CHECKING
 
 from gntalloc.maps import PAGE_SIZE
@@ -23,7 +24,7 @@ _TOP = 1 << 64
 _libc = ctypes.PyDLL(None, use_errno=True)  # nobody else here wants to run meanwhile
 
 
-class Denied(Exception):
+class Denied(PermissionError):
     """The kernel lets us not look into this program at all: Yama, or what its file's mode says."""
 
 
@@ -131,4 +132,4 @@ class Memory:
 
 def _see_whether_denied() -> None:
     if ctypes.get_errno() == errno.EPERM:
-        raise Denied
+        raise Denied(errno.EPERM, os.strerror(errno.EPERM))
