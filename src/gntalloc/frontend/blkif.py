@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "ENTRY", "ERROR", "INFO_READ_ONLY", "NOT_SUPPORTED", "OKAY", "PROTOCOL", "RESPONSE", "SECTOR", "SEGMENTS",
-    "SEGMENTS_OF_A_PAGE", "Malformed", "Operation", "Request", "Response", "Segment", "pack_segments", "parse_segments",
+    "ENTRY", "ERROR", "INFO_READ_ONLY", "NOT_SUPPORTED", "OKAY", "PROTOCOL", "RESPONSE", "SECTOR", "SEGMENT",
+    "SEGMENTS", "SEGMENTS_OF_A_PAGE", "Malformed", "Operation", "Request", "Response", "Segment", "pack_direct",
+    "pack_indirect", "pack_segments", "parse_segments",
 ]  # fmt: skip
 
 ENTRY = 112
@@ -37,6 +38,8 @@ INFO_READ_ONLY = 4
 PROTOCOL = "arm-abi" if platform.machine() in {"aarch64", "arm64"} else "x86_64-abi"
 """What a frontend calls this layout."""
 
+SEGMENT = 8
+"""Bytes of a segment."""
 _HEAD = Struct("=BBH4xQQ")  # operation, segments, handle, id, sector
 _SEGMENT = Struct("=IBB2x")
 _DISCARD = Struct("=BBH4xQQQ")  # operation, flag, reserved, id, sector, count
@@ -89,11 +92,8 @@ class Request(NamedTuple):
         if self.operation == Operation.DISCARD:
             return _DISCARD.pack(self.operation, 0, 0, self.id, self.sector, self.sectors)
         if self.pages:
-            padded = self.pages + (0,) * (_INDIRECT_PAGES - len(self.pages))
-            real, number = self.operation, self.indirect
-            return _INDIRECT.pack(Operation.INDIRECT, real, number, self.id, self.sector, self.handle, *padded)
-        head = _HEAD.pack(self.operation, len(self.segments), self.handle, self.id, self.sector)
-        return head + pack_segments(self.segments)
+            return pack_indirect(self.operation, self.id, self.sector, self.handle, self.indirect, self.pages)
+        return pack_direct(self.operation, self.id, self.sector, self.handle, pack_segments(self.segments))
 
     @classmethod
     def parse(cls, raw: bytes, most: int = SEGMENTS) -> Request:
@@ -141,6 +141,17 @@ class Response(NamedTuple):
     def parse(cls, raw: bytes) -> Response:
         """Read 16 bytes."""
         return cls(*_RESPONSE.unpack(raw))
+
+
+def pack_direct(operation: int, id_: int, sector: int, handle: int, segments: bytes) -> bytes:
+    """A request that holds its segments, as it lies in a slot."""
+    return _HEAD.pack(operation, len(segments) // SEGMENT, handle, id_, sector) + segments
+
+
+def pack_indirect(operation: int, id_: int, sector: int, handle: int, number: int, pages: Sequence[int]) -> bytes:
+    """A request whose so many segments lie in pages of their own."""
+    padding = (0,) * (_INDIRECT_PAGES - len(pages))
+    return _INDIRECT.pack(Operation.INDIRECT, operation, number, id_, sector, handle, *pages, *padding)
 
 
 def pack_segments(segments: Sequence[Segment]) -> bytes:

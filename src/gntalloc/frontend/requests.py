@@ -17,12 +17,15 @@ from gntalloc.frontend.blkif import (
     ERROR,
     RESPONSE,
     SECTOR,
+    SEGMENT,
     SEGMENTS,
     SEGMENTS_OF_A_PAGE,
     Operation,
     Request,
     Response,
     Segment,
+    pack_direct,
+    pack_indirect,
     pack_segments,
 )
 from gntalloc.maps import PAGE_SIZE
@@ -85,6 +88,8 @@ class Flights:
         self._refs = refs
         self._handle = handle & 0xFFFF
         self._free = list(range(len(refs) - 1, -1, -1))
+        self._scattered = False  # a request has got pages that are not neighbours
+        self._whole = pack_segments([Segment(ref, 0, _LAST) for ref in refs])
         self._ids = itertools.count(1)
         self.in_flight: dict[int, Flight] = {}
         self._use(ring, segments)
@@ -111,9 +116,8 @@ class Flights:
     def write(self, sector: int, data: memoryview) -> Flight:
         """Write bytes; they were copied when this returns."""
         flight = self._put_data(Flight(Operation.WRITE, sector, len(data), None))
-        for at, page in zip(range(0, len(data), PAGE_SIZE), flight.pages, strict=False):  # it is not shown yet
-            piece = data[at : at + PAGE_SIZE]
-            self._memory[page * PAGE_SIZE : page * PAGE_SIZE + len(piece)] = piece
+        for there, here, size in _pieces(flight.pages, len(data)):  # it is not shown yet
+            self._memory[there : there + size] = data[here : here + size]
         return flight
 
     def plain(self, operation: Operation, sector: int = 0, length: int = 0) -> Flight:
@@ -121,7 +125,7 @@ class Flights:
         flight = Flight(operation, sector, length, None)
         id_ = next(self._ids)
         request = Request(operation, id_, sector, handle=self._handle, sectors=length // SECTOR)
-        self._put(flight, id_, request)
+        self._put(flight, id_, request.pack())
         return flight
 
     def collect(self) -> list[Flight]:
@@ -157,39 +161,65 @@ class Flights:
 
     def _put_data(self, flight: Flight) -> Flight:
         id_ = next(self._ids)
-        whole, rest = divmod(flight.length, PAGE_SIZE)
-        count = whole + bool(rest)
-        pages = flight.pages = [self._free.pop() for _ in range(count)]
-        segments = [Segment(self._refs[page], 0, _LAST) for page in pages]
-        if rest:
-            segments[-1] = segments[-1]._replace(last=rest // SECTOR - 1)
+        count = -(-flight.length // PAGE_SIZE)
+        pages = flight.pages = self._take(count)
+        if _neighbours(pages):
+            segments = self._whole[pages[0] * SEGMENT : (pages[0] + count) * SEGMENT]
+        else:
+            self._scattered = True
+            segments = b"".join([self._whole[page * SEGMENT : (page + 1) * SEGMENT] for page in pages])
+        if rest := flight.length % PAGE_SIZE:
+            last = Segment(self._refs[pages[-1]], 0, rest // SECTOR - 1)
+            segments = segments[:-SEGMENT] + pack_segments((last,))
         flight.segments = count
         if count <= SEGMENTS:
-            request = Request(flight.operation, id_, flight.sector, tuple(segments), self._handle)
+            raw = pack_direct(flight.operation, id_, flight.sector, self._handle, segments)
         else:
             page = self._free.pop()
-            packed = pack_segments(segments)
-            self._memory[page * PAGE_SIZE : page * PAGE_SIZE + len(packed)] = packed
+            self._memory[page * PAGE_SIZE : page * PAGE_SIZE + len(segments)] = segments
+            raw = pack_indirect(flight.operation, id_, flight.sector, self._handle, count, (self._refs[page],))
             pages.append(page)
-            request = Request(
-                flight.operation, id_, flight.sector, (), self._handle, indirect=count, pages=(self._refs[page],)
-            )
-        self._put(flight, id_, request)
+        self._put(flight, id_, raw)
         return flight
 
-    def _put(self, flight: Flight, id_: int, request: Request) -> None:
-        flight.raw = request.pack()
-        self.ring.put(flight.raw)
+    def _take(self, count: int) -> list[int]:
+        """Pages, the last used first; neighbours if it can be, for what is copied in one piece is copied faster."""
+        free = self._free
+        if self._scattered and not self.in_flight:
+            free.sort(reverse=True)
+            self._scattered = False
+        pages = free[: -count - 1 : -1]
+        del free[-count:]
+        return pages
+
+    def _put(self, flight: Flight, id_: int, raw: bytes) -> None:
+        flight.raw = raw
+        self.ring.put(raw)
         self.in_flight[id_] = flight
 
     def _land(self, flight: Flight, status: int) -> None:
         buffer = flight.buffer
         if buffer is not None and status == 0:
-            for at, page in zip(range(0, flight.length, PAGE_SIZE), flight.pages, strict=False):
-                size = min(PAGE_SIZE, flight.length - at)
-                buffer[at : at + size] = self._memory[page * PAGE_SIZE : page * PAGE_SIZE + size]
+            for there, here, size in _pieces(flight.pages, flight.length):
+                buffer[here : here + size] = self._memory[there : there + size]
         flight.buffer = None
         self._free.extend(reversed(flight.pages))
         flight.pages = []
         flight.status = status
         flight.done = True
+
+
+def _neighbours(pages: list[int]) -> bool:
+    first = pages[0]
+    return pages[-1] - first == len(pages) - 1 and pages == list(range(first, first + len(pages)))
+
+
+def _pieces(pages: list[int], length: int) -> list[tuple[int, int, int]]:
+    """So many bytes in those pages: where each piece lies among all pages, where in the data, and its size."""
+    used = pages[: -(-length // PAGE_SIZE)]  # the last may hold segments
+    if _neighbours(used):
+        return [(used[0] * PAGE_SIZE, 0, length)]
+    return [
+        (page * PAGE_SIZE, at, min(PAGE_SIZE, length - at))
+        for page, at in zip(used, range(0, length, PAGE_SIZE), strict=True)
+    ]
