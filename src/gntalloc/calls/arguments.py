@@ -140,11 +140,32 @@ def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[wire
             known[:] = min(known[0], begin), max(known[1], at), known[2] or written
     regions: list[wire.Region] = []
     room = _MOST
-    for begin, end, wanted in sorted(map(tuple, pieces.values())):
+    for begin, end, wanted in _together(sorted(map(tuple, pieces.values()))):
         if room < end - begin or len(regions) >= wire.MAX_REGIONS:
             break
         data = memory.read(thread, begin, end - begin)
-        if data:
+        if len(data) == end - begin and (not wanted or memory.writable(thread, begin, end - begin) == end - begin):
             room -= len(data)
-            regions.append(wire.Region(begin, bool(wanted and memory.writable(thread, begin, 1)), data))
+            regions.append(wire.Region(begin, wanted, data))
+            continue
+        for at in range(begin - begin % PAGE_SIZE, end, PAGE_SIZE):  # not all of it is there: page by page
+            start = max(at, begin)
+            data = memory.read(thread, start, min(at + PAGE_SIZE, end) - start)
+            if data and len(regions) < wire.MAX_REGIONS:
+                room -= len(data)
+                regions.append(wire.Region(start, bool(wanted and memory.writable(thread, start, 1)), data))
     return regions
+
+
+def _together(pieces: list[tuple[int, ...]]) -> Iterator[_Range]:
+    """Pieces of neighbouring pages as one, where they touch and are used alike."""
+    run: _Range | None = None
+    for begin, end, written in pieces:
+        if run is not None and run.end == begin and run.written == bool(written) and end - run.start <= _MOST:
+            run = run._replace(end=end)
+            continue
+        if run is not None:
+            yield run
+        run = _Range(begin, end, bool(written))
+    if run is not None:
+        yield run
