@@ -5,6 +5,8 @@ boundary it becomes two operations. Operations are carried out sixteen at a time
 (an errno for the whole call) those before it in the same sixteen have not been carried out, though their status says
 that all is well. What the hypervisor refuses is no error of the call; the segment's status says it.
 
+Where nothing is wrong none of that can be seen, and it is done at once.
+
 Sources: Linux's gntdev.c as of 6.1 (order of checks, batches), Xen's common/grant_table.c (statuses).
 """
 
@@ -30,6 +32,7 @@ __all__ = ["MAX_SEGMENTS", "Copier"]
 
 MAX_SEGMENTS = 4096  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
 BATCH = 16
+_AT_ONCE = 512  # segments at most: 2 MiB
 _STATUS = Struct("=h")
 _OKAY = _STATUS.pack(OKAY)
 _SEGMENT = GrantCopySegment.LAYOUT
@@ -69,6 +72,8 @@ class Copier:
         if asked.count > MAX_SEGMENTS:
             why = f"{asked.count} segments were given, and {MAX_SEGMENTS} are the most of one call; make several"
             raise DeviceError(errno.EINVAL, why)
+        if self._copy_at_once(asked, caller):
+            return
         batch: list[Operation] = []
         for at, segment in _segments(asked, caller):
             for operation in _operations(at, segment, caller):
@@ -82,6 +87,53 @@ class Copier:
                     caller.read(dest, 1)
                 batch.append(operation)
         self._carry_out(batch, caller)
+
+    def _copy_at_once(self, asked: GrantCopy, caller: Caller) -> bool:
+        """What backends ask for, all segments one way and nothing wrong with them, in few and large steps.
+
+        False: it is something else. Then all is done step by step, so that faults come in their order.
+        """
+        size = GrantCopySegment.SIZE
+        if not 0 < asked.count <= _AT_ONCE:
+            return False
+        try:
+            table = bytearray(caller.read(asked.segments, asked.count * size))
+            pages, runs, to_them = self._plan(table)
+            data = [caller.read(start, end - start) for start, end in runs] if to_them else []
+            caller.write(asked.segments, bytes(table))  # its statuses say OKAY
+            if to_them:
+                _spread(b"".join(data), pages)
+                return True
+            gathered, at = b"".join(pages), 0
+            for start, end in runs:
+                caller.write(start, gathered[at : at + end - start])
+                at += end - start
+        except (DeviceError, MapRefused, _Unusual):
+            return False
+        return True
+
+    def _plan(self, table: bytearray) -> tuple[list[memoryview], list[tuple[int, int]], bool]:
+        """The granted side of each segment; the local sides, where they touch as one; whether to copy to pages."""
+        pages: list[memoryview] = []
+        runs: list[tuple[int, int]] = []
+        way = _SEGMENT.unpack_from(table)[3]
+        if way not in {COPY_SOURCE_GREF, COPY_DEST_GREF}:
+            raise _Unusual
+        to_them = way == COPY_DEST_GREF
+        begin = end = -1
+        for number, (source, dest, length, flags, _) in enumerate(_SEGMENT.iter_unpack(table)):
+            if flags != way:
+                raise _Unusual
+            local, word = (source, dest) if to_them else (dest, source)
+            pages.append(self._page(_place(word, length), writable=to_them)[:length])
+            if local != end:
+                if begin >= 0:
+                    runs.append((begin, end))
+                begin = local
+            end = local + length
+            _STATUS.pack_into(table, number * GrantCopySegment.SIZE + GrantCopySegment.STATUS_OFFSET, OKAY)
+        runs.append((begin, end))
+        return pages, runs, to_them
 
     def _carry_out(self, batch: list[Operation], caller: Caller) -> None:
         """A segment's status is that of its first operation that failed."""
@@ -115,6 +167,17 @@ class Copier:
         except DeviceError as error:  # its granter may have seen to that: no reason to fail other segments
             raise MapRefused(GENERAL_ERROR, str(error)) from error
         return self._frames.page(*frame)[offset:]
+
+
+class _Unusual(Exception):
+    """Not what a backend asks for."""
+
+
+def _spread(data: bytes, pages: list[memoryview]) -> None:
+    at = 0
+    for page in pages:
+        page[:] = data[at : at + len(page)]
+        at += len(page)
 
 
 def _segments(asked: GrantCopy, caller: Caller) -> Iterator[tuple[int, tuple[int, ...]]]:

@@ -21,7 +21,7 @@ import os
 import select
 from typing import TYPE_CHECKING
 
-from gntalloc.abi import gntdev, privcmd
+from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
 from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
@@ -43,7 +43,7 @@ __all__ = ["Served", "may_be_served", "process_namespace"]
 log = logging.getLogger("gntalloc.machine")
 
 # Requests that name memory beside their argument, any amount of it: what goes along with them has a limit.
-_FAR = frozenset({gntdev.GRANT_COPY, privcmd.HYPERCALL})
+_FAR = frozenset({privcmd.HYPERCALL})
 _LISTENER = "anon_inode:seccomp notify"
 _MOST_BELLS = 256
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # and F_SEAL_FUTURE_WRITE
