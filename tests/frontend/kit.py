@@ -69,6 +69,29 @@ def requests_in_flight_each_get_their_own_answer(disk: BlockDevice, content: byt
         assert buffer == content[offset : offset + 4096]
 
 
+def many_are_told_of_and_waited_for_together(disk: BlockDevice, content: bytes) -> None:
+    flights = []
+    for number in range(20):
+        buffer = bytearray(4096)
+        if (flight := disk.submit(Operation.READ, number * 8192, buffer, more=True)) is None:
+            break  # it has few pages
+        flights.append((flight, number * 8192, buffer))
+    assert flights
+    disk.complete(*(flight for flight, _, _ in flights), timeout=PATIENCE)
+    for _, offset, buffer in flights:
+        assert buffer == content[offset : offset + 4096]
+
+
+def one_that_needs_little_is_not_held_up_by_one_that_needs_much(disk: BlockDevice, content: bytes) -> None:
+    """The thread that sleeps for both may have asked to be woken late."""
+    with ThreadPoolExecutor(2) as threads:
+        large = threads.submit(lambda: [disk.read(0, disk.size, timeout=PATIENCE) for _ in range(3)])
+        for number in range(60):
+            at = number * 4096
+            assert disk.read(at, 512, timeout=PATIENCE) == content[at : at + 512]
+        assert large.result() == [content] * 3
+
+
 def threads_do_not_disturb_each_other(disk: BlockDevice, content: bytes) -> None:
     parts = 4
     share = disk.size // parts // disk.sector_size * disk.sector_size
@@ -97,5 +120,7 @@ CHECKS: list[Callable[[BlockDevice, bytes], None]] = [
     any_bytes_are_read,
     writes_of_each_size_arrive_and_touch_nothing_else,
     requests_in_flight_each_get_their_own_answer,
+    many_are_told_of_and_waited_for_together,
+    one_that_needs_little_is_not_held_up_by_one_that_needs_much,
     threads_do_not_disturb_each_other,
 ]

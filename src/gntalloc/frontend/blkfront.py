@@ -20,7 +20,7 @@ from gntalloc.frontend.blkif import SECTOR, Operation
 from gntalloc.frontend.session import PAGES, Described, Features, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gntalloc.frontend.requests import Flight
     from gntalloc.guest.domain import Domain
@@ -59,6 +59,7 @@ class BlockDevice(Described):
         self._patience = patience
         self._changed = threading.Condition(threading.Lock())
         self._asleep = False
+        self._others = 0  # threads that wait for the one that sleeps
         self._closing = False
         super().__init__(Session(domain, number, pages=pages, timeout=timeout))
 
@@ -140,10 +141,19 @@ class BlockDevice(Described):
 
     # Many requests in flight.
 
-    def submit(self, operation: Operation, offset: int, buffer: bytearray | bytes | memoryview) -> Flight | None:
+    def submit(
+        self, operation: Operation, offset: int, buffer: bytearray | bytes | memoryview, *, more: bool = False
+    ) -> Flight | None:
         """Begin one READ into, or WRITE of, a buffer of whole sectors, `largest` bytes at most; do not wait for it.
 
         The buffer of a READ is filled when the flight is `done`, which `complete` sees to.
+
+        Args:
+            operation: READ or WRITE.
+            offset: bytes.
+            buffer: contiguous.
+            more: another call follows at once. The backend is told of all of them together, by the one without `more`
+                or by a wait for any of them: to wake it for each costs more than most disks' answer.
 
         Returns:
             The flight; None: there is no room for it before another has landed.
@@ -161,19 +171,22 @@ class BlockDevice(Described):
             if not session.flights.has_room(len(view)):
                 return None
             flight = session.put(operation, offset, view)
-            session.show()
+            if not more:
+                session.show()
             return flight
 
-    def complete(self, flight: Flight, *, timeout: float | None = None) -> None:
-        """Wait until a flight has landed.
+    def complete(self, *flights: Flight, timeout: float | None = None) -> None:
+        """Wait until flights have landed: all of them. To wait for many at a time saves being woken for each.
 
         Raises:
-            DeviceError: EIO the backend could not do it.
-            PeerClosed, PeerDied, PeerBroke, TimedOut: as `readinto`; the flight goes on after a TimedOut.
+            DeviceError: EIO the backend could not do one of them.
+            PeerClosed, PeerDied, PeerBroke, TimedOut: as `readinto`; what is in flight goes on after a TimedOut.
         """
-        with self._changed:
-            self._until(lambda: flight.done, _after(timeout), "a request")
-        self._session.judge(flight)
+        if not all(flight.done for flight in flights):
+            with self._changed:
+                self._until_landed(flights, _after(timeout), "a request")
+        for flight in flights:
+            self._session.judge(flight)
 
     # Coming and going.
 
@@ -204,7 +217,7 @@ class BlockDevice(Described):
             self._closing = True
             with contextlib.suppress(GntallocError):
                 if self._session.failed is None:
-                    self._until(lambda: not self._session.flights.in_flight, _after(timeout), "the requests in flight")
+                    self._until(lambda: len(self._session.flights.in_flight), _after(timeout), "the requests in flight")
             self._session.closed = True
             self._wake_the_sleeper()
             self._session.close(timeout)
@@ -230,14 +243,11 @@ class BlockDevice(Described):
                     session.check_open()
                     piece = view[at : at + session.flights.most]
                     if not session.flights.has_room(len(piece)):
-                        session.show()
-                        size = len(piece)
-                        self._until(lambda size=size: session.flights.has_room(size), deadline, "room in the ring")  # type: ignore[misc]
+                        self._until_room(len(piece), deadline)
                         continue
                     flights.append(session.put(operation, offset + at, piece))
                     at += len(piece)
-                session.show()
-                self._until(lambda: all(flight.done for flight in flights), deadline, "the backend")
+                self._until_landed(flights, deadline, "the backend")
         except BaseException:
             for flight in flights:
                 flight.abandon()
@@ -249,50 +259,78 @@ class BlockDevice(Described):
         deadline = _after(timeout)
         session = self._session
         with self._changed:
-            self._until(lambda: session.flights.has_room(0), deadline, "room in the ring")
+            self._until_room(0, deadline)
             session.check_open()
             flight = session.flights.plain(operation, sector, length)
-            session.show()
             try:
-                self._until(lambda: flight.done, deadline, "the backend")
+                self._until_landed((flight,), deadline, "the backend")
             except BaseException:
                 flight.abandon()
                 raise
         session.judge(flight)
 
-    def _until(self, enough: Callable[[], bool], deadline: float | None, what: str) -> None:
-        """Wait until there is enough, taking in responses; one thread sleeps, the others wait for it."""
+    def _until_landed(self, flights: Sequence[Flight], deadline: float | None, what: str) -> None:
+        waiting = list(flights)
+
+        def missing() -> int:
+            waiting[:] = [flight for flight in waiting if not flight.done]
+            return len(waiting)
+
+        self._until(missing, deadline, what)
+
+    def _until_room(self, length: int, deadline: float | None) -> None:
+        """For a request of so many bytes, and by then for more, so that the backend always has something to do."""
+        flights = self._session.flights
+
+        def missing() -> int:
+            return 0 if flights.has_room(length) else max(1, len(flights.in_flight) // 2)
+
+        self._until(missing, deadline, "room in the ring")
+
+    def _until(self, missing: Callable[[], int], deadline: float | None, what: str) -> None:
+        """Show what was put, and take in responses until nothing is missing; one thread sleeps, the others wait for it.
+
+        Args:
+            missing: at least so many responses are needed yet.
+            deadline: by time.monotonic().
+            what: is waited for.
+        """
+        self._session.show()
         while True:
-            if self._collect(enough):
+            if not (count := self._collect(missing)):
                 return
             self._session.check_open()
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimedOut(f"{self!r} has waited in vain for {what}; wait again")
-            if self._asleep:
-                self._changed.wait(left)
-            else:
-                self._sleep(left)
+            if not self._asleep:
+                self._sleep(left, 1 if self._others else count)
+            elif not self._session.ask():  # it may sleep until there are more than this thread needs
+                self._others += 1
+                try:
+                    self._changed.wait(left)
+                finally:
+                    self._others -= 1
 
-    def _collect(self, enough: Callable[[], bool]) -> bool:
-        """Take in what is there, and look for a while whether there is enough."""
+    def _collect(self, missing: Callable[[], int]) -> int:
+        """Take in what is there, and look for a while whether that is all. How much is missing."""
         session = self._session
         until = 0.0
         while True:
             if session.failed is None and (session.collect() or session.failed):
                 self._changed.notify_all()
-            if enough():
-                return True
+            if not (count := missing()):
+                return 0
             now = time.monotonic()
             until = until or now + _LOOK
             if session.failed is not None or now >= until:
-                return False
+                return count
 
-    def _sleep(self, left: float | None) -> None:
-        """Until something may have happened. Others may have the lock meanwhile."""
+    def _sleep(self, left: float | None, more: int) -> None:
+        """Until `more` responses are there, or something else has happened. Others may have the lock meanwhile."""
         link = self._session.link
         assert link is not None
-        if self._session.ask():
+        if self._session.ask(more):
             return
         self._asleep = True
         self._changed.release()

@@ -109,7 +109,7 @@ class Session:
 
     def show(self) -> None:
         """Let the backend see what was put."""
-        if self.flights.ring.show() and self.link is not None:
+        if self.link is not None and self.flights.ring.show():
             self.link.notify()
 
     def collect(self) -> list[Flight]:
@@ -122,10 +122,10 @@ class Session:
             self.failed = broken
             return []
 
-    def ask(self) -> int:
-        """Before sleeping: how many responses are there after all, or 1 when there is no use in sleeping."""
+    def ask(self, more: int = 1) -> int:
+        """Before sleeping until `more` responses are there: how many are by now; 1 if there is no use in sleeping."""
         try:
-            return self.flights.ring.ask()
+            return self.flights.ring.ask(more)
         except PeerBroke as broken:
             self.failed = broken
             return 1
