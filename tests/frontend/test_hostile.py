@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from struct import pack
 from typing import TYPE_CHECKING, Any
@@ -322,3 +323,54 @@ def test_a_backend_says_that_it_closes_before_it_lets_go(setting: Setting) -> No
         server.join(PATIENCE)
         disk.close()
         assert backend.states == (State.CLOSING, State.CLOSING)
+
+
+class Choosy(Backend):
+    """Answers nothing but what is asked of sector 0, until it is told to."""
+
+    held: list[int]
+    released = False
+
+    def _serve_ring(self, ring: Any) -> bool:
+        while ring.ready():
+            request = Request.parse(ring.take(ENTRY), 256)
+            if request.sector and not self.released:
+                self.held.append(request.id)
+            else:
+                self.answer(ring, request.id)
+        while self.released and self.held:
+            self.answer(ring, self.held.pop())
+        if ring.show():
+            self._port.notify()
+        return bool(ring.ask())
+
+    def answer(self, ring: Any, id_: int) -> None:
+        ring.put(Response(id_, READ, OKAY).pack())
+
+
+def test_who_needs_one_answer_is_not_held_up_by_who_sleeps_until_there_are_many(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gntalloc.frontend.blkfront._LOOK", 0.0)  # or it may see its answer before it must wait
+    setting.attach()
+    with Choosy(setting.dom0, DEVICE, setting.path) as backend, ThreadPoolExecutor(3) as threads:
+        backend.held = []
+        server = threads.submit(backend.serve)
+        try:
+            with setting.open() as disk:
+                for _ in range(3):  # so that nothing but an answer is left that could wake the sleeper
+                    disk.read(0, 512, timeout=PATIENCE)
+                many = threads.submit(disk.read, 4096, 4 * disk.largest, timeout=PATIENCE)
+                deadline = time.monotonic() + PATIENCE
+                while len(backend.held) < 4 or not disk._asleep:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+                small = threads.submit(lambda: [disk.read(0, 512) for _ in range(200)])
+                assert len(small.result(PATIENCE)) == 200
+                assert not many.done()
+                backend.released = True
+                disk.read(0, 512, timeout=PATIENCE)
+                assert len(many.result()) == 4 * disk.largest
+        finally:
+            backend.stop()
+            server.result()

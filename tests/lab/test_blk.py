@@ -62,7 +62,7 @@ def attached(lab: Session, guest: str, access: str = "rw") -> Iterator[str]:
             lab,
             "dom0",
             f"xenstore-exists {back(lab, guest)} && xl block-detach --force {guest} {NAME}",
-            "until losetup -d /dev/loop5; do sleep 0.1; done",
+            "until losetup -d /dev/loop5; do sleep 0.5; done",
         )
 
 
@@ -129,7 +129,7 @@ def about(lab: Session, guest: str, access: str = "rw") -> tuple[dict[str, Any],
     look = f"/local/domain/{lab.domid(guest)}/data/look"
     with attached(lab, guest, access) as statistics:
         count = [
-            f'until [ "$(xenstore-read {look})" = please ]; do sleep 0.1; done 2>/dev/null',
+            f'until [ "$(xenstore-read {look})" = please ]; do sleep 0.5; done 2>/dev/null',
             f"cd {statistics}; grep . *; xenstore-write {look} done",
         ]
         outcomes = lab.run_together(
@@ -177,7 +177,7 @@ def test_a_read_only_disk(lab: Session, some_bytes: bytes) -> None:
 def test_taken_from_the_kernels_driver_and_given_back(lab: Session) -> None:
     """Each reads what the other has written. Linux's takes a device but once: it is given back as a new one."""
     driver, device, disk = "/sys/bus/xen/drivers/vbd", f"vbd-{NUMBER}", f"/dev/{NAME}"
-    bind = [f"echo {device} >{driver}/bind", f"until [ -b {disk} ]; do sleep 0.1; done"]
+    bind = [f"echo {device} >{driver}/bind", f"until [ -b {disk} ]; do sleep 0.5; done"]
     unbind = f"echo {device} >{driver}/unbind"
     sh(lab, "dom0", f"head -c {SIZE} some-bytes >disk.img")
     sh(lab, "pv", f"head -c {MIB} /dev/urandom >news", f"tail -c +{MIB + 1} some-bytes | head -c {SIZE - MIB} >olds")
@@ -206,7 +206,7 @@ def test_a_backend_that_goes_and_returns(lab: Session, how: str) -> None:
     """Reads and writes under way wait for it, and nothing is lost."""
     guest = "pv"
     places = {"back": back(lab, guest), "device": f"vbd-{lab.domid(guest)}-{NUMBER}"}
-    connected = 'until [ "$(xenstore-read {back}/state)" = 4 ]; do sleep 0.1; done'
+    connected = 'until [ "$(xenstore-read {back}/state)" = 4 ]; do sleep 0.5; done'
     done = f"xenstore-write /local/domain/{lab.domid(guest)}/data/enough 1"
     sh(lab, "dom0", f"head -c {SIZE} some-bytes >disk.img")
     with attached(lab, guest):
@@ -224,7 +224,7 @@ def test_a_disk_that_is_detached_in_use(lab: Session) -> None:
     """As by an operator: the frontend hears of it, lets go, and xl is content."""
     sh(lab, "dom0", f"head -c {SIZE} some-bytes >disk.img")
     with attached(lab, "pvh"):
-        connected = f'until [ "$(xenstore-read {back(lab, "pvh")}/state)" = 4 ]; do sleep 0.1; done'
+        connected = f'until [ "$(xenstore-read {back(lab, "pvh")}/state)" = 4 ]; do sleep 0.5; done'
         outcomes = lab.run_together(
             {
                 "pvh": ["python3", "front.py", "detached", str(NUMBER)],
