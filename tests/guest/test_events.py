@@ -41,6 +41,19 @@ def test_an_event_each_way(ports: tuple[Port, Port]) -> None:
         first.wait(PATIENCE)
 
 
+def test_an_event_that_is_told_comes_too(ports: tuple[Port, Port]) -> None:
+    first, second = ports
+    for _ in range(100):  # more than may be told in a row
+        first.notify_soon()
+        second.wait(PATIENCE)
+        for _ in range(3):
+            second.notify_soon()
+        first.wait(PATIENCE)
+    second.close()
+    first.notify_soon()  # nobody is there: no error
+    first.notify()
+
+
 def test_events_that_nobody_took_are_one(ports: tuple[Port, Port]) -> None:
     first, second = ports
     second.rearm()

@@ -285,7 +285,7 @@ class Backend:
         for _ in range(ring.ready()):
             ring.put(self._answer(ring.take(ENTRY)).pack())
             if ring.show():
-                self._port.notify()
+                self._port.notify_soon()
         return bool(ring.ask())
 
     def _answer(self, raw: bytes) -> Response:

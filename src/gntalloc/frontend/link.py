@@ -115,7 +115,7 @@ class Link:
 
     def notify(self) -> None:
         """Wake the backend."""
-        self._port.notify()
+        self._port.notify_soon()
 
     def sleep(self, timeout: float | None) -> bool:
         """Until something may have happened; one thread at a time. Whether to ask for the `verdict`."""

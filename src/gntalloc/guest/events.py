@@ -106,6 +106,10 @@ class Port:
         """Send an event. That nobody is at the other end any more is no error."""
         self._file.ioctl(NOTIFY, self._notify)
 
+    def notify_soon(self) -> None:
+        """The same, for who has more to do meanwhile: it may come a moment after the call."""
+        self._file.ioctl_unanswered(NOTIFY, self._notify)
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait for an event. The port stays masked until the next `wait` or `rearm`.
 
