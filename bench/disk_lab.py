@@ -70,13 +70,15 @@ def play(session: Session, guest: str, rounds: int) -> dict[str, dict[str, list[
         for name, what in READS.items():
             sums = set()
             for who, program in programs.items():
-                print(f"\r{guest}: round {number + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
+                if sys.stderr.isatty():
+                    print(f"\r{guest}: round {number + 1} of {rounds} ", end="", file=sys.stderr, flush=True)
                 seconds, sum_ = read(session, guest, program, what)
                 found[name][who].append(seconds)
                 sums.add(sum_)
             if len(sums) != 1:
                 raise SystemExit(f"{guest}: the two have not read the same: {name}, {sums}")
-    print(file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     return found
 
 
