@@ -1,6 +1,7 @@
 """Carry episodes out: on the kernel's devices in the lab, or on a machine. The answers are what is compared.
 
     python3 replay.py serve                       in a guest: carry out what dom0 says
+    python3 replay.py play                        under `gntalloc run`: carry out what standard input says
     python3 replay.py WAY IN OUT [WAY IN OUT…]     in the lab: IN and OUT are JSON lines, one operation a line
     WAY is alone, out-of (the guest grants, dom0 maps) or into (dom0 grants, the guest maps)
 
@@ -14,6 +15,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
     from far import Far
 
-__all__ = ["Player", "replay", "replay_on_machine"]
+__all__ = ["Player", "replay", "replay_on_machine", "replay_under_run"]
 
 NOBODY = 12345  # no domain has this number
 NO_PORT = 9999
@@ -470,6 +472,65 @@ def replay_on_machine(episodes: Iterable[Episode], behaviour: str = "linux", *, 
         return [replay(episode, sides, domids) for episode in episodes]
 
 
+class RunSide:
+    """A side under `gntalloc run`, in domain `domid` of the machine in `folder`."""
+
+    def __init__(self, folder: str, domid: int) -> None:
+        run = [sys.executable, "-m", "gntalloc", "run", "--all-opens", "--machine", folder, "--domid", str(domid)]
+        command = [*run, "--", sys.executable, os.path.abspath(__file__), "play"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def begin(self, seats: list[str], domid: int, peer: int) -> None:
+        """See Side."""
+        self._ask("begin", seats, domid, peer)
+
+    def play(self, operations: Episode, news: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """See Side."""
+        answers, values = self._ask("play", operations, news)
+        return answers, values
+
+    def end(self) -> None:
+        """See Side."""
+        self._ask("end")
+
+    def close(self) -> None:
+        """End the run."""
+        self._process.communicate()
+
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([what, arguments]), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+def play_lines() -> None:
+    """What `RunSide` asks, in its domain."""
+    player = Player("run", {})
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        print(json.dumps(getattr(player, what)(*arguments)), flush=True)
+
+
+def replay_under_run(episodes: Iterable[Episode], *, alone: bool = False) -> list[list[Any]]:
+    """The same by system calls on what `gntalloc run` serves, of a machine that does as Linux."""
+    import gntalloc
+
+    domids = {"g": 1, "p": 1 if alone else 2}
+    with gntalloc.Machine(behaviour="linux") as machine:
+        for domid in domids.values():
+            machine.domain(domid)
+        runs = {name: RunSide(machine.folder, domid) for name, domid in domids.items()}
+        try:
+            return [replay(episode, dict(runs), domids) for episode in episodes]
+        finally:
+            for each in runs.values():
+                each.close()
+
+
 def read_lines(lines: Iterable[str]) -> dict[int, Episode]:
     """Episodes by number, from JSON lines."""
     operations = map(json.loads, filter(None, map(str.strip, lines)))
@@ -487,8 +548,8 @@ def write_lines(episodes: dict[int, Episode]) -> str:
 
 def main(arguments: list[str]) -> None:
     """See the top."""
-    if arguments == ["serve"]:
-        serve()
+    if arguments in (["serve"], ["play"]):
+        (serve if arguments == ["serve"] else play_lines)()
         return
     from far import ANSWER, Far
 

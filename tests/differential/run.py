@@ -5,7 +5,7 @@ behaviour="linux", and shows every difference, some of them shrunk. Exit status 
 
     python tests/differential/run.py --again [FILE]
 
-does without a Xen: it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
+does without a Xen (with --under-run ours is system calls on what `gntalloc run` serves): it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
 50,513 operations of recorded.jsonl.xz.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 
 from differ import Difference, first_difference
 from judges import JUDGES, ask, boot, episodes_for
-from replay import replay_on_machine
+from replay import replay_on_machine, replay_under_run
 from shrink import shrink
 
 from gntalloc.lab import Lab
@@ -63,10 +63,12 @@ def read_record(path: Path = RECORDED) -> tuple[dict[str, dict[int, Episode]], A
     return work, answers
 
 
-def differences(name: str, episodes: dict[int, Episode], theirs: dict[int, list[Any]]) -> dict[int, Difference]:
+def differences(
+    name: str, episodes: dict[int, Episode], theirs: dict[int, list[Any]], *, under_run: bool = False
+) -> dict[int, Difference]:
     """Episodes that ours answers differently, and where."""
     judge = JUDGES[name]
-    ours = replay_on_machine(episodes.values(), alone=judge.alone)
+    ours = (replay_under_run if under_run else replay_on_machine)(episodes.values(), alone=judge.alone)
     found = {
         number: first_difference(episode, theirs[number], answers, pv=judge.pv)
         for (number, episode), answers in zip(episodes.items(), ours, strict=True)
@@ -103,10 +105,13 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="write operations and the judges' answers there: .jsonl.xz")
     parser.add_argument("--again", type=Path, nargs="?", const=RECORDED, help="no Xen: what was recorded there")
     parser.add_argument("--shrink", type=int, default=1, help="so many differing episodes of each judge")
+    parser.add_argument("--under-run", action="store_true", help="ours is system calls under `gntalloc run`")
     options = parser.parse_args()
     if options.again:
         work, answers = read_record(options.again)
-        bad = sum(show(name, episodes, differences(name, episodes, answers[name])) for name, episodes in work.items())
+        bad = 0
+        for name, episodes in work.items():
+            bad += show(name, episodes, differences(name, episodes, answers[name], under_run=options.under_run))
         sys.exit(bool(bad))
     names = options.judges.split(",")
     share = -(-options.operations // len(names))

@@ -175,6 +175,47 @@ def test_whole_runs_that_are_killed(runs: Runs) -> None:
         wait_for(lambda: [each["domid"] for each in statistics(runs)["domains"]] == [9], "the domain is left")
 
 
+def test_a_supervisor_is_killed_under_a_tree_of_processes(runs: Runs) -> None:
+    """What the program has started ends too, however deep, in whichever session: nobody would serve it."""
+    code = """
+f = device('gntalloc'); alloc(f, 2)
+for _ in range(3):
+    if not os.fork():
+        os.setsid(); say(os.getpid())
+        if os.fork(): os._exit(0)
+        say(os.getpid())
+        for _ in range(3): os.fork()
+        while True: signal.pause()
+say(os.getppid()); signal.pause()
+"""
+    process = runs.start(1, *python(code))
+    said_of = [int(said(process)) for _ in range(7)]
+    assert process.stdout is not None
+    wait_for(lambda: len(descendants(process.pid)) > 20, "they do not start")
+    there = descendants(process.pid)
+    (supervisor,) = [each for each in said_of if parent_of(each) == process.pid]
+    os.kill(supervisor, signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+    assert [each for each in there if not ended(each)] == []
+
+
+def parent_of(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def descendants(process: int) -> list[int]:
+    everybody = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    parents = {each: parent_of(each) for each in everybody}
+    found, before = {process}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {each for each, parent in parents.items() if parent in found}
+    return list(found - {process})
+
+
 def ended(process: int) -> bool:
     """Whether it has; one that nobody has collected yet has, too."""
     try:

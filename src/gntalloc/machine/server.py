@@ -49,6 +49,7 @@ _CHECK_FOR_STALLS = 1.0
 _BACKLOG = 512
 _LEAVING = 0.05  # seconds between looks whether nobody is coming in
 _READABLE, _WRITABLE = int(select.EPOLLIN), int(select.EPOLLOUT)
+_HUNG_UP = int(select.EPOLLHUP)
 _SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
 # Of one domain, so that it cannot use up the machine's descriptors. Files have a limit of their own.
 MAX_CONNECTIONS = 1024
@@ -146,14 +147,16 @@ class Server:
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         self._homes[home.sock.fileno()] = home
         self._homes_by_identity[home.identity] = home
-        # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so what
-        # comes is always taken out.
-        self._hang_ups.register(home.sock.fileno(), select.EPOLLIN)
+        descriptor = home.sock.fileno()
         if isinstance(file.driver, EvtchnDriver):
             home.carry_events(self._want_room)
+            self.watch(descriptor, lambda events: self._serve_home(home, events))
             file.driver.attach_outlet(file, home)
         else:
             home.carry_nothing()
+            # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so
+            # what comes is always taken out.
+            self._hang_ups.register(descriptor, select.EPOLLIN)
         return file, theirs
 
     def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
@@ -293,31 +296,33 @@ class Server:
         self._has_news = False
         for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
             if descriptor in self._homes:
-                self._serve_home(descriptor, events)
+                self._serve_home(self._homes[descriptor], events)
             elif descriptor in self._waiters:
                 _, driver, waiter = self._waiters[descriptor]
                 driver.forget(waiter)
                 self._close_waiter(descriptor)
         self.machine.settle()
 
-    def _serve_home(self, descriptor: int, events: int) -> None:
-        home = self._homes[descriptor]
-        if events & select.EPOLLOUT:
-            self._hang_ups.modify(descriptor, select.EPOLLIN)
+    def _serve_home(self, home: Home, events: int) -> None:
+        if events & _WRITABLE:
+            self._epoll.modify(home.sock.fileno(), _READABLE)
             home.guest.evtchn.hand_over(home.file)
-        data = b"" if events & select.EPOLLHUP else home.receive(PAGE_SIZE)
+        data = b"" if events & _HUNG_UP else home.receive(PAGE_SIZE)
         if data == b"":
-            self._close_home(descriptor)
+            self._close_home(home.sock.fileno())
         elif data and home.carries_events:
-            home.file.write(data)
+            home.guest.evtchn.write(home.file, data)
 
     def _want_room(self, home: Home) -> None:
-        self._hang_ups.modify(home.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        self._epoll.modify(home.sock.fileno(), _READABLE | _WRITABLE)
 
     def _close_home(self, descriptor: int) -> None:
         home = self._homes.pop(descriptor)
         del self._homes_by_identity[home.identity]
-        self._hang_ups.unregister(descriptor)
+        if home.carries_events:
+            self.unwatch(descriptor)
+        else:
+            self._hang_ups.unregister(descriptor)
         home.sock.close()
         self.machine.close(home.guest, home.file)
 

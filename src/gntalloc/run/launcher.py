@@ -28,7 +28,7 @@ from gntalloc.run.process import be_the_supervisor
 from gntalloc.run.program import Program, signal_descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["NOT_FOUND", "run"]
 
@@ -38,6 +38,8 @@ _SIGNAL_INFO = struct.Struct("=Iii116x")  # struct signalfd_siginfo: number, err
 _FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends has a higher one
 _NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _DEADLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None)
 
@@ -66,6 +68,7 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     signals = signal_descriptor(every)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in case that the supervisor is killed
     sys.stdout.flush()
     sys.stderr.flush()
     if not os.fork():
@@ -101,6 +104,7 @@ def _accompany(news: socket.socket, signals: int) -> int:
                 continue
             data, descriptors, _, _ = socket.recv_fds(news, 65536, 1)
             if not data:
+                _end_all_that_is_left()
                 return signal.SIGKILL  # the supervisor was killed, and the program with it
             what: dict[str, Any] = json.loads(data)
             if "started" in what:
@@ -115,6 +119,31 @@ def _accompany(news: socket.socket, signals: int) -> int:
                 raise (NoMachine if what["no_machine"] else GntallocError)(what["errno"], what["failed"])
             elif "ended" in what:
                 return int(what["ended"])
+
+
+def _end_all_that_is_left() -> None:
+    """What the program had started is ours since the supervisor is dead, and nobody would serve it."""
+    while True:
+        for child in _children():
+            _send(child, signal.SIGKILL)
+            os.close(child)
+        try:
+            os.waitpid(-1, 0)  # and then there may be more of them: theirs
+        except ChildProcessError:
+            return
+
+
+def _children() -> Iterator[int]:
+    """A descriptor of each process that is a child of this one."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    state, parent = file.read().rpartition(b")")[2].split()[:2]
+                if int(parent) == os.getpid() and state != b"Z":
+                    yield os.pidfd_open(int(name))  # nobody else collects it, so the number is still its own
+            except OSError:
+                pass
 
 
 def _send(process: int, number: int) -> None:
