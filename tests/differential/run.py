@@ -5,8 +5,8 @@ behaviour="linux", and shows every difference, some of them shrunk. Exit status 
 
     python tests/differential/run.py --again [FILE]
 
-does without a Xen (with --under-run ours is system calls on what `gntalloc run` serves): it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
-50,513 operations of recorded.jsonl.xz.
+does without a Xen: it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
+50,513 operations of recorded.jsonl.xz. With --under-run too, ours is system calls on what `gntalloc run` serves.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import mmap
 import os
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import python, said, tell, wait_for
+from runs import Runs, python, said, tell, wait_for
 
 from gntalloc import wire
 from gntalloc.embed import Machine
@@ -25,8 +26,6 @@ from gntalloc.run.filter import filter_program, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from runs import Runs
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
 
@@ -135,6 +134,44 @@ f = device('gntdev'); m = place(f, reserve(f, 1, [{",".join(refs)}]), 2); say(m[
     assert runs(2, *python(code)).stdout == "b'good' b'more'\n"
     tell(program, "")
     assert said(program) == "same more"
+
+
+REFUSING = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 310), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b''.join(struct.pack('=HBBI', *line) for line in lines)
+program = struct.pack('=H6xQ', len(lines), ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p).value)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0
+os.execv(sys.executable, [sys.executable, '-m', 'gntalloc', 'machine', '--name', sys.argv[1], '--domain', '1'])
+"""
+
+
+def test_a_machine_that_may_not_look_into_programs(tmp_path: Path) -> None:
+    """As where Yama lets only a parent: process_vm_readv says EPERM. The supervisor serves, from the first call on."""
+    runs = Runs()
+    runs.machine = runs.folder = str(tmp_path / "machine")
+    command = [sys.executable, "-c", REFUSING, runs.folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as machine:
+        while "runs as pid" not in said(machine):
+            pass
+        code = """
+import threading
+def work():
+    f = device('gntalloc'); e = device('evtchn'); p = call(e, UNBOUND, '=I', 2)
+    for _ in range(50):
+        i, r = alloc(f, 2); m = place(f, i); m[:2] = b'ok'; m.close(); free(f, i); call(e, NOTIFY, '=I', p)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for each in threads: each.start()
+for each in threads: each.join()
+say(os.getpid()); f = device('gntalloc'); input()
+"""
+        program = runs.start(1, *python(code))
+        pid = int(said(program))
+        wait_for(lambda: pid in [file["opener"] for file in order(runs, "files")], "it has no file open")
+        program.communicate("\n", timeout=20)
+        assert program.returncode == 0
+        machine.send_signal(signal.SIGTERM)
 
 
 OPENS = """
