@@ -146,6 +146,7 @@ class Serving(Generic[F]):
             home.close()
 
     def _open_device(self, call: Call, device: str, flags: int) -> Home:
+        self._threads.forget(call.thread)  # another thread may have its number now
         return self._files.open(self._threads.process(call.thread), device, flags & _LOW_INT)
 
     def _open_store(self, flags: int) -> Home:

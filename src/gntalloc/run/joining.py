@@ -56,7 +56,7 @@ def tidy(folder: str) -> None:
     """Take away what a machine has left there that was killed."""
     if _nobody_answers(folder):
         with _alone(folder):
-            if _nobody_answers(folder):  # nor has anybody started another one since
+            if _nobody_answers(folder) or not os.path.exists(folder):  # nor has anybody started another one since
                 shutil.rmtree(folder, ignore_errors=True)
                 os.unlink(lock_path(folder))
 
