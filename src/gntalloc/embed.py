@@ -15,7 +15,7 @@ from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.domain import Domain
-from gntalloc.places import domain_path, machine_folder, make_top_folder, store_path
+from gntalloc.places import domain_path, lock_path, machine_folder, make_top_folder, store_path
 
 if TYPE_CHECKING:
     import subprocess
@@ -196,6 +196,10 @@ def _remove(folder: str) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.unlink(lock_path(folder))  # of a `gntalloc run` that joined
+    except FileNotFoundError:
+        pass
 
 
 _machines: weakref.WeakSet[Machine] = weakref.WeakSet()

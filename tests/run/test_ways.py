@@ -210,6 +210,14 @@ def test_programs_of_the_machine_s_user_could_stop_it_anyway(runs: Runs) -> None
     assert runs(1, *python(f"os.kill({machine}, 0); say('yes')"), options=("--userns",)).stdout == "yes\n"
 
 
+def test_a_run_in_an_embedded_machine_leaves_nothing() -> None:
+    runs = Runs()
+    with Machine() as machine:
+        runs.machine = runs.folder = machine.folder
+        assert runs(1, *python("device('gntalloc'); say('there')")).stdout == "there\n"
+    assert runs.over()
+
+
 def test_only_a_listener_is_served() -> None:
     with Machine() as machine, listener_of_a_child() as listener:
         machine.domain(1)
