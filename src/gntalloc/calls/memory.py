@@ -66,6 +66,8 @@ class Memory:
                 _see_whether_denied()
             return b""
         buffer = ctypes.create_string_buffer(size)
+        if self._whole(_read, thread, address, buffer, size):
+            return buffer.raw
         got = self._copy(_read, thread, address, buffer, size)
         return buffer.raw[:got]
 
@@ -81,6 +83,8 @@ class Memory:
                 _see_whether_denied()
             return max(written, 0)
         buffer = ctypes.create_string_buffer(data, size)
+        if self._whole(_write, thread, address, buffer, size):
+            return size
         return self._copy(_write, thread, address, buffer, len(data))
 
     def writable(self, thread: int, address: int, size: int) -> int:
@@ -105,6 +109,16 @@ class Memory:
         if b"\0" not in found and size < 256:
             found += self.read(thread, address + size, 256 - size)
         return found[: max(0, found.find(b"\0"))]
+
+    def _whole(
+        self, copy: Callable[..., int], thread: int, address: int, buffer: ctypes.Array[ctypes.c_char], size: int
+    ) -> bool:
+        """All in one piece, as nearly always; how much of it is there otherwise, only page by page can tell."""
+        if not 0 <= address <= _TOP - size:
+            return False
+        self._there.base, self._there.length = address, size
+        here = _Piece(ctypes.addressof(buffer), size)
+        return copy(thread, ctypes.byref(here), _ONE, self._there_at, _ONE, _NONE) == size
 
     def _copy(
         self, copy: Callable[..., int], thread: int, address: int, buffer: ctypes.Array[ctypes.c_char], size: int
