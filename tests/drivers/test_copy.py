@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import sys
 from pathlib import Path
 from struct import pack, unpack_from
@@ -126,6 +127,36 @@ def test_many_segments(copying: Copying) -> None:
     segments = [segment(page(copying.refs[0], at), local(BUFFER + 199 - at), 1, FROM) for at in range(200)]
     assert copying.copy(*segments) == [OKAY] * 200
     assert bytes(copying.buffer[:200]) == bytes(range(199, -1, -1))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_segments_do_what_a_model_does_one_by_one(copying: Copying, seed: int) -> None:
+    """One way or mixed, touching or apart, in any order, one over the other."""
+    chance = random.Random(seed)
+    pages, buffer = bytearray(chance.randbytes(2 * PAGE_SIZE)), bytearray(chance.randbytes(4 * PAGE_SIZE))
+    copying.pages.memory[:], copying.buffer[:] = pages, buffer
+    ways = chance.choice([(FROM,), (TO,), (FROM, TO), (FROM, TO, FROM | TO)])
+    segments, at = [], 0
+    for _ in range(chance.randrange(1, 40)):
+        length = chance.choice([1, 8, 100, 512, PAGE_SIZE - 1, PAGE_SIZE])
+        at = chance.choice([at, chance.randrange(3 * PAGE_SIZE)]) % (3 * PAGE_SIZE)  # often where the last one ended
+        sides = [(number, chance.randrange(PAGE_SIZE - length + 1)) for number in chance.choices((0, 1), k=2)]
+        way = chance.choice(ways)
+        places = [page(copying.refs[number], offset) for number, offset in sides]
+        source = places[0] if way & FROM else local(BUFFER + at)
+        dest = places[1] if way & TO else local(BUFFER + at)
+        segments.append(segment(source, dest, length, way))
+        (a, from_), (b, to) = sides
+        data = pages[a * PAGE_SIZE + from_ :][:length] if way & FROM else buffer[at : at + length]
+        if way & TO:
+            pages[b * PAGE_SIZE + to : b * PAGE_SIZE + to + length] = data
+        else:
+            buffer[at : at + length] = data
+        at += length
+    assert copying.copy(*segments) == [OKAY] * len(segments)
+    assert copying.buffer == buffer
+    assert copying.pages.memory == pages
+    assert copying.nothing_stays_mapped()
 
 
 def test_row_90_none(copying: Copying) -> None:

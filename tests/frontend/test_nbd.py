@@ -27,6 +27,20 @@ FUA = 1
 MAGIC = 0x25609513
 
 
+flushed = 0
+
+
+def counting(flush: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """The same, counted."""
+
+    async def counted() -> None:
+        global flushed  # noqa: PLW0603  one client at a time looks at it
+        flushed += 1
+        await flush()
+
+    return counted
+
+
 class Client:
     """Bytes, one way and the other."""
 
@@ -84,6 +98,7 @@ def exported(
             return Client(reader, writer)
 
         async with await aio.disk(setting.guest, timeout=PATIENCE) as disk:
+            disk.flush = counting(disk.flush)  # type: ignore[method-assign, assignment]
             async with Server(disk, name="it", read_only=read_only) as server:
                 await server.listen(listener)
                 await main(connect)
@@ -121,8 +136,11 @@ def test_errors_have_nbds_numbers(setting: Setting) -> None:
             client.ask(*request, cookie=cookie)
             assert (await client.answer(request[2] if request[0] == READ else 0))[:2] == (error, cookie), request
         assert setting.now()[:512] == b"w" * 512
-        client.ask(WRITE, 0, 512, b"v" * 512, flags=FUA)
-        assert (await client.answer())[0] == 0
+        before = flushed
+        for flags, more in ((0, 0), (FUA, 1)):
+            client.ask(WRITE, 0, 512, b"v" * 512, flags=flags)
+            assert (await client.answer())[0] == 0
+            assert flushed - before == more
 
     exported(setting, main)
 
