@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gntalloc.abi.gntdev import COPY_SOURCE_GREF, GRANT_COPY, GrantCopy, GrantCopySegment
+from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.memory import Memory
 from gntalloc.calls.threads import leader_of
 
@@ -78,6 +80,30 @@ def test_a_path_that_goes_over_a_page(other: tuple[int, int]) -> None:
     memory.write(process, start + PAGE - 4, b"/dev/xen\0")
     assert memory.path(process, start + PAGE - 4) == b"/dev/xen"
     assert memory.path(process, start + 2 * PAGE) == b""  # it does not end
+
+
+def test_what_a_copy_names_goes_with_it(other: tuple[int, int]) -> None:
+    """Buffers that touch go as one. Where they cannot: what can only be read, and nothing of what is not there."""
+    process, start = other
+    memory = Memory()
+    table = start + 64
+
+    def regions(*buffers: tuple[int, int]) -> list[tuple[int, bool, bytes]]:
+        segments = [GrantCopySegment(0, start + at, size, COPY_SOURCE_GREF, 0).pack() for at, size in buffers]
+        memory.write(process, start, GrantCopy(len(segments), table).pack())
+        memory.write(process, table, b"".join(segments))
+        found = regions_of("gntdev", GRANT_COPY, start, memory, process)
+        assert found[0][:2] == (start, True)
+        return [(address - start, writable, bytes(data)) for address, writable, data in found[1:]]
+
+    assert regions((PAGE + 5, PAGE), (2 * PAGE + 5, PAGE - 5)) == [(PAGE + 5, True, b"B" * (PAGE - 5) + b"C" * PAGE)]
+    assert regions((PAGE + 5, PAGE), (2 * PAGE + 5, PAGE), (4 * PAGE + 7, 2 * PAGE - 7)) == [
+        (PAGE + 5, True, b"B" * (PAGE - 5)),
+        (2 * PAGE, True, b"C" * PAGE),
+        (3 * PAGE, False, b"D" * 5),
+        (4 * PAGE + 7, False, b"E" * (PAGE - 7)),
+    ]
+    assert regions((PAGE, 10), (PAGE + 20, 10)) == [(PAGE, True, b"B" * 30)]  # of one page all between goes too
 
 
 def test_the_process_of_a_thread() -> None:
