@@ -5,6 +5,7 @@ import lzma
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def test_files_come_along_under_their_own_names(tmp_path: Path) -> None:
     assert b"lab/files/suite/below/test.py\0" in data
     assert b"old.pyc" not in data
     assert b"lab/site/gntalloc/errors.py\0" in data
+    assert f"lab/site/gntalloc/__pycache__/errors.{sys.implementation.cache_tag}.pyc\0".encode() in data
     assert b"\0init\0" not in data[:4]
 
 
