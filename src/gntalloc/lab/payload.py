@@ -41,10 +41,10 @@ def payload(files: Iterable[str | Path] = ()) -> bytes:
     for path in sorted(package.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             name = f"{_SITE}/gntalloc/{path.relative_to(package)}"
-            source = path.read_bytes()
-            archive.file(name, source, mtime=int(path.stat().st_mtime))
+            content = path.read_bytes()
+            archive.file(name, content, mtime=int(path.stat().st_mtime))
             if path.suffix == ".py":
-                archive.file(importlib.util.cache_from_source(name), _compiled(source, f"/{name}"))
+                archive.file(importlib.util.cache_from_source(name), _compiled(content, f"/{name}"))
     archive.file(f"{_SITE}/gntalloc.dist-info/METADATA", _metadata().encode())
     archive.directory("lab/files")
     for source, name in files_below(files):
