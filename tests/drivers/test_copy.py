@@ -122,6 +122,20 @@ def test_segments_see_what_those_before_them_did(copying: Copying) -> None:
     assert bytes(copying.pages.memory[PAGE_SIZE : PAGE_SIZE + 5]) == b"hello"
 
 
+def test_segments_that_go_over_a_map_of_the_page_see_what_those_before_them_did(copying: Copying) -> None:
+    mapped = copying.program.map(1, copying.refs[0])
+    copying.memory._stretches[BUFFER + (1 << 20)] = mapped.memory, True  # type: ignore[assignment]
+    copying.buffer[:5] = b"hello"
+    into = segment(local(BUFFER), page(copying.refs[0], 64), 5, TO)
+    again = segment(local(BUFFER + (1 << 20) + 64), page(copying.refs[1]), 5, TO)
+    assert copying.copy(into, again) == [OKAY, OKAY]
+    assert bytes(copying.pages.memory[PAGE_SIZE : PAGE_SIZE + 5]) == b"hello"
+    out = segment(page(copying.refs[1]), local(BUFFER + (1 << 20)), 5, FROM)
+    assert copying.copy(out, segment(page(copying.refs[0]), local(BUFFER + 9), 5, FROM)) == [OKAY, OKAY]
+    assert bytes(copying.buffer[9:14]) == b"hello"
+    mapped.unmap()
+
+
 def test_many_segments(copying: Copying) -> None:
     copying.pages.memory[:200] = bytes(range(200))
     segments = [segment(page(copying.refs[0], at), local(BUFFER + 199 - at), 1, FROM) for at in range(200)]

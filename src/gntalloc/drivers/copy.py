@@ -125,7 +125,10 @@ class Copier:
             if flags != way:
                 raise _Unusual
             local, word = (source, dest) if to_them else (dest, source)
-            pages.append(self._page(_place(word, length), writable=to_them)[:length])
+            place = _place(word, length)
+            if self._may_be_local(place):
+                raise _Unusual
+            pages.append(self._page(place, writable=to_them)[:length])
             if local != end:
                 if begin >= 0:
                     runs.append((begin, end))
@@ -134,6 +137,11 @@ class Copier:
             _STATUS.pack_into(table, number * GrantCopySegment.SIZE + GrantCopySegment.STATUS_OFFSET, OKAY)
         runs.append((begin, end))
         return pages, runs, to_them
+
+    def _may_be_local(self, place: Place) -> bool:
+        """Whether a program of this domain may have the page mapped: then a copy may see what one before it did."""
+        ref, _, granter = place
+        return granter in {DOMID_SELF, self._domid} or self._hypervisor.maps(self._domid, granter, ref)
 
     def _carry_out(self, batch: list[Operation], caller: Caller) -> None:
         """A segment's status is that of its first operation that failed."""

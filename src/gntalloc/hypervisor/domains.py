@@ -64,6 +64,11 @@ class Hypervisor(Generic[Frame]):
         """
         return self._may_map(mapper, granter).look(ref, mapper, writable=writable).frame
 
+    def maps(self, mapper: int, granter: int, ref: int) -> bool:
+        """Whether domain `mapper` maps it now."""
+        table = self._tables.get(granter)
+        return table is not None and mapper in table.mapped_by(ref)
+
     def map(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Handle[Frame]:
         """Map page `ref` of `granter` for domain `mapper`.
 
