@@ -40,7 +40,7 @@ format:
 lab-test:
 	@tools/venv dev
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; export GNTALLOC_LAB=1; \
-	$(BIN)/python -m pytest --durations=5 -k 'real_drivers or vchan' tests/conformance tests/lab/test_vchan.py >"$$log" 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest --durations=5 -k 'real_drivers or vchan or blk' tests/conformance tests/lab/test_vchan.py tests/lab/test_blk.py >"$$log" 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest --durations=5 tests/differential tests/lab/test_stream.py tests/lab/test_store.py tests/lab/test_boot.py; one=$$?; \
 	wait $$beside; two=$$?; cat "$$log"; exit $$((one | two))
 
