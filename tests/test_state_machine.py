@@ -62,7 +62,7 @@ class Placed:
         at = 0
         for piece in plan.pieces:
             size = piece.pages * PAGE_SIZE
-            self._mapping.place(at, size, descriptors[piece.extent], piece.page * PAGE_SIZE)
+            self._mapping.place(at, size, descriptors[piece.extent], piece.offset)
             at += size
         self._childs = [os.dup(loan.descriptor) for loan in loans] if inherited else []
         for loan in loans:

@@ -64,6 +64,9 @@ _FLOCK = struct.Struct("=hh4xqqi4x")
 # Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
 # and everybody waits for it. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
+# How far into their file pages may begin, in pages. A peer that may write may also fill what is before them, which is
+# memory that goes with the extent, and that it could have from the kernel itself.
+_FARTHEST = 1 << 16
 _LOOKS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds between looks at an extent in the news
 _FRESH = 2  # until so many of them it is looked at for every request as well: its lock may go at any moment
 
@@ -99,6 +102,7 @@ class Extent(Generic[Holder]):
 
     __slots__ = (
         "changed",
+        "first",
         "in_use",
         "lent",
         "live",
@@ -112,8 +116,9 @@ class Extent(Generic[Holder]):
         "window",
     )
 
-    def __init__(self, pages: int, master: int, changed: Callable[[Extent[Holder]], None]) -> None:
+    def __init__(self, pages: int, master: int, changed: Callable[[Extent[Holder]], None], *, first: int = 0) -> None:
         self.pages = pages
+        self.first = first  # of the pages in the file: before it there is nothing
         self.changed = changed  # its owner's: who holds it may have changed
         self.master = master  # the machine's description: leases and locks are asked on it
         self.in_use = pages  # pages not given back yet
@@ -165,47 +170,49 @@ class Frames(Generic[Holder]):
     # Making and giving back.
 
     def allocate(
-        self, pages: int, changed: Callable[[Extent[Holder]], None], *, writable: bool = True
+        self, pages: int, changed: Callable[[Extent[Holder]], None], *, writable: bool = True, first: int = 0
     ) -> Extent[Holder]:
         """Make `pages` zeroed pages, all of them present, so that a lack of memory is an error now and no SIGBUS later.
 
-        If peers shall only read them, not `writable`, `seal` can be called later on.
+        If peers shall only read them, not `writable`, `seal` can be called later on. They begin at page `first` of
+        their file, if that is not too far: who is served by its own mmap call can have them only at that offset.
 
         Raises:
             DeviceError: ENOMEM, with the reason.
         """
+        first = first if first + pages <= _FARTHEST else 0
         try:
-            first = _memory_file()
+            fresh = _memory_file()
         except OSError as error:
             todo = "; raise the machine's ulimit -n" * (error.errno == errno.EMFILE)
             raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}{todo}") from error
         try:
-            os.posix_fallocate(first, 0, pages * PAGE_SIZE)
+            os.posix_fallocate(fresh, first * PAGE_SIZE, pages * PAGE_SIZE)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
-            fcntl.fcntl(first, fcntl.F_ADD_SEALS, seals)
+            fcntl.fcntl(fresh, fcntl.F_ADD_SEALS, seals)
             # memfd_create's own description is not counted among the writers a lease looks at; this one is.
-            master = _open_again(first, os.O_RDWR)
+            master = _open_again(fresh, os.O_RDWR)
         except OSError as error:
             what = "1 page" if pages == 1 else f"{pages} pages"
             todo = "; each ALLOC needs one: raise the machine's ulimit -n, or allocate more pages at once"
             why = f"{what} could not be had from the computer: {error.strerror}"
             raise DeviceError(errno.ENOMEM, why + todo * (error.errno == errno.EMFILE)) from error
         finally:
-            os.close(first)
+            os.close(fresh)
         self.pages += pages
         self.extents += 1
-        return Extent(pages, master, changed)
+        return Extent(pages, master, changed, first=first)
 
     def give_back(self, extent: Extent[Holder], page: int, pages: int = 1) -> None:
         """Pages are free. Their contents go at once; the extent goes with its last page."""
         extent.in_use -= pages
         if extent.next_byte:  # else nobody has ever had it
-            offset, length = page * PAGE_SIZE, pages * PAGE_SIZE
+            offset, length = (extent.first + page) * PAGE_SIZE, pages * PAGE_SIZE
             # A hole gives the memory back too. It is refused (EPERM) once the file is sealed, which the granter itself
             # can have done with read-only pages: then there may be no window, and no peer has ever had them.
             punched = _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
             if not punched and extent.window is not None:
-                extent.window.memory[offset : offset + length] = bytes(length)
+                extent.window.memory[page * PAGE_SIZE : (page + pages) * PAGE_SIZE] = bytes(length)
         if not extent.in_use:
             self._discard(extent)
 
@@ -281,7 +288,7 @@ class Frames(Generic[Holder]):
         try:
             window = Mapping(extent.pages * PAGE_SIZE, name="the machine's window")
             try:
-                window.place(0, window.length, extent.master, 0)
+                window.place(0, window.length, extent.master, extent.first * PAGE_SIZE)
             except OSError:
                 window.close()
                 raise

@@ -31,7 +31,12 @@ later, by whomever, as long as nobody sends more than MOST_UNANSWERED of them be
                                                                           one descriptor, at its end of file when free
     SERVE     number of its namespace of processes u64; one descriptor:   1: the machine serves those calls from now on;
               where the calls of programs come from (seccomp)             one descriptor: see calls/listener.py. 0: not
-    BEHALF    pid u32: what follows is on behalf of this process          (none: it is not answered)
+    BEHALF    pid u32, by offset u32: what follows is on behalf of this   (none: it is not answered)
+              process; if not 0, its maps are made at the offset it asks
+              for
+    KEEP      handle u32; one descriptor: its home, which the machine     0
+              holds as well, as long as anything is mapped of the file
+    HOME      handle u32                                                  0; one descriptor: the home that is kept
     CONTROL   JSON                                                        0; JSON
 
 The machine says by itself, to who sent SERVE:
@@ -58,8 +63,10 @@ __all__ = [
     "CONTROL",
     "HELLO",
     "HOLDERS",
+    "HOME",
     "IOCTL",
     "IOCTL_MMAP",
+    "KEEP",
     "MAX_DESCRIPTORS",
     "MAX_PAYLOAD",
     "MAX_REGIONS",
@@ -88,7 +95,7 @@ __all__ = [
     "encode_reply",
 ]
 
-VERSION = 3
+VERSION = 4
 MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
 MAX_REGIONS = 4096  # of one ioctl
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
@@ -96,6 +103,7 @@ MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent
 MOST_UNANSWERED = 8  # in a row
 
 HELLO, OPEN, SHOW, IOCTL, MMAP, PLACED, READ, WRITE, HOLDERS, CONTROL, IOCTL_MMAP, SERVE, BEHALF, BROUGHT = range(1, 15)
+KEEP, HOME = 15, 16
 PLACE, TAKE_OVER = 1, 2
 REPLY = 0x8000
 UNANSWERED = 0x4000
@@ -114,7 +122,8 @@ HOLDERS_REQUEST = Struct("=IIQQ")
 SHOW_REPLY = Struct("=I")
 CONFIRM = Struct("=B")
 SERVE_REQUEST = Struct("=Q")
-BEHALF_REQUEST = Struct("=I")
+BEHALF_REQUEST = Struct("=II")
+KEEP_REQUEST = HOME_REQUEST = Struct("=I")
 BROUGHT_HEAD = Struct("=IIQ")
 PIECE = Struct("=IQQ")
 _REGION = Struct("=QII")

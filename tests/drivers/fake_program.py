@@ -54,7 +54,7 @@ class Map:
         at = 0
         for piece in plan.pieces:
             size = piece.pages * PAGE_SIZE
-            self._mapping.place(at, size, loans[piece.extent].descriptor, piece.page * PAGE_SIZE)
+            self._mapping.place(at, size, loans[piece.extent].descriptor, piece.offset)
             at += size
         for loan in loans.values():
             loan.close()

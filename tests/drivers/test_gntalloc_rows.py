@@ -562,8 +562,8 @@ def test_a_neighbour_that_is_still_mapped_does_not_keep_a_freed_page_readable(pr
         peer.unmap_refs(index, 1)
         mine[1].unmap()
         program.dealloc(granted.at + PAGE_SIZE)
-        assert os.pread(loans[0].descriptor, 6, 0) == b"secret"
-        assert bytes(6) == os.pread(loans[0].descriptor, 6, PAGE_SIZE)
+        assert os.pread(loans[0].descriptor, 6, granted.at) == b"secret"  # where its index says
+        assert bytes(6) == os.pread(loans[0].descriptor, 6, granted.at + PAGE_SIZE)
         for loan in loans:
             loan.close()
         mine[0].unmap()

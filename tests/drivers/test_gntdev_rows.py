@@ -401,3 +401,41 @@ def test_references_answer_to_their_domain_alone(pair: Pair) -> None:
     with refused(errno.EINVAL, "not granted to domain 2"):
         pair.peer.map(1, *granted.refs)
     assert unpack_from("=I", pack("=I", granted.refs[0]))[0] >= 8
+
+
+def test_who_maps_by_calls_of_its_own_gets_the_place_in_the_file(core: Core) -> None:
+    """As index: where the pages are in order and nothing is at it; or else far away. The kernel maps just that."""
+    granter, peer = Program(core, 1, "gntalloc"), Program(core, 2, "gntdev")
+    first, second = granter.alloc(2, 3), granter.alloc(2, 2)
+    far = 1 << 32
+
+    def index_of(*refs: int) -> int:
+        memory = FakeMemory(by_offset=True)
+        there = memory.put(ADDRESS, pack("=IIQ", len(refs), 0, 0) + b"".join(pack("=II", 1, ref) for ref in refs))
+        assert peer.file.ioctl(MAP, ADDRESS, memory) == 0
+        index: int = unpack_from("=Q", there, 8)[0]
+        return index
+
+    assert index_of(*second.refs) == second.at == 3 * PAGE_SIZE
+    assert index_of(*first.refs[1:]) == PAGE_SIZE
+    assert index_of(first.refs[0], second.refs[0]) == far
+    assert index_of(*first.refs) == far + 2 * PAGE_SIZE  # where two of them are noted already
+    assert index_of(4095) == far + 5 * PAGE_SIZE
+    assert index_of(first.refs[0]) == 0
+    mapped = peer.mmap(3 * PAGE_SIZE, 2)
+    (loan,) = next(record for record in peer.file.records).loans
+    assert loan.extent.first == 3
+    mapped.unmap()
+
+
+def test_pages_far_from_the_beginning_of_their_file(core: Core) -> None:
+    """Each ALLOC begins in its file where its index says; what is given back there is emptied."""
+    granter, peer = Program(core, 1, "gntalloc"), Program(core, 2, "gntdev")
+    granter.alloc(2, 5)
+    granted = granter.alloc(2, 2)
+    mine = granter.mmap(granted.at, 2)
+    theirs = peer.mmap(peer.map_refs(1, granted.refs), 2)
+    mine.memory[:2], mine.memory[PAGE_SIZE : PAGE_SIZE + 2] = b"ab", b"cd"
+    assert (bytes(theirs.memory[:2]), bytes(theirs.memory[PAGE_SIZE : PAGE_SIZE + 2])) == (b"ab", b"cd")
+    mine.unmap(0, 2)
+    theirs.unmap()

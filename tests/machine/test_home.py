@@ -104,7 +104,7 @@ def test_a_home_is_as_blocking_as_the_file(make_core: Callable[..., Core]) -> No
 def test_the_server_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gntalloc.machine.home._QUEUE", 1)  # the least there is
     server = Server(Core(), str(tmp_path))
-    file, theirs = server.open(server.create(1, uid=os.getuid()), "evtchn", os.O_RDWR, opener=1)
+    file, theirs = server.homes.open(server.create(1, uid=os.getuid()), "evtchn", os.O_RDWR, opener=1)
     memory = FakeMemory()
     argument = memory.put(0x1000, bytes(8))
     bound = []

@@ -276,7 +276,7 @@ def test_a_file_that_has_the_inode_number_of_a_home_is_no_home(impatient: InThre
     """Inode numbers of sockets are not those of files, and some file systems let one choose."""
     with RawClient(impatient.path) as client, (tmp_path / "forged").open("w") as forged:
         _, home = client.open("gntalloc")
-        homes = impatient.server._homes_by_identity
+        homes = impatient.server.homes._by_identity
         (((device, _), known),) = homes.items()
         inode = os.fstat(forged.fileno()).st_ino
         homes[device, inode] = known

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
 from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from raw_client import RawClient
 from gntalloc import wire
 
 if TYPE_CHECKING:
-    from gntalloc import Domain
+    from gntalloc import Domain, Machine
 
 ANYWHERE = 0x10000
 
@@ -31,3 +33,38 @@ def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Dom
         with bob.map(alice.domid, refs, timeout=0) as pages:
             assert bytes(pages.memory[:4]) == bytes(4)
         os.close(home)
+
+
+# A home that is kept: see KEEP in wire.py.
+
+
+def files_of(machine: Machine) -> int:
+    return sum(int(domain["files"]) for domain in machine.statistics()["domains"])
+
+
+def test_a_home_is_kept_as_long_as_something_is_mapped(machine: Machine, alice: Domain) -> None:
+    with RawClient(alice) as client:
+        handle, home = client.open("gntalloc")
+        request = wire.KEEP_REQUEST.pack(handle)
+        assert client.call(wire.HOME, request).error == errno.EBADF
+        assert client.call(wire.KEEP, request, [home]).error == errno.EINVAL
+        index, _ = client.alloc(handle, 2)
+        mapped = client.mmap(handle, index)
+        other, its_home = client.open("gntalloc")
+        assert client.call(wire.KEEP, request, [its_home]).error == errno.EBADF
+        assert client.call(wire.KEEP, request).error == errno.EBADF
+        assert client.call(wire.HOME, wire.HOME_REQUEST.pack(other)).error == errno.EBADF
+        for _ in range(2):
+            assert client.call(wire.KEEP, request, [home]).error == 0
+        identity = os.fstat(home).st_ino
+        os.close(home)
+        assert files_of(machine) == 2
+        (again,) = client.call(wire.HOME, request).descriptors
+        assert os.fstat(again).st_ino == identity
+        os.close(again)
+        mapped.close()
+        deadline = time.monotonic() + 20
+        while files_of(machine) > 1:
+            assert time.monotonic() < deadline, "the file is open though nobody has it"
+        assert client.call(wire.HOME, request).error == errno.EBADF
+        os.close(its_home)

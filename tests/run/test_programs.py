@@ -192,23 +192,6 @@ xenstore-list data
     assert watch.wait(20) == 0
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace")
-def test_strace_around_a_program(runs: Runs, tmp_path: Path) -> None:
-    """It sees the device opened and called as on Xen; a map is refused, with the reason."""
-    code = """
-import errno, fcntl, mmap, os, struct
-f = os.open('/dev/xen/gntalloc', os.O_RDWR)
-d = bytearray(struct.pack('=HHIQQ', 2, 1, 1, 0, 0)); fcntl.ioctl(f, 0x184705, d, True)
-try: mmap.mmap(f, 4096)
-except OSError as error: print(errno.errorcode[error.errno])
-"""
-    log = tmp_path / "log"
-    done = runs(1, "strace", "-f", "-o", str(log), "-e", "openat,ioctl,mmap", sys.executable, "-I", "-S", "-c", code)
-    assert (done.returncode, done.stdout) == (0, "EBUSY\n")
-    assert "while another program traces it" in done.stderr
-    assert '"/dev/xen/gntalloc", O_RDWR' in log.read_text()
-
-
 @pytest.mark.parametrize("debugger", ["gdb", "strace"])
 def test_a_debugger_that_comes_when_the_pages_are_mapped(runs: Runs, build: Build, debugger: str) -> None:
     """It looks at the program's memory and goes; the program goes on as if nothing had been."""

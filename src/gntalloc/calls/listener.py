@@ -17,7 +17,7 @@ __all__ = ["CALL_SIZE", "MOST_TAKEN", "NOTES_SIZE", "Call", "CallerGone", "Liste
 _RECV, _SEND, _ID_VALID, _ADDFD, _SET_FLAGS = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103, 0x40082104
 _SYNC_WAKE_UP = 1
 _CONTINUE = 1
-_ADDFD_SEND = 2
+_ADDFD_SETFD, _ADDFD_SEND = 1, 2
 _ANY_FD = 0
 
 MOST_TAKEN = 8  # calls that may be taken and not yet answered
@@ -139,6 +139,14 @@ class Listener:
             OSError: EMFILE the caller has no room. The call is not answered then.
         """
         return self._add(_ADD.pack(call.id, _ADDFD_SEND, descriptor, _ANY_FD, flags))
+
+    def replace(self, call: Call, descriptor: int, theirs: int, *, flags: int) -> None:
+        """Let the caller's descriptor `theirs` be a copy of ours from now on.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self._add(_ADD.pack(call.id, _ADDFD_SETFD, descriptor, theirs, flags))
 
     def waits(self, call: Call) -> bool:
         """Whether its caller still waits, so that the number of its thread is still its own."""

@@ -10,10 +10,11 @@ import ctypes
 import os
 from typing import NamedTuple
 
-__all__ = ["Threads", "leader_of"]
+__all__ = ["Threads", "fetch", "is_traced", "leader_of"]
 
 _MOST_KNOWN = 64
 _SYS_PIDFD_GETFD = 438
+_ENOUGH = 1024  # of a status, for what is at its beginning
 
 _libc = ctypes.CDLL(None)
 
@@ -70,14 +71,23 @@ class Threads:
 
 def leader_of(thread: int) -> int:
     """The process that a thread belongs to; itself if that cannot be seen."""
+    return _number(thread, b"Tgid:", thread)
+
+
+def is_traced(thread: int) -> bool:
+    """Whether a debugger has it: strace, gdb."""
+    return _number(thread, b"TracerPid:", 0) != 0
+
+
+def _number(thread: int, name: bytes, unknown: int) -> int:
+    """What its status says under this name."""
     try:
-        with open(f"/proc/{thread}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:"):
-                    return int(line[5:])
+        with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
+            status = file.read(_ENOUGH)
     except OSError:
-        pass
-    return thread
+        return unknown
+    at = status.find(b"\n" + name)
+    return unknown if at < 0 else int(status[at + 1 + len(name) :].split(b"\n", 1)[0])
 
 
 def fetch(process: int, descriptor: int) -> int:

@@ -48,6 +48,10 @@ class Caller(Protocol):
     def process(self) -> int:
         """Whose memory it is: see `Record.place`."""
 
+    @property
+    def by_offset(self) -> bool:
+        """Whether it maps by calls of its own: pages want an index then that is their place in their file."""
+
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes of the caller's memory. DeviceError(EFAULT) if any of them is not readable."""
 
@@ -80,12 +84,13 @@ class MessageCaller:
     Regions may touch, and a copy may then go over several, as far as it gets.
     """
 
-    __slots__ = ("_first", "process", "regions")
+    __slots__ = ("_first", "by_offset", "process", "regions")
 
-    def __init__(self, regions: list[Region], *, process: int = 0) -> None:
+    def __init__(self, regions: list[Region], *, process: int = 0, by_offset: bool = False) -> None:
         self.regions = sorted(regions, key=_address) if len(regions) > 1 else regions
         self._first = self.regions[:_FEW]
         self.process = process
+        self.by_offset = by_offset
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
@@ -165,6 +170,11 @@ class Piece(NamedTuple):
     extent: Extent
     page: int
     pages: int
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the extent's file, in bytes."""
+        return (self.extent.first + self.page) * PAGE_SIZE
 
 
 class Plan(NamedTuple):

@@ -193,7 +193,7 @@ class GntallocDriver:
         if not asked.count:
             return []
         readonly = not asked.flags & FLAG_WRITABLE
-        extent = self._frames.allocate(asked.count, self.look_again, writable=not readonly)
+        extent = self._frames.allocate(asked.count, self.look_again, writable=not readonly, first=index // PAGE_SIZE)
         frames = [Frame(extent, page) for page in range(asked.count)]
         try:
             refs = self._table.permit(asked.domid, frames, readonly=readonly)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_REFS", "GntdevDriver"]
 
 MAX_REFS = 65536  # of one MAP_GRANT_REF
+_OUT_OF_THE_WAY = 1 << 20  # a page beyond where any page is in its file
 MAX_NOTED = 4 * MAX_REFS  # of a domain, in entries not given up yet: as many as it could map at once
 
 
@@ -125,12 +126,29 @@ class GntdevDriver:
         array = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
         refs = [(domid, ref) for domid, ref in _GRANT_REF.iter_unpack(array)]
         entries = _state(file).entries
-        entry = Entry(entries.first_gap(asked.count), refs)
+        first = self._by_offset(refs, entries) if caller.by_offset else entries.first_gap(asked.count)
+        entry = Entry(first, refs)
         answer = asked._replace(index=entry.first * PAGE_SIZE).pack()
         caller.write(address, answer + head[len(answer) :])
         entries.put(entry.first, entry.count, entry)
         self._noted += entry.count
         return 0
+
+    def _by_offset(self, refs: list[tuple[int, int]], entries: Indexes[Entry]) -> int:
+        """The page of their file where these pages are, if they are in order there; or else where nobody is disturbed.
+
+        Nothing is promised: what may be mapped, mmap says.
+        """
+        try:
+            frames = [self._hypervisor.look(self._domid, domid, ref, writable=False) for domid, ref in refs]
+        except MapRefused:
+            frames = []
+        pieces = pieces_of(frames)
+        if len(pieces) == 1:
+            first = pieces[0].extent.first + pieces[0].page
+            if entries.has_room(first, len(refs)):
+                return first
+        return max(entries.end, _OUT_OF_THE_WAY)
 
     # mmap: here the hypervisor is asked, for each page, and all of them must be there.
 

@@ -40,6 +40,16 @@ class Indexes(Generic[Thing]):
             first = self._firsts[at] + self._things[self._firsts[at]][0]
         return first
 
+    @property
+    def end(self) -> int:
+        """The page after the last that is there."""
+        return self._firsts[-1] + self._things[self._firsts[-1]][0] if self._firsts else 0
+
+    def has_room(self, first: int, pages: int) -> bool:
+        """Whether nothing is at any of these pages."""
+        at = bisect_right(self._firsts, first + pages - 1) - 1
+        return at < 0 or self._firsts[at] + self._things[self._firsts[at]][0] <= first
+
     def put(self, first: int, pages: int, thing: Thing) -> None:
         """It is there from now on. The pages must be free, and at least one."""
         insort(self._firsts, first)

@@ -54,11 +54,11 @@ def _written(regions: list[Region]) -> bytes:
 def _pieces(plan: Plan, loans: list[Loan]) -> bytes:
     """Which descriptor, from where, and how much, one piece after the other."""
     if len(plan.pieces) == 1:
-        _, page, pages = plan.pieces[0]
-        return wire.PIECE.pack(0, page * PAGE_SIZE, pages * PAGE_SIZE)
+        piece = plan.pieces[0]
+        return wire.PIECE.pack(0, piece.offset, piece.pages * PAGE_SIZE)
     place = {loan.extent: at for at, loan in enumerate(loans)}
     return b"".join(
-        wire.PIECE.pack(place[extent], page * PAGE_SIZE, pages * PAGE_SIZE) for extent, page, pages in plan.pieces
+        wire.PIECE.pack(place[piece.extent], piece.offset, piece.pages * PAGE_SIZE) for piece in plan.pieces
     )
 
 
@@ -68,7 +68,8 @@ class Connection(Channel):
     def __init__(self, sock: socket.socket, server: Server, guest: Guest, pid: int, uid: int) -> None:
         super().__init__(sock)
         self.guest = guest
-        self.pid = pid  # whom it speaks for: see BEHALF
+        self.pid = pid  # whom it speaks for, and where they map: see BEHALF
+        self._by_offset = False
         self.served: Served | None = None  # the run that it is the supervisor of, if we serve that
         self._uid = uid
         self._server = server
@@ -94,6 +95,8 @@ class Connection(Channel):
             wire.HOLDERS: self._holders,
             wire.SERVE: self._serve_calls,
             wire.BEHALF: self._behalf,
+            wire.KEEP: self._keep,
+            wire.HOME: self._home,
         }
 
     def serve(self, message: wire.Message, descriptors: list[int]) -> None:
@@ -175,7 +178,7 @@ class Connection(Channel):
     def _open(self, message: wire.Message, descriptors: list[int]) -> None:
         (flags,) = wire.OPEN_REQUEST.unpack_from(message.payload)
         name = message.payload[wire.OPEN_REQUEST.size :].decode(errors="replace")
-        file, programs_end = self._server.open(self.guest, name, flags, opener=self.pid)
+        file, programs_end = self._server.homes.open(self.guest, name, flags, opener=self.pid)
         self._forget_closed()
         with programs_end:
             self._answer(message, result=self._handle(file), descriptors=[programs_end.fileno()])
@@ -185,7 +188,7 @@ class Connection(Channel):
             del self._files[handle]
 
     def _show(self, message: wire.Message, descriptors: list[int]) -> None:
-        file = self._server.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
+        file = self._server.homes.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
         if file is None:
             raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
         body = wire.SHOW_REPLY.pack(file.flags) + file.driver.name.encode()
@@ -196,7 +199,8 @@ class Connection(Channel):
         regions = _regions(message.payload, wire.IOCTL_REQUEST.size)
         error, why, result = 0, "", 0
         try:
-            result = self._file(handle).ioctl(request, address, MessageCaller(regions, process=self.pid))
+            caller = MessageCaller(regions, process=self.pid, by_offset=self._by_offset)
+            result = self._file(handle).ioctl(request, address, caller)
         except DeviceError as refusal:  # what was written before it failed stays written, as in Linux
             error, why = refusal.errno or errno.EIO, str(refusal)
             log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
@@ -300,7 +304,7 @@ class Connection(Channel):
         if not (wait and held):
             self._answer(message, result=held, body=body)
             return
-        with self._server.wait_released(driver, file, index, count) as programs_end:
+        with self._server.homes.wait_released(driver, file, index, count) as programs_end:
             self._answer(message, result=held, body=body, descriptors=[programs_end.fileno()])
 
     # A run's supervisor.
@@ -317,7 +321,17 @@ class Connection(Channel):
             os.close(self.served.notes)
 
     def _behalf(self, message: wire.Message, descriptors: list[int]) -> None:
-        (self.pid,) = wire.BEHALF_REQUEST.unpack_from(message.payload)
+        self.pid, by_offset = wire.BEHALF_REQUEST.unpack_from(message.payload)
+        self._by_offset = bool(by_offset)
+
+    def _keep(self, message: wire.Message, descriptors: list[int]) -> None:
+        (handle,) = wire.KEEP_REQUEST.unpack_from(message.payload)
+        self._server.homes.keep(self._file(handle), descriptors)
+        self._answer(message)
+
+    def _home(self, message: wire.Message, descriptors: list[int]) -> None:
+        (handle,) = wire.HOME_REQUEST.unpack_from(message.payload)
+        self._answer(message, descriptors=[self._server.homes.kept(self._file(handle))])
 
     def have_placed(self, call: Call, plan: Plan, process: int) -> None:
         """The supervisor shall answer this mmap with these pages."""

@@ -5,7 +5,8 @@ and who can hold the machine up so must be one who could stop it anyway: kill(2)
 user namespace too. Programs of others are served by their run's supervisor, which asks the machine for each call.
 
 What waits by design is left to the supervisor here too: a map is placed by ptrace. And if the kernel does not let us
-look into a program (Yama: its parent only may), the supervisor takes over for good.
+look into a program (Yama: its parent only may), or another program traces it (strace, gdb), the supervisor takes over
+for good.
 
 If we die, the supervisor fails the calls that we had taken and not answered; which those are the kernel has written
 down, in a page that it can read and nobody but we could write to.
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING
 
 from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
+from gntalloc.abi.gntdev import MAP_GRANT_REF
 from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
 from gntalloc.calls.memory import Denied, Memory
 from gntalloc.calls.serving import IOCTL, Serving, is_shared
+from gntalloc.calls.threads import is_traced
 from gntalloc.drivers.chardev import File, MessageCaller, Region
 from gntalloc.errors import DeviceError
 
@@ -141,7 +144,9 @@ class Served:
 
     def open(self, process: int, name: str, flags: int) -> socket.socket:
         """See `Files`."""
-        return self._server.open(self._guest, name, flags, opener=process)[1]
+        if is_traced(process):
+            raise Denied
+        return self._server.homes.open(self._guest, name, flags, opener=process)[1]
 
     def open_store(self) -> socket.socket:
         """See `Files`."""
@@ -149,7 +154,7 @@ class Served:
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> File | None:
         """See `Files`."""
-        return self._server.file_of(self._guest, identity)
+        return self._server.homes.file_of(self._guest, identity)
 
     def name(self, file: File) -> str:
         """See `Files`."""
@@ -159,6 +164,8 @@ class Served:
         """See `Files`."""
         _, request, address, *_ = call.arguments
         request &= 0xFFFFFFFF
+        if request == MAP_GRANT_REF and is_traced(call.thread):
+            raise Denied
         caller: Caller
         if request in _FAR:
             regions = regions_of(file.driver.name, request, address, self._memory, call.thread)
@@ -190,6 +197,8 @@ class Served:
 
     def map(self, call: Call, process: int, file: File) -> None:
         """See `Files`."""
+        if is_traced(call.thread):
+            raise Denied
         _address, length, prot, flags, _descriptor, offset = call.arguments
         plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
         self.connection.have_placed(call, plan, process)
@@ -199,6 +208,8 @@ class _Program:
     """Its memory, as drivers see it."""
 
     __slots__ = ("_call", "_served", "process")
+
+    by_offset = False  # whose maps are, its supervisor serves
 
     def __init__(self, served: Served, call: Call, process: int) -> None:
         self.process = process

@@ -19,24 +19,20 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import wire
-from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.machine.connection import Connection
 from gntalloc.machine.control import Control
 from gntalloc.machine.faults import Faults
-from gntalloc.machine.home import Home
+from gntalloc.machine.homes import Homes
 from gntalloc.machine.store import StoreFront
 from gntalloc.machine.visits import Visits
-from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import control_path, domain_path, store_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.calls.listener import Call
-    from gntalloc.drivers.chardev import File
-    from gntalloc.drivers.gntalloc import GntallocDriver, ReleaseWaiter
     from gntalloc.machine.machine import Guest, Machine
     from gntalloc.machine.served import Served
 
@@ -49,11 +45,9 @@ _CHECK_FOR_STALLS = 1.0
 _BACKLOG = 512
 _LEAVING = 0.05  # seconds between looks whether nobody is coming in
 _READABLE, _WRITABLE = int(select.EPOLLIN), int(select.EPOLLOUT)
-_HUNG_UP = int(select.EPOLLHUP)
 _SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
-# Of one domain, so that it cannot use up the machine's descriptors. Files have a limit of their own.
+# Of one domain, so that it cannot use up the machine's descriptors. Files and waits have limits of their own.
 MAX_CONNECTIONS = 1024
-MAX_WAITS = 1024
 
 
 class Server:
@@ -71,13 +65,10 @@ class Server:
         """Of programs that we serve ourselves: taken, and not answered."""
         self._slow: set[Channel] = set()  # channels that keep the machine waiting
         self._listeners: dict[str, socket.socket] = {}
-        self._homes: dict[int, Home] = {}
-        self._homes_by_identity: dict[tuple[int, int], Home] = {}
-        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
-        self._hang_ups = select.epoll()  # homes and waiters: their ends, and what programs write to homes
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.homes = Homes(self)
         self._news = select.epoll()  # of homes and of frames: one look tells whether there is any
-        self._news.register(self._hang_ups.fileno(), select.EPOLLIN)
+        self._news.register(self.homes.fileno(), select.EPOLLIN)
         self._news.register(machine.frames.fileno(), select.EPOLLIN)
         self._has_news = False
         self.watch(self._news.fileno(), self._note_news)
@@ -124,64 +115,12 @@ class Server:
         for channel in list(self._channels.values()):
             if isinstance(channel, Connection) and channel.guest is guest:
                 self.drop(channel, "its domain was destroyed")
-        for descriptor, home in list(self._homes.items()):
-            if home.guest is guest:
-                self._close_home(descriptor)
+        self.homes.close_those_of(guest)
         self.visits.forget(domid)
         self.machine.destroy(domid)
         self._store.serve()  # tells those who watch, and hangs up on its programs
 
     # Files.
-
-    def open(self, guest: Guest, name: str, flags: int, *, opener: int) -> tuple[File, socket.socket]:
-        """Open a device file and make its home. The second is the program's end.
-
-        Raises:
-            DeviceError: ENOENT no such device; ENFILE, EMFILE too many files.
-        """
-        file = self.machine.open(guest, name, flags, opener=opener)
-        try:
-            home, theirs = Home.make(guest, file)
-        except OSError as error:
-            self.machine.close(guest, file)
-            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        self._homes[home.sock.fileno()] = home
-        self._homes_by_identity[home.identity] = home
-        descriptor = home.sock.fileno()
-        if isinstance(file.driver, EvtchnDriver):
-            home.carry_events(self._want_room)
-            self.watch(descriptor, lambda events: self._serve_home(home, events))
-            file.driver.attach_outlet(file, home)
-        else:
-            home.carry_nothing()
-            # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so
-            # what comes is always taken out.
-            self._hang_ups.register(descriptor, select.EPOLLIN)
-        return file, theirs
-
-    def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
-        """The file whose home has this identity. None if it is none of this domain."""
-        home = self._homes_by_identity.get(identity)
-        return home.file if home is not None and home.guest is guest else None
-
-    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
-        """A socket that comes to its end of file when no peer holds these pages any more. The program's end.
-
-        Raises:
-            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
-        """
-        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
-            raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        descriptor = ours.fileno()
-        waiter = driver.when_released(file, index, count, lambda: self._close_waiter(descriptor))
-        self._waiters[descriptor] = ours, driver, waiter
-        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
-        self._hang_ups.register(descriptor, 0)
-        return theirs
 
     def open_store(self, guest: Guest) -> socket.socket:
         """A connection to xenstore as a program of this domain, which speaks its wire. The program's end.
@@ -252,13 +191,9 @@ class Server:
             self.drop(channel, "the machine ends")
         for path in list(self._listeners):
             self._stop_listening(path)
-        for home in self._homes.values():
-            home.sock.close()
-        for sock, _, _ in self._waiters.values():
-            sock.close()
         self._store.close()
         self._news.close()
-        self._hang_ups.close()
+        self.homes.close()
         self._epoll.close()
         os.close(self._spare)
         self.machine.frames.close()
@@ -294,43 +229,9 @@ class Server:
         if not self._has_news and not self.machine.frames.restless:
             return
         self._has_news = False
-        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
-            if descriptor in self._homes:
-                self._serve_home(self._homes[descriptor], events)
-            elif descriptor in self._waiters:
-                _, driver, waiter = self._waiters[descriptor]
-                driver.forget(waiter)
-                self._close_waiter(descriptor)
+        self.homes.settle()
         self.machine.settle()
-
-    def _serve_home(self, home: Home, events: int) -> None:
-        if events & _WRITABLE:
-            self._epoll.modify(home.sock.fileno(), _READABLE)
-            home.guest.evtchn.hand_over(home.file)
-        data = b"" if events & _HUNG_UP else home.receive(PAGE_SIZE)
-        if data == b"":
-            self._close_home(home.sock.fileno())
-        elif data and home.carries_events:
-            home.guest.evtchn.write(home.file, data)
-
-    def _want_room(self, home: Home) -> None:
-        self._epoll.modify(home.sock.fileno(), _READABLE | _WRITABLE)
-
-    def _close_home(self, descriptor: int) -> None:
-        home = self._homes.pop(descriptor)
-        del self._homes_by_identity[home.identity]
-        if home.carries_events:
-            self.unwatch(descriptor)
-        else:
-            self._hang_ups.unregister(descriptor)
-        home.sock.close()
-        self.machine.close(home.guest, home.file)
-
-    def _close_waiter(self, descriptor: int) -> None:
-        if descriptor in self._waiters:
-            sock, _, _ = self._waiters.pop(descriptor)
-            self._hang_ups.unregister(descriptor)
-            sock.close()
+        self.homes.keep_no_longer()
 
     # Connections.
 
@@ -499,6 +400,10 @@ class Server:
         """Call `ready` with the events when something has come."""
         self._ready[descriptor] = ready
         self._epoll.register(descriptor, select.EPOLLIN)
+
+    def watch_for(self, descriptor: int, events: int) -> None:
+        """Call it for these events instead."""
+        self._epoll.modify(descriptor, events)
 
     def unwatch(self, descriptor: int) -> None:
         """No more."""

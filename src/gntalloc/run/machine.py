@@ -12,16 +12,19 @@ import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc import wire
+from gntalloc.abi.gntdev import MAP_GRANT_REF
 from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import CALL_SIZE, Call
 from gntalloc.calls.memory import Memory
 from gntalloc.calls.serving import is_shared
-from gntalloc.calls.threads import fetch, leader_of
+from gntalloc.calls.threads import fetch, is_traced, leader_of
 from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Channel, Descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from gntalloc.run.swaps import Swaps
 
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
@@ -35,6 +38,7 @@ class OpenFile(NamedTuple):
     name: str
     generation: int  # of the channel
     inode: int  # of its home
+    away: bool = False  # the descriptor is not its home now, but the pages' memory: see run/swaps.py
 
 
 class Piece(NamedTuple):
@@ -53,6 +57,7 @@ class Plan(NamedTuple):
     record: int
     confirm: bool
     generation: int
+    file: OpenFile | None = None  # where it is known
 
 
 class Brought(NamedTuple):
@@ -77,13 +82,15 @@ class Files:
     def __init__(self, path: str, place: Callable[[Call, Plan], None], waits: Callable[[Call], bool]) -> None:
         self.channel = Channel(path)
         self.channel.connect()
+        self.swaps: Swaps | None = None
+        """The descriptors that are not what they were."""
         self._place = place
         self._waits = waits
         self._memory = Memory()
         self._store = f"{path}.store"
         self._known: dict[int, OpenFile] = {}
         self._sockets = os.fstat(self.channel.fileno()).st_dev  # the file system of all sockets
-        self._process, self._generation = 0, 0  # whom the channel speaks for
+        self._speaks_for = (0, False, 0)  # process, by offset, generation of the channel
 
     @property
     def domid(self) -> int:
@@ -117,7 +124,7 @@ class Files:
         """The file whose home that is, if it is one of this domain."""
         device, inode = identity
         if device != self._sockets:
-            return None
+            return self._find_away(thread, descriptor, inode)
         file = self._known.get(inode)
         if file is not None and file.generation == self.channel.generation:
             return file
@@ -126,6 +133,26 @@ class Files:
             return self._show(home.fileno(), inode) if home.fileno() >= 0 else None
         finally:
             home.close()
+
+    def _find_away(self, thread: int, descriptor: int, inode: int) -> OpenFile | None:
+        handle = self.swaps.find(thread, descriptor, inode) if self.swaps is not None else None
+        if handle is None:
+            return None
+        known = (file for file in self._known.values() if file.handle == handle)
+        file = next((file for file in known if file.generation == self.channel.generation), None)
+        return file and file._replace(away=True)
+
+    def _bring_back(self, call: Call, process: int, descriptor: int, file: OpenFile) -> None:
+        """Put the device back where the pages' memory is, if nobody is looking there."""
+        assert self.swaps is not None
+        if self.swaps.free(process):
+            (home,) = self.channel.call(wire.HOME, wire.HOME_REQUEST.pack(file.handle)).descriptors
+            self.swaps.bring_back(call, descriptor, home.fileno())
+            home.close()
+
+    def keep(self, file: OpenFile, home: int) -> None:
+        """Let the machine keep the home, which the program will not have for a while."""
+        self.channel.call(wire.KEEP, wire.KEEP_REQUEST.pack(file.handle), [home])
 
     def _show(self, home: int, inode: int) -> OpenFile | None:
         try:
@@ -143,9 +170,11 @@ class Files:
 
     def ioctl(self, call: Call, process: int, file: OpenFile) -> int:
         """The result, or a negative errno. What the driver has written goes back, also if it failed after that."""
-        self._speak_for(process)
-        thread, (_, request, address, *_) = call.thread, call.arguments
+        thread, (descriptor, request, address, *_) = call.thread, call.arguments
+        if file.away:
+            self._bring_back(call, process, descriptor & 0xFFFFFFFF, file)
         request &= 0xFFFFFFFF
+        self._speak_for(process, by_offset=request == MAP_GRANT_REF and is_traced(thread))
         regions = regions_of(file.name, request, address, self._memory, thread)
         payload = wire.IOCTL_REQUEST.pack(file.handle, request, address) + wire.encode_regions(regions)
         try:
@@ -165,13 +194,16 @@ class Files:
 
     def map(self, call: Call, process: int, file: OpenFile) -> None:
         """Carry out an mmap."""
+        _address, length, prot, flags, descriptor, offset = call.arguments
+        if file.away:
+            self._bring_back(call, process, descriptor & 0xFFFFFFFF, file)
         self._speak_for(process)
-        _address, length, prot, flags, _descriptor, offset = call.arguments
         payload = wire.MMAP_REQUEST.pack(file.handle, prot & 0xFFFFFFFF, is_shared(flags), offset, length)
         answer = self.channel.call(wire.MMAP, payload)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
         pieces = _pieces(answer.body[wire.CONFIRM.size :])
-        self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), self.channel.generation))
+        generation = self.channel.generation
+        self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), generation, file))
 
     def placed(self, plan: Plan, address: int) -> None:
         """The program has them there."""
@@ -204,11 +236,12 @@ class Files:
         pieces = _pieces(body[CALL_SIZE:])
         return Brought(call, Plan(pieces, descriptors, record, bool(confirm), self.channel.generation))
 
-    def _speak_for(self, process: int) -> None:
-        if (process, self.channel.generation) != (self._process, self._generation):
-            self.channel.tell(wire.BEHALF, wire.BEHALF_REQUEST.pack(process), self.channel.generation)
+    def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
+        wanted = process, by_offset, self.channel.generation
+        if wanted != self._speaks_for:
+            self.channel.tell(wire.BEHALF, wire.BEHALF_REQUEST.pack(process, by_offset), self.channel.generation)
             self.channel.unanswered -= 1  # it is no note: it is served in its turn
-            self._process, self._generation = process, self.channel.generation
+            self._speaks_for = wanted
 
     def _remember(self, file: OpenFile) -> None:
         if len(self._known) >= _MOST_KNOWN:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone
 from gntalloc.calls.memory import Denied, Memory
 from gntalloc.calls.serving import Serving
+from gntalloc.calls.threads import fetch, leader_of
 from gntalloc.errors import MachineGone
+from gntalloc.guest.channel import Descriptor
 from gntalloc.run.injector import Injector, Traced
 from gntalloc.run.machine import Files
+from gntalloc.run.swaps import Place, Swaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +61,7 @@ class Supervisor:
         self._listener = listener
         self._serving: Serving[OpenFile] = Serving(listener, self.files, say=self._say_once)
         self._injector = Injector(listener, mark, died, Memory().read)
+        self._swaps = self.files.swaps = Swaps(listener)
         notes = self.files.have_served(listener.fileno())
         if notes is not None:
             self._notes = mmap.mmap(notes.fileno(), NOTES_SIZE, prot=mmap.PROT_READ)
@@ -95,6 +99,7 @@ class Supervisor:
         return self._listener.waits(call)
 
     def _serve(self, call: Call) -> None:
+        self._swaps.look(call)
         try:
             self._serving.serve(call)
         except Denied:
@@ -105,14 +110,35 @@ class Supervisor:
             numbers = [descriptor.fileno() for descriptor in plan.descriptors]
             self._injector.place(call, plan.pieces, numbers, lambda address: self.files.placed(plan, address))
         except Traced:
-            self._say_once(
-                f"process {call.thread} maps pages while another program traces it (gdb, strace): they cannot be "
-                "placed; detach while it maps"
-            )
-            self._listener.answer(call, -errno.EBUSY)
+            if not self._swap(call, plan):
+                self._say_once(
+                    f"process {call.thread} maps pages while another program traces it (gdb, strace): these cannot be "
+                    "placed then; detach while it maps"
+                )
+                self._listener.answer(call, -errno.EBUSY)
         finally:
             for each in plan.descriptors:
                 each.close()
+
+    def _swap(self, call: Call, plan: Plan) -> bool:
+        """Whether the program's own call could make this map: see run/swaps.py."""
+        process, descriptor = leader_of(call.thread), call.arguments[4] & 0xFFFFFFFF
+        if plan.file is None or len(plan.pieces) != 1 or plan.pieces[0].offset != call.arguments[5]:
+            return False
+        if not self._swaps.free(process):
+            return False
+        home = Descriptor(fetch(process, descriptor))
+        if home.fileno() < 0:
+            return False
+        try:
+            self.files.keep(plan.file, home.fileno())
+            place = Place(plan.descriptors[0].fileno(), plan.pieces[0].offset, plan.file.handle)
+            self._swaps.place(call, process, place, lambda address: self.files.placed(plan, address))
+        except OSError:
+            return False
+        finally:
+            home.close()
+        return True
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

@@ -19,8 +19,9 @@ class FakeMemory:
         process: whose memory it is.
     """
 
-    def __init__(self, *, fail_at: int | None = None, process: int = 0) -> None:
+    def __init__(self, *, fail_at: int | None = None, process: int = 0, by_offset: bool = False) -> None:
         self.process = process
+        self.by_offset = by_offset
         self.fail_at = fail_at
         self.copies: list[tuple[str, int, int]] = []  # "read" or "write", address, size
         self._stretches: dict[int, tuple[bytearray, bool]] = {}

@@ -113,7 +113,8 @@ class _Census:
         yield from _differ("pages of memory", frames.pages, sum(extent.pages for extent in self.pages))
         for extent, pages in self.pages.items():
             yield from _differ("pages in use of an extent", extent.in_use, pages)
-            yield from _differ("bytes of an extent", os.fstat(extent.master).st_size, extent.pages * PAGE_SIZE)
+            size = (extent.first + extent.pages) * PAGE_SIZE
+            yield from _differ("bytes of an extent", os.fstat(extent.master).st_size, size)
 
     def _descriptions(self) -> Iterator[str]:
         """A loan is known to its extent and to the mmap it was made for, and somebody listens for its end."""

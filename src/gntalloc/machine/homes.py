@@ -1,0 +1,201 @@
+"""What programs hold of the machine: homes of open files, and sockets that tell when pages are released.
+
+Each ends when its last copy is closed, in whichever program that is, and the machine sees it here: `fileno` is readable
+then.
+
+A home can also be kept, while anything is mapped of its file. That is for programs under a debugger, which for a while
+have the pages' memory where they had the home (run/swaps.py). Nothing is lost by it: a file lives as long as its maps.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from typing import TYPE_CHECKING
+
+from gntalloc.drivers.evtchn import EvtchnDriver
+from gntalloc.errors import DeviceError
+from gntalloc.machine.home import Home, identity_of
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from gntalloc.drivers.chardev import File
+    from gntalloc.drivers.gntalloc import GntallocDriver, ReleaseWaiter
+    from gntalloc.machine.machine import Guest
+    from gntalloc.machine.server import Server
+
+__all__ = ["MAX_WAITS", "Homes"]
+
+_READABLE, _WRITABLE = int(select.EPOLLIN), int(select.EPOLLOUT)
+_HUNG_UP = int(select.EPOLLHUP)
+MAX_WAITS = 1024  # of one domain, so that it cannot use up the machine's descriptors
+
+
+class Homes:
+    """All of them.
+
+    Args:
+        server: the loop.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._machine = server.machine
+        self._homes: dict[int, Home] = {}
+        self._by_identity: dict[tuple[int, int], Home] = {}
+        self._kept: dict[File, int] = {}  # programs' ends
+        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
+        self._hang_ups = select.epoll()  # homes and waiters: their ends, and what programs write to homes
+
+    def fileno(self) -> int:
+        """Readable when `settle` has something to do."""
+        return self._hang_ups.fileno()
+
+    def close(self) -> None:
+        """All of them end."""
+        for home in self._homes.values():
+            home.sock.close()
+        for sock, _, _ in self._waiters.values():
+            sock.close()
+        for descriptor in self._kept.values():
+            os.close(descriptor)
+        self._hang_ups.close()
+
+    def settle(self) -> None:
+        """Take in what programs have let go of."""
+        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
+            if descriptor in self._homes:
+                self._serve(self._homes[descriptor], events)
+            elif descriptor in self._waiters:
+                _, driver, waiter = self._waiters[descriptor]
+                driver.forget(waiter)
+                self._close_waiter(descriptor)
+
+    # Files.
+
+    def open(self, guest: Guest, name: str, flags: int, *, opener: int) -> tuple[File, socket.socket]:
+        """Open a device file and make its home. The second is the program's end.
+
+        Raises:
+            DeviceError: ENOENT no such device; ENFILE, EMFILE too many files.
+        """
+        file = self._machine.open(guest, name, flags, opener=opener)
+        try:
+            home, theirs = Home.make(guest, file)
+        except OSError as error:
+            self._machine.close(guest, file)
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        descriptor = home.sock.fileno()
+        self._homes[descriptor] = home
+        self._by_identity[home.identity] = home
+        if isinstance(file.driver, EvtchnDriver):
+            home.carry_events(self._want_room)
+            self._server.watch(descriptor, lambda events: self._serve(home, events))
+            file.driver.attach_outlet(file, home)
+        else:
+            home.carry_nothing()
+            # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so
+            # what comes is always taken out.
+            self._hang_ups.register(descriptor, select.EPOLLIN)
+        return file, theirs
+
+    def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
+        """The file whose home has this identity. None if it is none of this domain."""
+        home = self._by_identity.get(identity)
+        return home.file if home is not None and home.guest is guest else None
+
+    def close_those_of(self, guest: Guest) -> None:
+        """The domain ends."""
+        for descriptor, home in list(self._homes.items()):
+            if home.guest is guest:
+                self._close(descriptor)
+
+    def _serve(self, home: Home, events: int) -> None:
+        if events & _WRITABLE:
+            self._server.watch_for(home.sock.fileno(), _READABLE)
+            home.guest.evtchn.hand_over(home.file)
+        data = b"" if events & _HUNG_UP else home.receive(PAGE_SIZE)
+        if data == b"":
+            self._close(home.sock.fileno())
+        elif data and home.carries_events:
+            home.guest.evtchn.write(home.file, data)
+
+    def _want_room(self, home: Home) -> None:
+        self._server.watch_for(home.sock.fileno(), _READABLE | _WRITABLE)
+
+    def _close(self, descriptor: int) -> None:
+        home = self._homes.pop(descriptor)
+        del self._by_identity[home.identity]
+        if home.carries_events:
+            self._server.unwatch(descriptor)
+        else:
+            self._hang_ups.unregister(descriptor)
+        home.sock.close()
+        self._let_go(home.file)
+        self._machine.close(home.guest, home.file)
+
+    # Homes that are kept.
+
+    def keep(self, file: File, descriptors: list[int]) -> None:
+        """Hold a copy of a home, as long as something is mapped of its file.
+
+        Raises:
+            DeviceError: EBADF that is not its home; EINVAL nothing is mapped of it.
+        """
+        home = self._by_identity.get(identity_of(descriptors[0])) if descriptors else None
+        if home is None or home.file is not file:
+            raise DeviceError(errno.EBADF, "only the home of that very file is kept")
+        if not file.records:
+            raise DeviceError(errno.EINVAL, "nothing is mapped of that file")
+        if file not in self._kept:
+            self._kept[file] = os.dup(descriptors[0])
+
+    def kept(self, file: File) -> int:
+        """The copy.
+
+        Raises:
+            DeviceError: EBADF there is none.
+        """
+        descriptor = self._kept.get(file)
+        if descriptor is None:
+            raise DeviceError(errno.EBADF, "the home of this file is not kept")
+        return descriptor
+
+    def keep_no_longer(self) -> None:
+        """What has nothing mapped any more is let go of."""
+        for file in [file for file in self._kept if not file.records]:
+            self._let_go(file)
+
+    def _let_go(self, file: File) -> None:
+        descriptor = self._kept.pop(file, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    # Who waits for a release.
+
+    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
+        """A socket that comes to its end of file when no peer holds these pages any more. The program's end.
+
+        Raises:
+            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
+        """
+        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
+            raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        descriptor = ours.fileno()
+        waiter = driver.when_released(file, index, count, lambda: self._close_waiter(descriptor))
+        self._waiters[descriptor] = ours, driver, waiter
+        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
+        self._hang_ups.register(descriptor, 0)
+        return theirs
+
+    def _close_waiter(self, descriptor: int) -> None:
+        if descriptor in self._waiters:
+            sock, _, _ = self._waiters.pop(descriptor)
+            self._hang_ups.unregister(descriptor)
+            sock.close()

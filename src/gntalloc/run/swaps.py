@@ -1,0 +1,168 @@
+"""An mmap under a debugger: the caller makes its own call, and has the pages' memory where it had the device.
+
+A thread has one tracer, so one that strace or gdb has cannot be led through calls of ours (run/injector.py). What can
+be done to a caller that waits is to replace its descriptor. So the memory file takes the device's number, the call goes
+on, and at the next call that comes to us from there the device is put back. It is the caller's own call, at the offset
+that it asks for; so that works where the pages are in one memory file, in order, and at just that offset, for which
+the machine takes care as well as it can (`Caller.by_offset`, `Extent.first`).
+
+The kernel looks the descriptor up after it went on, and nobody says when. So nothing is replaced in a process as long
+as an mmap of it may still be looking, and another one that comes then is refused: better no pages than wrong ones.
+
+Meanwhile the descriptor has another inode, which many may share. What tells it is the position in the file, which no
+map moves: it has the number of the device file.
+
+Sources: seccomp_unotify(2); proc_pid_fdinfo(5), proc_pid_maps(5), proc_pid_syscall(5).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from gntalloc.calls.serving import MMAP
+from gntalloc.calls.threads import leader_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.calls.listener import Call, Listener
+
+__all__ = ["Place", "Swaps"]
+
+_MARK = 1 << 62  # of a position that is ours, and the number of a device file behind it
+_MOST_KNOWN = 4096
+_PATIENCE = 0.2  # seconds; then it is seen at the process's next call
+_MAP_FIXED = 0x10
+_LOW_INT = 0xFFFFFFFF
+
+
+class Place(NamedTuple):
+    """Where an mmap takes its pages from."""
+
+    memory: int  # a descriptor of ours, with a description of its own
+    offset: int
+    handle: int  # of the device file
+
+
+class _Unfinished(NamedTuple):
+    """An mmap that has gone on, and was not seen to be done."""
+
+    call: Call
+    inode: int
+    offset: int
+    before: frozenset[int]  # where the same was mapped
+    placed: Callable[[int], None]
+
+
+class Swaps:
+    """The descriptors of one run that are not what they were.
+
+    Args:
+        listener: where its calls come from.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._away: set[tuple[int, int]] = set()  # inode of the memory, number of the device file
+        self._unfinished: dict[int, _Unfinished] = {}  # by process
+
+    def free(self, process: int) -> bool:
+        """Whether descriptors of this process may be replaced."""
+        return process not in self._unfinished
+
+    def place(self, call: Call, process: int, place: Place, placed: Callable[[int], None]) -> None:
+        """Let the mmap `call` go on with its descriptor replaced. `placed` is told the address, now or later.
+
+        Raises:
+            OSError: it could not be replaced; it is not answered.
+            CallerGone: there is nobody to map for.
+        """
+        descriptor, offset = call.arguments[4] & _LOW_INT, call.arguments[5]
+        assert place.offset == offset
+        assert self.free(process)
+        inode = os.fstat(place.memory).st_ino
+        os.lseek(place.memory, _MARK + place.handle, os.SEEK_SET)
+        before = frozenset(_maps_of(call.thread, inode, offset))
+        self._listener.replace(call, place.memory, descriptor, flags=_close_on_exec(call.thread, descriptor))
+        if len(self._away) >= _MOST_KNOWN:
+            self._away.clear()
+        self._away.add((inode, place.handle))
+        self._listener.go_on(call)
+        self._unfinished[process] = _Unfinished(call, inode, offset, before, placed)
+        deadline = time.monotonic() + _PATIENCE
+        while not self._see(process, left=False) and time.monotonic() < deadline:
+            time.sleep(0.0002)  # nobody tells
+
+    def find(self, thread: int, descriptor: int, inode: int) -> int | None:
+        """The number of the device file that this descriptor was, if it is one of ours."""
+        if not self._away:
+            return None
+        handle = int(_details(thread, descriptor).get("pos", "0")) - _MARK
+        return handle if (inode, handle) in self._away else None
+
+    def bring_back(self, call: Call, descriptor: int, home: int) -> None:
+        """Put the device back."""
+        self._listener.replace(call, home, descriptor, flags=_close_on_exec(call.thread, descriptor))
+
+    def look(self, call: Call) -> None:
+        """A call has come: see what has become of that process's mmap."""
+        process = leader_of(call.thread)
+        unfinished = self._unfinished.get(process)
+        if unfinished is not None:
+            self._see(process, left=unfinished.call.thread == call.thread)
+
+    def _see(self, process: int, *, left: bool) -> bool:
+        """Whether its mmap is done; then it is told of. `left`: it is."""
+        call, inode, offset, before, placed = self._unfinished[process]
+        left = left or _has_left(call.thread)
+        there = _maps_of(call.thread, inode, offset) - before
+        if call.arguments[3] & _MAP_FIXED and left:
+            there = _maps_of(call.thread, inode, offset) & {call.arguments[0]}
+        if not there and not left:
+            return False
+        del self._unfinished[process]
+        if there:
+            placed(there.pop())
+        return True
+
+
+def _details(thread: int, descriptor: int) -> dict[str, str]:
+    try:
+        with open(f"/proc/{thread}/fdinfo/{descriptor}") as file:
+            return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+    except OSError:
+        return {}
+
+
+def _close_on_exec(thread: int, descriptor: int) -> int:
+    return int(_details(thread, descriptor).get("flags", "0"), 8) & os.O_CLOEXEC
+
+
+def _maps_of(thread: int, inode: int, offset: int) -> set[int]:
+    """Where this memory file is mapped from this offset on."""
+    found: set[int] = set()
+    try:
+        with open(f"/proc/{thread}/maps") as file:
+            for line in file:
+                addresses, _, at, _, number, *name = line.split(maxsplit=5)
+                if int(number) == inode and int(at, 16) == offset and "memfd:" in name[0]:
+                    found.add(int(addresses.partition("-")[0], 16))
+    except OSError:
+        pass  # it is dead
+    return found
+
+
+def _has_left(thread: int) -> bool:
+    """Whether it has surely come out of its mmap: it sleeps in another call, is stopped, or dead."""
+    try:
+        with open(f"/proc/{thread}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+        if state in "tTZX":  # between its way in and its way out nobody can stop it
+            return True
+        with open(f"/proc/{thread}/syscall") as file:
+            number = file.read().split()[0]
+    except OSError:
+        return True
+    return number not in {"running", str(MMAP)}
