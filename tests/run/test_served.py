@@ -62,6 +62,37 @@ say(*(m[4096*n:4096*n+2].decode() for n in range(20))); say(len(os.listdir('/pro
     assert int(descriptors) == 6  # three streams, the file, CPython's copy of it for the map, and the folder
 
 
+PARTS = """
+import resource
+libc = ctypes.CDLL(None, use_errno=True); libc.mmap.restype = ctypes.c_void_p
+f = device('gntdev'); at = 0x7000000000; refs = list(map(int, sys.argv[1:]))
+def parts(flags):
+    i = reserve(f, 1, refs)
+    found = libc.mmap(ctypes.c_void_p(at), 4096 * len(refs), 3, 1 | flags, f, ctypes.c_long(i))
+    return 'there' if found == at else errno.errorcode[ctypes.get_errno()]
+def is_mapped(): return any(int(line.split('-')[0], 16) in range(at, at + 8192) for line in open('/proc/self/maps'))
+"""
+
+
+def test_a_map_of_many_parts_goes_where_nothing_is(runs: Runs) -> None:
+    """MAP_FIXED_NOREPLACE is for the whole range, and not for each part over it; MAP_FIXED replaces."""
+    granter = runs.start(1, *python("f = device('gntalloc')\nfor n in range(2): say(*alloc(f, 2)[1])\ninput()"))
+    code = "say(parts(0x100000), parts(0x100000), parts(0x10)); ctypes.memset(at, 7, 8192)"
+    done = runs(2, *python(PARTS + code, said(granter), said(granter)))
+    assert (done.stdout, done.stderr) == ("there EEXIST there\n", "")
+
+
+def test_of_a_map_whose_second_part_cannot_be_nothing_stays(runs: Runs) -> None:
+    """Here since no more than a page may be locked."""
+    granter = runs.start(1, *python("f = device('gntalloc')\nfor n in range(2): say(*alloc(f, 2)[1])\ninput()"))
+    code = """
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+say(parts(0x100000 | 0x2000), is_mapped(), len(os.listdir('/proc/self/fd')))
+"""
+    done = runs(2, *python(PARTS + code, said(granter), said(granter)), options=("--userns",))
+    assert (done.stdout, done.stderr) == ("EAGAIN False 5\n", "")
+
+
 def test_a_child_inherits_files_and_maps(runs: Runs) -> None:
     code = """
 f = device('gntalloc'); i, r = alloc(f, 2); m = place(f, i)
