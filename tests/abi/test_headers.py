@@ -128,6 +128,8 @@ def test_kernel_header(header: str, tmp_path: Path) -> None:
 
 def test_xen_header(tmp_path: Path) -> None:
     if not has_header(tmp_path, "xen/xen.h"):
+        if os.environ.get("CI"):
+            pytest.fail("no <xen/xen.h>, and under CI this comparison must run: apt install libxen-dev")
         pytest.skip("no <xen/xen.h> (apt install libxen-dev)")
     body = "".join(Question(name, 0, None).as_c() for name in XEN_NAMES)
     text = "#define __XEN_INTERFACE_VERSION__ 0x00040400  /* new enough to know version 2 tables */\n"

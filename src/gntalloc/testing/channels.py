@@ -21,15 +21,22 @@ No test framework is needed: a `unittest.TestCase` can have this class as a seco
 from __future__ import annotations
 
 import errno
-import os
 import random
-import signal
-import threading
 import time
 import unittest
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gntalloc.testing.checking import (
+    PARTS,
+    Beside,
+    killed,
+    raises,
+    read_exactly,
+    read_what_is_there,
+    same,
+    write_in_pieces,
+)
 from gntalloc.testing.fixtures import PATIENCE, Domains, two_domains
 from gntalloc.testing.program import Program
 
@@ -97,11 +104,11 @@ class ChannelConformance:
         sizes = [1, 7, 64, self.ring // 2 + 1, self.ring, 2 * self.ring + 3]
         with self.pair() as ends:
             data = [random.Random(number).randbytes(total) for number in (0, 1)]
-            writers = [_Beside(_write_in_pieces, end, its, sizes) for end, its in zip(ends, data, strict=True)]
-            readers = [_Beside(_read_exactly, end, total) for end in ends]
+            writers = [Beside(write_in_pieces, end, its, sizes) for end, its in zip(ends, data, strict=True)]
+            readers = [Beside(read_exactly, end, total) for end in ends]
             for work in (*writers, *readers):
                 work.result()
-            _same([reader.result() for reader in readers], data[::-1], "what was read is not what was written")
+            same([reader.result() for reader in readers], data[::-1], "what was read is not what was written")
 
     def test_bytes_wrap_at_the_end_of_the_ring(self) -> None:
         """At many different places."""
@@ -110,7 +117,7 @@ class ChannelConformance:
             for length in [self.ring, self.ring - 1, 3, self.ring // 2 + 1] * 16:
                 data = chance.randbytes(length)
                 near.write(data, timeout=PATIENCE)
-                _same(_read_exactly(far, length), data, f"{length} bytes were changed on their way")
+                same(read_exactly(far, length), data, f"{length} bytes were changed on their way")
 
     def test_read_gives_what_is_there_and_no_more_than_asked(self) -> None:
         """A stream: it neither waits for more than one byte, nor loses the rest."""
@@ -118,32 +125,32 @@ class ChannelConformance:
             near.write(b"abcdef", timeout=PATIENCE)
             first = far.read(4, timeout=PATIENCE)
             assert 1 <= len(first) <= 4, f"{len(first)} bytes for a read of 4"
-            _same(first + _read_exactly(far, 6 - len(first)), b"abcdef", "bytes were lost between two reads")
+            same(first + read_exactly(far, 6 - len(first)), b"abcdef", "bytes were lost between two reads")
 
     def test_a_reader_that_waits_is_woken(self) -> None:
         """With no deadline of its own."""
         with self.pair() as (near, far):
             for number in range(20):
-                reader = _Beside(far.read)
+                reader = Beside(far.read)
                 time.sleep(_MOMENT if number == 0 else 0)
                 near.write(bytes([number]), timeout=PATIENCE)
-                _same(reader.result(), bytes([number]), "another byte came")
+                same(reader.result(), bytes([number]), "another byte came")
 
     def test_a_writer_that_waits_is_woken(self) -> None:
         """When there is room again."""
         data = random.Random(3).randbytes(5 * self.ring)
         with self.pair() as (near, far):
-            writer = _Beside(near.write, data)
+            writer = Beside(near.write, data)
             time.sleep(_MOMENT)
-            _same(_read_exactly(far, len(data)), data, "what was read is not what was written")
+            same(read_exactly(far, len(data)), data, "what was read is not what was written")
             writer.result()
 
     def test_bytes_go_to_another_process_and_back(self) -> None:
         """More than the rings hold."""
         data = random.Random(4).randbytes(10 * self.ring + 1)
         with self.with_program("echo") as (near, program):
-            writer = _Beside(near.write, data, timeout=PATIENCE)
-            _same(_read_exactly(near, len(data)), data, "the echo is not what was written")
+            writer = Beside(near.write, data, timeout=PATIENCE)
+            same(read_exactly(near, len(data)), data, "the echo is not what was written")
             writer.result()
             near.close()
             assert program.wait(PATIENCE) == 0, "the peer did not see the end"
@@ -154,29 +161,29 @@ class ChannelConformance:
         """Twice, and then the bytes come."""
         with self.pair() as (near, far):
             for _ in range(2):
-                _raises(TimeoutError, "nothing was written", lambda: far.read(timeout=SHORT))
+                raises(TimeoutError, "nothing was written", lambda: far.read(timeout=SHORT))
             near.write(b"late", timeout=PATIENCE)
-            _same(_read_exactly(far, 4), b"late", "a read that timed out took something along")
+            same(read_exactly(far, 4), b"late", "a read that timed out took something along")
 
     def test_a_read_without_patience_does_not_wait(self) -> None:
         """timeout=0: what is there, or TimeoutError."""
         with self.pair() as (near, far):
-            _raises(TimeoutError, "nothing was written", lambda: far.read(timeout=0))
+            raises(TimeoutError, "nothing was written", lambda: far.read(timeout=0))
             near.write(b"x", timeout=PATIENCE)
-            _same(far.read(timeout=0), b"x", "it was there")
+            same(far.read(timeout=0), b"x", "it was there")
 
     def test_a_write_times_out_and_says_how_much_was_done(self) -> None:
         """`done` of the error, if it has one; what did go is the beginning, and what follows comes after it."""
         data = random.Random(5).randbytes(3 * self.ring)
         with self.pair() as (near, far):
-            error = _raises(TimeoutError, "nobody reads", lambda: near.write(data, timeout=SHORT))
-            got = _read_what_is_there(far)
-            _same(got, data[: len(got)], "what a write that timed out has written is not its beginning")
+            error = raises(TimeoutError, "nobody reads", lambda: near.write(data, timeout=SHORT))
+            got = read_what_is_there(far)
+            same(got, data[: len(got)], "what a write that timed out has written is not its beginning")
             assert len(got) >= self.ring, f"{len(got)} bytes went, and the ring holds {self.ring}"
             done = getattr(error, "done", len(got))
             assert done == len(got), f"the error says that {done} bytes were written, and {len(got)} came"
             near.write(b"next", timeout=PATIENCE)
-            _same(_read_exactly(far, 4), b"next", "the channel is not as it was before the timeout")
+            same(read_exactly(far, 4), b"next", "the channel is not as it was before the timeout")
 
     # Whole messages.
 
@@ -187,29 +194,29 @@ class ChannelConformance:
         lengths = [0, 1, 64, self.longest, 0, self.longest // 2 + 1, *(chance.randrange(600) for _ in range(200))]
         sent = [chance.randbytes(length) for length in lengths]
         with self.pair() as (near, far):
-            sender = _Beside(lambda: [near.send(message, timeout=PATIENCE) for message in sent])
+            sender = Beside(lambda: [near.send(message, timeout=PATIENCE) for message in sent])
             got = [far.recv(timeout=PATIENCE) for _ in sent]
             sender.result()
-            _same(got, sent, "messages came in another form")
+            same(got, sent, "messages came in another form")
 
     def test_a_message_that_can_never_fit_is_refused(self) -> None:
         """EMSGSIZE, at once, and nothing of it is sent."""
         self._needs("messages")
         with self.pair() as (near, far):
-            error = _raises(OSError, "it is too long", lambda: near.send(bytes(self.longest + 1), timeout=PATIENCE))
+            error = raises(OSError, "it is too long", lambda: near.send(bytes(self.longest + 1), timeout=PATIENCE))
             assert error.errno == errno.EMSGSIZE, f"{error!r}, where EMSGSIZE would say it"
             near.send(b"short", timeout=PATIENCE)
-            _same(far.recv(timeout=PATIENCE), b"short", "something of the long message was sent")
+            same(far.recv(timeout=PATIENCE), b"short", "something of the long message was sent")
 
     def test_a_message_that_times_out_is_not_sent_in_part(self) -> None:
         """All of it or nothing."""
         self._needs("messages")
         with self.pair() as (near, far):
             near.send(bytes(self.longest // 2), timeout=PATIENCE)
-            _raises(TimeoutError, "there is no room", lambda: near.send(bytes(self.longest), timeout=SHORT))
+            raises(TimeoutError, "there is no room", lambda: near.send(bytes(self.longest), timeout=SHORT))
             far.recv(timeout=PATIENCE)
             near.send(b"next", timeout=PATIENCE)
-            _same(far.recv(timeout=PATIENCE), b"next", "a part of a message was sent")
+            same(far.recv(timeout=PATIENCE), b"next", "a part of a message was sent")
 
     def test_messages_of_several_threads_are_whole(self) -> None:
         """Each thread's in its order."""
@@ -220,11 +227,11 @@ class ChannelConformance:
                 for number in range(100):
                     near.send(bytes([name, number]) * 20, timeout=PATIENCE)
 
-            senders = [_Beside(send, name) for name in range(4)]
+            senders = [Beside(send, name) for name in range(4)]
             seen = dict.fromkeys(range(4), 0)
             for _ in range(400):
                 message = far.recv(timeout=PATIENCE)
-                _same(message, bytes([message[0], seen[message[0]]]) * 20, "a message is mixed of several")
+                same(message, bytes([message[0], seen[message[0]]]) * 20, "a message is mixed of several")
                 seen[message[0]] += 1
             for sender in senders:
                 sender.result()
@@ -239,9 +246,9 @@ class ChannelConformance:
                 data = random.Random(length).randbytes(length)
                 with near.reserve(length, timeout=PATIENCE) as room:
                     room[:] = data
-                _raises(TimeoutError, "nothing was committed", lambda: far.read(timeout=0))
+                raises(TimeoutError, "nothing was committed", lambda: far.read(timeout=0))
                 near.commit(length - 1)
-                _same(_read_exactly(far, length - 1), data[:-1], "what came is not what was filled in")
+                same(read_exactly(far, length - 1), data[:-1], "what came is not what was filled in")
 
     def test_what_is_peeked_stays_until_it_is_released(self) -> None:
         """A part of it, too."""
@@ -251,9 +258,9 @@ class ChannelConformance:
                 data = random.Random(length).randbytes(length)
                 near.write(data, timeout=PATIENCE)
                 with far.peek(length, timeout=PATIENCE) as view:
-                    _same(bytes(view), data, "what lies there is not what was written")
+                    same(bytes(view), data, "what lies there is not what was written")
                 far.release(10)
-                _same(_read_exactly(far, length - 10), data[10:], "what was not released is lost")
+                same(read_exactly(far, length - 10), data[10:], "what was not released is lost")
 
     # The end.
 
@@ -262,40 +269,40 @@ class ChannelConformance:
         with self.pair() as (near, far):
             near.write(b"last words", timeout=PATIENCE)
             near.close()
-            _same(_read_exactly(far, 10), b"last words", "what was written before the close is lost")
+            same(read_exactly(far, 10), b"last words", "what was written before the close is lost")
             for _ in range(2):
-                _same(far.read(timeout=PATIENCE), b"", "the peer has closed")
+                same(far.read(timeout=PATIENCE), b"", "the peer has closed")
 
     def test_writing_to_a_peer_that_has_closed(self) -> None:
         """ConnectionError, no later than when the ring is full."""
         with self.pair() as (near, far):
             far.close()
             data = bytes(2 * self.ring)
-            _raises(ConnectionError, "the peer has closed", lambda: near.write(data, timeout=PATIENCE))
+            raises(ConnectionError, "the peer has closed", lambda: near.write(data, timeout=PATIENCE))
 
     def test_a_close_wakes_the_peer_that_reads(self) -> None:
         """It gets the end."""
         with self.pair() as (near, far):
-            reader = _Beside(far.read)
+            reader = Beside(far.read)
             time.sleep(_MOMENT)
             near.close()
-            _same(reader.result(), b"", "the peer has closed")
+            same(reader.result(), b"", "the peer has closed")
 
     def test_a_close_wakes_the_peer_that_writes(self) -> None:
         """It gets ConnectionError."""
         with self.pair() as (near, far):
-            writer = _Beside(far.write, bytes(3 * self.ring))
+            writer = Beside(far.write, bytes(3 * self.ring))
             time.sleep(_MOMENT)
             near.close()
-            _raises(ConnectionError, "the peer has closed", writer.result)
+            raises(ConnectionError, "the peer has closed", writer.result)
 
     def test_closing_ones_own_end_wakes_who_waits_there(self) -> None:
         """It gets an OSError."""
         with self.pair() as (near, _far):
-            reader = _Beside(near.read)
+            reader = Beside(near.read)
             time.sleep(_MOMENT)
             near.close()
-            _raises(OSError, "this end was closed", reader.result)
+            raises(OSError, "this end was closed", reader.result)
 
     def test_close_can_be_repeated_and_then_every_call_says_so(self) -> None:
         """With an OSError, and no timeout."""
@@ -303,7 +310,7 @@ class ChannelConformance:
             near.close()
             near.close()
             for call in (lambda: near.read(timeout=PATIENCE), lambda: near.write(b"x", timeout=PATIENCE)):
-                error = _raises(OSError, "this end was closed", call)
+                error = raises(OSError, "this end was closed", call)
                 assert not isinstance(error, TimeoutError), f"{error!r}, for an end that was closed"
 
     def test_one_direction_finishes_and_the_other_goes_on(self) -> None:
@@ -312,11 +319,11 @@ class ChannelConformance:
         with self.pair() as (near, far):
             near.write(b"question", timeout=PATIENCE)
             near.finish()
-            _same(_read_exactly(far, 8), b"question", "what was written before the end is lost")
-            _same(far.read(timeout=PATIENCE), b"", "the peer has finished")
-            _raises(OSError, "this end has finished", lambda: near.write(b"x", timeout=PATIENCE))
+            same(read_exactly(far, 8), b"question", "what was written before the end is lost")
+            same(far.read(timeout=PATIENCE), b"", "the peer has finished")
+            raises(OSError, "this end has finished", lambda: near.write(b"x", timeout=PATIENCE))
             far.write(b"answer", timeout=PATIENCE)
-            _same(_read_exactly(near, 6), b"answer", "the other direction does not go on")
+            same(read_exactly(near, 6), b"answer", "the other direction does not go on")
 
     # SIGKILL.
 
@@ -326,39 +333,39 @@ class ChannelConformance:
         for length, serving in ((0, True), (self.ring, True), (many, True), (many, False)):
             with self.with_program("write_and_die", length, serving=serving) as (near, program):
                 expected = random.Random(length).randbytes(length)
-                _same(_read_exactly(near, length), expected, "bytes that were written are lost, or changed")
+                same(read_exactly(near, length), expected, "bytes that were written are lost, or changed")
                 self._ended_by_death(near)
-                _killed(program)
+                killed(program)
 
     def test_sigkill_of_a_peer_that_reads(self) -> None:
         """Whoever writes to it is told, however much it has read."""
         for length, serving in ((0, True), (self.ring + 1, True), (1, False)):
             with self.with_program("read_and_die", length, serving=serving) as (near, program):
-                writer = _Beside(near.write, bytes(length + 4 * self.ring))
-                _raises(ConnectionError, "the peer is dead", writer.result)
-                _killed(program)
+                writer = Beside(near.write, bytes(length + 4 * self.ring))
+                raises(ConnectionError, "the peer is dead", writer.result)
+                killed(program)
 
     def test_sigkill_of_a_peer_wakes_who_waits(self) -> None:
         """A reader, and a writer."""
         with self.with_program("idle") as (near, program):
-            _read_exactly(near, 1)
-            reader = _Beside(near.read)
-            writer = _Beside(near.write, bytes(3 * self.ring))
+            read_exactly(near, 1)
+            reader = Beside(near.read)
+            writer = Beside(near.write, bytes(3 * self.ring))
             time.sleep(_MOMENT)
             program.kill()
-            _raises(ConnectionError, "the peer is dead", writer.result)
+            raises(ConnectionError, "the peer is dead", writer.result)
             if self.tells_death:
-                _raises(ConnectionError, "the peer is dead", reader.result)
+                raises(ConnectionError, "the peer is dead", reader.result)
             else:
                 with suppress(ConnectionError):
-                    _same(reader.result(), b"", "the peer is dead")
+                    same(reader.result(), b"", "the peer is dead")
 
     def _ended_by_death(self, near: Any) -> None:
         if self.tells_death:
-            _raises(ConnectionError, "the peer died", lambda: near.read(timeout=PATIENCE))
+            raises(ConnectionError, "the peer died", lambda: near.read(timeout=PATIENCE))
             return
         with suppress(ConnectionError):
-            _same(near.read(timeout=PATIENCE), b"", "the peer died")
+            same(near.read(timeout=PATIENCE), b"", "the peer died")
 
     # Lies.
 
@@ -378,12 +385,12 @@ class ChannelConformance:
             if words is None:
                 raise unittest.SkipTest("this channel does not show its indexes")
             far.write(b"x", timeout=PATIENCE)
-            _read_exactly(near, 1)
+            read_exactly(near, 1)
             near.write(b"x", timeout=PATIENCE)
-            _read_exactly(far, 1)
+            read_exactly(far, 1)
             with words:  # which are released before the channel is closed
                 words[word] = (words[word] + by) & 0xFFFF_FFFF
-            error = _raises(OSError, "the peer lies", lambda: call(near))
+            error = raises(OSError, "the peer lies", lambda: call(near))
             assert not isinstance(error, TimeoutError), "a peer that lies was not seen, and waited for"
 
     # How channels come about here.
@@ -392,7 +399,7 @@ class ChannelConformance:
     def pair(self) -> Iterator[tuple[Any, Any]]:
         """A server's end in domain 1 and a client's in domain 2, both in this process."""
         with self.domains() as (alice, bob):
-            serving = _Beside(self.serve, alice, bob.domid)
+            serving = Beside(self.serve, alice, bob.domid)
             far = self.connect(bob, alice.domid)
             try:
                 near = serving.result()
@@ -416,121 +423,8 @@ class ChannelConformance:
     @classmethod
     def _play(cls, domain: Domain, part: str, args: tuple[Any, ...], serving: bool) -> None:
         """In that process."""
-        _PARTS[part]((cls.connect if serving else cls.serve)(domain, 1), *args)
+        PARTS[part]((cls.connect if serving else cls.serve)(domain, 1), *args)
 
     def _needs(self, name: str) -> None:
         if not getattr(self, name):
             raise unittest.SkipTest(f"this channel says {name} = False")
-
-
-# What the other process does with its end.
-
-
-def _echo(channel: Any) -> None:
-    while data := channel.read(timeout=PATIENCE):
-        channel.write(data, timeout=PATIENCE)
-    channel.close()
-
-
-def _write_and_die(channel: Any, length: int) -> None:
-    channel.write(random.Random(length).randbytes(length), timeout=PATIENCE)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _read_and_die(channel: Any, length: int) -> None:
-    _read_exactly(channel, length)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _idle(channel: Any) -> None:
-    channel.write(b"!", timeout=PATIENCE)
-    time.sleep(PATIENCE)
-
-
-_PARTS: dict[str, Callable[..., None]] = {
-    "echo": _echo,
-    "write_and_die": _write_and_die,
-    "read_and_die": _read_and_die,
-    "idle": _idle,
-}
-
-
-# Small tools.
-
-
-class _Beside:
-    """A call in a thread of its own, which cannot keep the tests from ending."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **named: Any) -> None:
-        self._returned: Any = None
-        self._raised: BaseException | None = None
-        self._what = getattr(function, "__name__", repr(function))
-        self._thread = threading.Thread(target=self._run, args=(function, args, named), daemon=True)
-        self._thread.start()
-
-    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        try:
-            self._returned = function(*args, **named)
-        except BaseException as error:
-            self._raised = error
-
-    def result(self) -> Any:
-        """What it returned, or raises what it raised."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), f"{self._what} hangs: nobody has woken it within {PATIENCE} s"
-        if self._raised is not None:
-            raise self._raised
-        return self._returned
-
-
-def _killed(program: Program) -> None:
-    assert program.wait(PATIENCE) == -signal.SIGKILL, f"the peer in this check {program.ending} before its time"
-
-
-def _read_exactly(channel: Any, length: int) -> bytes:
-    got = bytearray()
-    while len(got) < length:
-        piece = channel.read(length - len(got), timeout=PATIENCE)
-        assert piece, f"the end came after {len(got)} of {length} bytes"
-        got += piece
-    return bytes(got)
-
-
-def _read_what_is_there(channel: Any) -> bytes:
-    got = bytearray()
-    with suppress(TimeoutError):
-        while piece := channel.read(timeout=0):
-            got += piece
-    return bytes(got)
-
-
-def _write_in_pieces(channel: Any, data: bytes, sizes: list[int]) -> None:
-    at = number = 0
-    while at < len(data):
-        size = sizes[number % len(sizes)]
-        channel.write(data[at : at + size], timeout=PATIENCE)
-        at += size
-        number += 1
-
-
-def _same(got: Any, expected: Any, otherwise: str) -> None:
-    """Without a page of bytes in the failure."""
-    if got != expected:
-        at = next((at for at, (one, two) in enumerate(zip(got, expected, strict=False)) if one != two), None)
-        where = f"from place {at} on" if at is not None else f"in length: {len(got)}, not {len(expected)}"
-        raise AssertionError(f"{otherwise} (different {where}; {_short(got)}, not {_short(expected)})")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:56]}..."
-
-
-def _raises(kind: type[BaseException], why: str, call: Callable[[], object]) -> Any:
-    try:
-        returned = call()
-    except kind as error:
-        return error
-    except OSError as error:
-        raise AssertionError(f"{why}, so {kind.__name__} was expected, and not {error!r}") from error
-    raise AssertionError(f"{why}, so {kind.__name__} was expected, and the call returned {_short(returned)}")
