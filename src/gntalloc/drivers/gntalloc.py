@@ -32,12 +32,15 @@ from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
+from gntalloc.drivers.releases import Releases
 from gntalloc.errors import BooksWrong, DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from gntalloc.drivers.releases import ReleaseWaiter
 
 __all__ = ["DEFAULT_LIMIT", "GntallocDriver", "GrantInfo", "Gref"]
 
@@ -120,7 +123,7 @@ class GntallocDriver:
         self._behaviour = behaviour
         self._grefs: dict[Gref, None] = {}  # all there are, listed, only mapped, or lingering
         self._lingering: dict[Extent, dict[Gref, None]] = {}
-        self._waiters: dict[Extent, dict[ReleaseWaiter, None]] = {}
+        self._releases = Releases()
         table.on_idle = self._peer_let_go
         self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc, SET_UNMAP_NOTIFY: self._set_notify}
 
@@ -394,8 +397,7 @@ class GntallocDriver:
             else:
                 del self._lingering[extent]
             self._check_books()
-        for waiter in list(self._waiters.get(extent, ())):
-            waiter.look()
+        self._releases.look(extent)
 
     # What is there, and who holds it.
 
@@ -419,20 +421,7 @@ class GntallocDriver:
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
         """Call `done` once, when no peer holds any of these pages. At once if that is so now."""
         extents = {gref.frame.extent for gref in self._span(file, index, count)}
-        waiter = ReleaseWaiter(self, extents, lambda: not self.holders(file, index, count)[0], done)
-        for extent in extents:
-            self._waiters.setdefault(extent, {})[waiter] = None
-        waiter.look()
-        return waiter
-
-    def forget(self, waiter: ReleaseWaiter) -> None:
-        """The waiter is done, or nobody wants to know any more."""
-        for extent in waiter.extents:
-            waiting = self._waiters.get(extent)
-            if waiting is not None:
-                waiting.pop(waiter, None)
-                if not waiting:
-                    del self._waiters[extent]
+        return self._releases.wait(extents, lambda: not self.holders(file, index, count)[0], done)
 
     def grants(self) -> list[GrantInfo]:
         """Every granted page, released ones that linger too."""
@@ -450,30 +439,6 @@ class GntallocDriver:
             )
             for gref in self._grefs
         ]
-
-
-class ReleaseWaiter:
-    """Somebody who wants to know when pages are free of peers."""
-
-    __slots__ = ("_done", "_driver", "_is_free", "extents")
-
-    def __init__(
-        self,
-        driver: GntallocDriver,
-        extents: set[Extent],
-        is_free: Callable[[], bool],
-        done: Callable[[], None],
-    ) -> None:
-        self.extents = extents
-        self._driver = driver
-        self._is_free = is_free
-        self._done = done
-
-    def look(self) -> None:
-        """Ask again."""
-        if self._is_free():
-            self._driver.forget(self)
-            self._done()
 
 
 def _check_sense(asked: AllocGref, owner: int) -> None:

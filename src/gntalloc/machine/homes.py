@@ -22,7 +22,8 @@ from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from gntalloc.drivers.chardev import File
-    from gntalloc.drivers.gntalloc import GntallocDriver, ReleaseWaiter
+    from gntalloc.drivers.gntalloc import GntallocDriver
+    from gntalloc.drivers.releases import ReleaseWaiter
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.server import Server
 
@@ -69,8 +70,8 @@ class Homes:
             if descriptor in self._homes:
                 self._serve(self._homes[descriptor], events)
             elif descriptor in self._waiters:
-                _, driver, waiter = self._waiters[descriptor]
-                driver.forget(waiter)
+                _, _, waiter = self._waiters[descriptor]
+                waiter.forget()
                 self._close_waiter(descriptor)
 
     # Files.
