@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -172,6 +173,29 @@ def test_cancelled_at_any_time(attached: Setting) -> None:
             for _ in range(15):
                 await asyncio.gather(*(bother(part) for part in range(8)))
             assert await disk.read(0, SIZE) == attached.content
+
+    run(main)
+
+
+def test_who_waits_is_told_when_nobody_can_look_after_the_backend(attached: Setting) -> None:
+    """For want of descriptors, say: an OSError that is none of ours."""
+    backend = attached.backend()
+
+    def no_descriptor() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main() -> None:
+        async with await opened(attached) as disk:
+            assert disk._session.link is not None
+            disk._session.link.verdict = no_descriptor  # type: ignore[method-assign]
+            backend.process.send_signal(signal.SIGSTOP)
+            reading = asyncio.create_task(disk.read(0, SIZE))
+            await asyncio.sleep(0)
+            kill(backend)
+            with pytest.raises(DeviceError, match="open it again") as raised:
+                await asyncio.wait_for(reading, PATIENCE)
+            assert raised.value.errno == errno.EMFILE
+            del disk._session.link.verdict
 
     run(main)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 from typing import TYPE_CHECKING, Self
 
-from gntalloc.errors import Closed, GntallocError
+from gntalloc.errors import Closed, DeviceError, GntallocError
 from gntalloc.frontend.blkif import SECTOR, Operation
 from gntalloc.frontend.session import PAGES, Described, Session
 
@@ -272,8 +273,13 @@ class Disk(Described):
         self._errand = self._loop.create_task(self._finish(work))
 
     async def _finish(self, work: Callable[[], None]) -> None:
-        with contextlib.suppress(GntallocError):  # `failed` says what is to be said
+        try:
             await asyncio.to_thread(work)
+        except GntallocError:
+            pass  # `failed` says what is to be said
+        except OSError as error:  # of the kernel: no descriptor left, say
+            why = f"{self._session} is of no more use ({error.strerror}); close it, and open it again"
+            self._session.failed = DeviceError(error.errno or errno.EIO, why)
         self._away = False
         self._errand = None
         session = self._session
