@@ -121,6 +121,10 @@ class Serving(Generic[F]):
         except CallerGone:
             pass  # nobody waits for the answer
 
+    def is_traced(self, thread: int) -> bool:
+        """Whether a debugger has the caller that is being served."""
+        return self._threads.is_traced(thread)
+
     def close(self) -> None:
         """Let go of what is known of the program."""
         self._threads.close()
@@ -146,8 +150,7 @@ class Serving(Generic[F]):
             home.close()
 
     def _open_device(self, call: Call, device: str, flags: int) -> Home:
-        self._threads.forget(call.thread)  # another thread may have its number now
-        return self._files.open(self._threads.process(call.thread), device, flags & _LOW_INT)
+        return self._files.open(self._threads.process_now(call.thread), device, flags & _LOW_INT)
 
     def _open_store(self, flags: int) -> Home:
         """The device gives what the daemon's socket does, so the file is a connection to it."""

@@ -14,13 +14,14 @@ __all__ = ["Threads", "fetch", "is_traced", "leader_of"]
 
 _MOST_KNOWN = 64
 _SYS_PIDFD_GETFD = 438
-_ENOUGH = 1024  # of a status, for what is at its beginning
+_ENOUGH = 512  # of a status, for what is at its beginning
 
 _libc = ctypes.CDLL(None)
 
 
 class _Known(NamedTuple):
     folder: int  # in /proc, opened
+    status: int  # the file of that name in it, opened too
     process: int
 
 
@@ -50,16 +51,40 @@ class Threads:
         known = self._known.get(thread)
         return leader_of(thread) if known is None else known.process
 
+    def process_now(self, thread: int) -> int:
+        """The process that it belongs to; itself if that cannot be seen."""
+        known = self._known.get(thread)
+        if known is not None:
+            try:
+                os.stat("fd", dir_fd=known.folder)
+                return known.process
+            except OSError:
+                self.forget(thread)
+        try:
+            return self._meet(thread).process
+        except OSError:
+            return thread
+
     def close(self) -> None:
         """Forget all of them."""
         for thread in list(self._known):
             self.forget(thread)
 
+    def is_traced(self, thread: int) -> bool:
+        """Whether a debugger has it: strace, gdb. Right after `identity`."""
+        known = self._known.get(thread)
+        return known is not None and _number(known.status, b"TracerPid:", 0) != 0
+
     def _meet(self, thread: int) -> _Known:
         folder = os.open(f"/proc/{thread}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            status = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:
+            os.close(folder)
+            raise
         if len(self._known) >= _MOST_KNOWN:
             self.forget(next(iter(self._known)))
-        known = self._known[thread] = _Known(folder, leader_of(thread))
+        known = self._known[thread] = _Known(folder, status, _number(status, b"Tgid:", thread))
         return known
 
     def forget(self, thread: int) -> None:
@@ -67,27 +92,38 @@ class Threads:
         known = self._known.pop(thread, None)
         if known is not None:
             os.close(known.folder)
+            os.close(known.status)
 
 
 def leader_of(thread: int) -> int:
     """The process that a thread belongs to; itself if that cannot be seen."""
-    return _number(thread, b"Tgid:", thread)
+    return _look(thread, b"Tgid:", thread)
 
 
 def is_traced(thread: int) -> bool:
     """Whether a debugger has it: strace, gdb."""
-    return _number(thread, b"TracerPid:", 0) != 0
+    return _look(thread, b"TracerPid:", 0) != 0
 
 
-def _number(thread: int, name: bytes, unknown: int) -> int:
-    """What its status says under this name."""
+def _look(thread: int, name: bytes, unknown: int) -> int:
     try:
-        with open(f"/proc/{thread}/status", "rb", buffering=0) as file:
-            status = file.read(_ENOUGH)
+        status = os.open(f"/proc/{thread}/status", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return unknown
-    at = status.find(b"\n" + name)
-    return unknown if at < 0 else int(status[at + 1 + len(name) :].split(b"\n", 1)[0])
+    try:
+        return _number(status, name, unknown)
+    finally:
+        os.close(status)
+
+
+def _number(status: int, name: bytes, unknown: int) -> int:
+    """What a status says under this name."""
+    try:
+        text = os.pread(status, _ENOUGH, 0)
+    except OSError:
+        return unknown
+    at = text.find(b"\n" + name)
+    return unknown if at < 0 else int(text[at + 1 + len(name) :].split(b"\n", 1)[0])
 
 
 def fetch(process: int, descriptor: int) -> int:

@@ -131,9 +131,7 @@ class Homes:
         del self._by_identity[home.identity]
         if home.carries_events:
             self._server.unwatch(descriptor)
-        else:
-            self._hang_ups.unregister(descriptor)
-        home.sock.close()
+        home.sock.close()  # and with it, it is out of the epoll
         self._let_go(home.file)
         self._machine.close(home.guest, home.file)
 

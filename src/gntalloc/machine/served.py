@@ -29,7 +29,6 @@ from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
 from gntalloc.calls.memory import Denied, Memory
 from gntalloc.calls.serving import IOCTL, Serving, is_shared
-from gntalloc.calls.threads import is_traced
 from gntalloc.drivers.chardev import File, MessageCaller, Region
 from gntalloc.errors import DeviceError
 
@@ -144,8 +143,6 @@ class Served:
 
     def open(self, process: int, name: str, flags: int) -> socket.socket:
         """See `Files`."""
-        if is_traced(process):
-            raise Denied
         return self._server.homes.open(self._guest, name, flags, opener=process)[1]
 
     def open_store(self) -> socket.socket:
@@ -164,7 +161,7 @@ class Served:
         """See `Files`."""
         _, request, address, *_ = call.arguments
         request &= 0xFFFFFFFF
-        if request == MAP_GRANT_REF and is_traced(call.thread):
+        if request == MAP_GRANT_REF and self._serving.is_traced(call.thread):
             raise Denied
         caller: Caller
         if request in _FAR:
@@ -197,7 +194,7 @@ class Served:
 
     def map(self, call: Call, process: int, file: File) -> None:
         """See `Files`."""
-        if is_traced(call.thread):
+        if self._serving.is_traced(call.thread):
             raise Denied
         _address, length, prot, flags, _descriptor, offset = call.arguments
         plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))

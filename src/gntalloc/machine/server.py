@@ -67,11 +67,9 @@ class Server:
         self._listeners: dict[str, socket.socket] = {}
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.homes = Homes(self)
-        self._news = select.epoll()  # of homes and of frames: one look tells whether there is any
-        self._news.register(self.homes.fileno(), select.EPOLLIN)
-        self._news.register(machine.frames.fileno(), select.EPOLLIN)
-        self._has_news = False
-        self.watch(self._news.fileno(), self._note_news)
+        self._closed_homes = self._closed_pages = False  # whether there is news of any
+        self.watch(self.homes.fileno(), self._note_homes)
+        self.watch(machine.frames.fileno(), self._note_pages)
         self.visits = Visits(self)
         self.faults = Faults(machine)
         self._store = StoreFront(machine.store)
@@ -164,8 +162,7 @@ class Server:
         for channel in turns:
             channel.admit()
         self._hear(0)
-        if self._has_news or self.machine.frames.restless:
-            self._settle()
+        self._settle()
         for channel in turns:
             if channel.has_notes:
                 self._let(channel, channel.take_notes)
@@ -182,8 +179,11 @@ class Server:
             if ready is not None:
                 ready(events)
 
-    def _note_news(self, _events: int) -> None:
-        self._has_news = True
+    def _note_homes(self, _events: int) -> None:
+        self._closed_homes = True
+
+    def _note_pages(self, _events: int) -> None:
+        self._closed_pages = True
 
     def close(self) -> None:
         """Disconnect everybody and take the sockets out of the folder."""
@@ -192,7 +192,6 @@ class Server:
         for path in list(self._listeners):
             self._stop_listening(path)
         self._store.close()
-        self._news.close()
         self.homes.close()
         self._epoll.close()
         os.close(self._spare)
@@ -226,12 +225,14 @@ class Server:
         return min(wait for wait in (pages, self.faults.patience(), stalls) if wait is not None)
 
     def _settle(self) -> None:
-        if not self._has_news and not self.machine.frames.restless:
-            return
-        self._has_news = False
-        self.homes.settle()
-        self.machine.settle()
-        self.homes.keep_no_longer()
+        """Take in what programs have let go of."""
+        if self._closed_homes:
+            self._closed_homes = False
+            self.homes.settle()
+        if self._closed_pages or self.machine.frames.restless:
+            self._closed_pages = False
+            self.machine.settle()
+            self.homes.keep_no_longer()
 
     # Connections.
 

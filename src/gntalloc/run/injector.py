@@ -35,9 +35,10 @@ _SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK = 0x4206, 0x4207, 0x420A, 0x420B
 _EVENT_STOP = 128
 _WALL = 0x40000000
 _SYS_CLOSE, _SYS_MMAP, _SYS_MUNMAP, _SYS_TGKILL = 3, 9, 11, 234
-_SYSCALL = b"\x0f\x05"
+_SYSCALL_SIZE = 2  # of the instruction; there is no other door for calls with x86-64's numbers
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x100000
 _ALL_BUT_TRAP = ((1 << 64) - 1) & ~(1 << (signal.SIGTRAP - 1))
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL})
 _MASK = (1 << 64) - 1
 _LOWEST_ERROR = _MASK - 4095
 
@@ -64,6 +65,10 @@ class _Died(Exception):
     """The thread ended under our hands; its status."""
 
 
+class _NoInstruction(Exception):
+    """The instruction that it made its call with is not there any more: another thread has unmapped it."""
+
+
 def _ptrace(request: int, thread: int, address: int = 0, data: object = None) -> None:
     if _libc.ptrace(request, thread, address, data) < 0:
         code = ctypes.get_errno()
@@ -84,20 +89,12 @@ class Injector:
         mark: what the filter lets pass: see filter.py.
         died: told the thread and wait status of each that died while we held it. Nobody else will hear of it: a
             status is given out once.
-        read: reads a thread's memory: (thread, address, size) -> bytes.
     """
 
-    def __init__(
-        self,
-        listener: Listener,
-        mark: int,
-        died: Callable[[int, int], None],
-        read: Callable[[int, int, int], bytes],
-    ) -> None:
+    def __init__(self, listener: Listener, mark: int, died: Callable[[int, int], None]) -> None:
         self._listener = listener
         self._mark = mark << 32
         self._died = died
-        self._read = read
 
     def place(
         self, call: Call, pieces: list[Piece], descriptors: list[int], placed: Callable[[int], None] = _nothing
@@ -119,8 +116,7 @@ class Injector:
             raise CallerGone from None
         try:
             _ptrace(_INTERRUPT, thread)
-            theirs, failure = self._give(call, descriptors)
-            self._listener.answer(call, 0)
+            theirs, failure = self._answer(call, descriptors)
             held = self._until_stopped(thread)
             result = self._make_calls(call, pieces, theirs, failure, held)
             if result >= 0:
@@ -134,13 +130,18 @@ class Injector:
             raise
         return result
 
-    def _give(self, call: Call, descriptors: list[int]) -> tuple[list[int], int]:
-        """Their numbers in the caller, and why not all of them are there: a negative errno, or 0."""
+    def _answer(self, call: Call, descriptors: list[int]) -> tuple[list[int], int]:
+        """Let the call end, with these as descriptors of its caller.
+
+        Gives their numbers there, and why not all of them are: a negative errno, or 0.
+        """
         theirs: list[int] = []
         try:
-            for descriptor in descriptors:
+            for descriptor in descriptors[:-1]:
                 theirs.append(self._listener.give(call, descriptor, flags=os.O_CLOEXEC))  # noqa: PERF401  each counts
+            theirs.append(self._listener.answer_with(call, descriptors[-1], flags=os.O_CLOEXEC))
         except OSError as error:
+            self._listener.answer(call, 0)
             return theirs, -(error.errno or errno.EMFILE)
         return theirs, 0
 
@@ -148,21 +149,18 @@ class Injector:
         thread = call.thread
         saved = _Registers()
         _ptrace(_GETREGS, thread, 0, ctypes.byref(saved))
-        if self._read(thread, saved.rip - 2, 2) != _SYSCALL:  # it came by another door: leave it as it is
-            return self._finish(thread, saved, -errno.ENODEV)
         with _signals_blocked(thread):
 
             def make(number: int, *arguments: int) -> int:
                 return self._call(thread, saved, held, number, arguments)
 
-            result = failure or self._map(make, call, pieces, theirs)
-            for descriptor in theirs:
-                make(_SYS_CLOSE, descriptor)
-        return self._finish(thread, saved, result)
-
-    def _finish(self, thread: int, saved: _Registers, result: int) -> int:
+            try:
+                result = failure or self._map(make, call, pieces, theirs)
+                for descriptor in theirs:
+                    make(_SYS_CLOSE, descriptor)
+            except _NoInstruction:
+                result = -errno.EFAULT  # which it will not see: it cannot go on from there either
         saved.rax = result & _MASK
-        saved.orig_rax = _MASK
         _ptrace(_SETREGS, thread, 0, ctypes.byref(saved))
         return result
 
@@ -189,9 +187,8 @@ class Injector:
     def _call(self, thread: int, saved: _Registers, held: list[int], number: int, arguments: tuple[int, ...]) -> int:
         """One system call in the stopped thread. Its result as the kernel gives it, errors negative."""
         registers = _Registers.from_buffer_copy(saved)
-        registers.rip -= len(_SYSCALL)
+        registers.rip -= _SYSCALL_SIZE
         registers.rax = number
-        registers.orig_rax = _MASK  # no call to restart
         for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(registers, name, value & _MASK)
         _ptrace(_SETREGS, thread, 0, ctypes.byref(registers))
@@ -205,6 +202,8 @@ class Injector:
                     break
             elif not event:
                 held.append(stopped_by)
+                if stopped_by in _FAULTS:
+                    raise _NoInstruction
             _ptrace(_SINGLESTEP, thread)
         result = int(registers.rax)
         return result - (1 << 64) if result >= _LOWEST_ERROR else result

@@ -13,7 +13,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone
-from gntalloc.calls.memory import Denied, Memory
+from gntalloc.calls.memory import Denied
 from gntalloc.calls.serving import Serving
 from gntalloc.calls.threads import fetch, leader_of
 from gntalloc.errors import MachineGone
@@ -60,7 +60,7 @@ class Supervisor:
         """
         self._listener = listener
         self._serving: Serving[OpenFile] = Serving(listener, self.files, say=self._say_once)
-        self._injector = Injector(listener, mark, died, Memory().read)
+        self._injector = Injector(listener, mark, died)
         self._swaps = self.files.swaps = Swaps(listener)
         notes = self.files.have_served(listener.fileno())
         if notes is not None:

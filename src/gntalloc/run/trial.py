@@ -59,7 +59,7 @@ def placing() -> str:
         opening = _next(listener)
         _read(opening)
         listener.answer_with(opening, home.fileno(), flags=0)
-        injector = Injector(listener, _MARK, lambda *_: None, Memory().read)
+        injector = Injector(listener, _MARK, lambda *_: None)
         try:
             result = injector.place(_next(listener), [Piece(0, 0, mmap.PAGESIZE)], [page])
         except Traced as refusal:
