@@ -5,6 +5,8 @@
  *     run opens ROUNDS                      of those that are not about /dev/xen
  *     run vchan ROLE PEER PATH RING TASK COUNT SIZE    TASK is echo or ask, drain or pour, of COUNT messages of SIZE
  *     run plain RING COUNT SIZE             the same bulk between two processes, through a ring in shared memory
+ *     run bells RING COUNT SIZE             likewise, waking each other by NOTIFY and read(2) instead of futexes
+ *     run bounce COUNT                      nothing but that: NOTIFY there, NOTIFY back
  *
  * gcc -O2 run.c -o run -lxengnttab -lxenevtchn -lxenvchan */
 #define _GNU_SOURCE
@@ -24,7 +26,7 @@
 #include <xenevtchn.h>
 #include <xengnttab.h>
 
-enum { BATCHES = 15 };
+enum { BATCHES = 15, NOTIFY = 0x44504 };
 
 static double now(void)
 {
@@ -127,27 +129,70 @@ static int vchan(char **argv)
 }
 
 struct ring {
-    _Atomic uint32_t written, read, writer_waits, reader_waits;
+    _Atomic uint32_t written, read, writer_waits, reader_waits, there;
     char data[];
 };
+
+static int bell = -1; /* evtchn, if that is what wakes */
+
+static void ring_bell(void)
+{
+    uint32_t port = 1;
+    if (ioctl(bell, NOTIFY, &port)) perror("NOTIFY");
+}
+
+static void wait_for_bell(void)
+{
+    uint32_t port;
+    if (read(bell, &port, sizeof port) != sizeof port) perror("read");
+}
 
 static void sleep_at(_Atomic uint32_t *word, uint32_t seen, _Atomic uint32_t *waits)
 {
     *waits = 1;
-    if (*word == seen) syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0);
+    if (*word != seen) return;
+    if (bell >= 0) wait_for_bell();
+    else syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0);
 }
 
 static void move_on(_Atomic uint32_t *word, uint32_t by, _Atomic uint32_t *waits)
 {
     *word += by;
-    if (atomic_exchange(waits, 0)) syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+    if (!atomic_exchange(waits, 0)) return;
+    if (bell >= 0) ring_bell();
+    else syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-static int plain(uint32_t size, size_t count, uint32_t chunk)
+/* A second process, and a ring between the two. */
+static struct ring *split(uint32_t size, int bells, int *child)
 {
     struct ring *ring = mmap(NULL, sizeof *ring + size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    *child = fork();
+    if (bells) bell = open("/dev/xen/evtchn", O_RDWR);
+    for (ring->there++; ring->there < 2;) usleep(100);
+    return ring;
+}
+
+static int bounce(int count)
+{
+    int child;
+    split(0, 1, &child);
+    double start = now();
+    for (int done = 0; done < count; done++) {
+        if (child) ring_bell();
+        wait_for_bell();
+        if (!child) ring_bell();
+    }
+    if (!child) _exit(0);
+    printf("us %.3f\n", (now() - start) / count);
+    return waitpid(child, NULL, 0) < 0;
+}
+
+static int plain(uint32_t size, size_t count, uint32_t chunk, int bells)
+{
+    int writer;
+    struct ring *ring = split(size, bells, &writer);
     char *buffer = calloc(1, chunk);
-    int writer = fork();
     double start = now();
     for (size_t done = 0; done < count; done++) {
         for (uint32_t left = chunk; left;) {
@@ -182,7 +227,9 @@ int main(int argc, char **argv)
     if (!strcmp(what, "opens")) return opens(atoi(argv[2]));
     if (!strcmp(what, "calls") && argc == 5) return calls(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
     if (!strcmp(what, "vchan") && argc == 9) return vchan(argv + 2);
-    if (!strcmp(what, "plain") && argc == 5) return plain(atol(argv[2]), atol(argv[3]), atol(argv[4]));
+    if (!strcmp(what, "plain") && argc == 5) return plain(atol(argv[2]), atol(argv[3]), atol(argv[4]), 0);
+    if (!strcmp(what, "bells") && argc == 5) return plain(atol(argv[2]), atol(argv[3]), atol(argv[4]), 1);
+    if (!strcmp(what, "bounce")) return bounce(atoi(argv[2]));
     fprintf(stderr, "see the head of run.c\n");
     return 2;
 }

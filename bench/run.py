@@ -1,4 +1,4 @@
-"""What it costs C programs with Xen's own libraries to run under `gntalloc run`, beside the same without it.
+"""What it costs C programs with Xen's own libraries to run under `gntalloc run`, beside what it costs at least.
 
     python bench/run.py [--json FILE] [--rounds N]
 
@@ -6,6 +6,10 @@ Calls: the median of 15 batches of N, in each of three passes; the middle pass. 
 in two domains; a round trip of 64 bytes, and one way in pieces of 64 KiB through rings of 1 MiB, beside the same
 between two processes with a ring of as much in shared memory and futexes; passes take turns, so that what else the
 computer does falls on both. Python's start-up: in turn under a run and without.
+
+"the least" is `least.py`: the same calls served by hardly any Python, so that one can tell the computer's part from
+ours. Its vchan is no vchan: nothing but NOTIFY there and back, and the ring in shared memory with NOTIFY for futexes.
+The study's figures are those that gntalloc was begun with, of another computer, or of a better day of this one.
 
 Needs gcc and libxen-dev.
 """
@@ -27,9 +31,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SOURCE = Path(__file__).with_name("run.c")
+SOURCE, LEAST = Path(__file__).with_name("run.c"), Path(__file__).with_name("least.py")
 PASSES = 3
-RING, CHUNK = 1 << 20, 65536
+RING, CHUNK, PIECES = 1 << 20, 65536, 8192
 PATH = "/local/domain/1/data/vchan/bench"
 STARTS = """
 import subprocess, sys, time
@@ -66,6 +70,10 @@ class Bench:
             ref = granter.stdout.readline().strip()
             return lines(self.run(2, self.program, "calls", str(rounds), "1", ref))
 
+    def least(self, *command: str) -> dict[str, float]:
+        """The same figures with the least Python there can be."""
+        return lines([sys.executable, str(LEAST), self.program, *command])
+
     def opens(self, rounds: int) -> dict[str, float]:
         """Of what is not about /dev/xen, without a run."""
         return lines([self.program, "opens", str(rounds)])
@@ -84,6 +92,15 @@ class Bench:
     def plain(self, count: int) -> float:
         """Megabytes a second without any of it."""
         return lines([self.program, "plain", str(RING), str(count), str(CHUNK)])["MB/s"]
+
+    def turn(self, rounds: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """The calls once each way."""
+        return self.calls(rounds), self.least("calls", str(rounds), "1", "8"), self.opens(rounds)
+
+    def bulk(self) -> tuple[float, float, float]:
+        """Megabytes a second, once each way."""
+        bells = self.least("bells", str(RING), str(PIECES), str(CHUNK))["MB/s"]
+        return self.vchan("drain", "pour", PIECES, CHUNK), bells, self.plain(PIECES)
 
     def starts(self, count: int) -> tuple[list[float], list[float]]:
         """Milliseconds of Python's start-ups, in turn under a run and without."""
@@ -110,6 +127,13 @@ def middle(passes: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(each[name] for each in passes) for name in passes[0]}
 
 
+def row(name: str, *figures: float | None) -> None:
+    """One line of the table: under run, the least, their ratio, and the rest."""
+    under, least, *rest = ["" if figure is None else f"{figure:.{0 if figure > 2000 else 2}f}" for figure in figures]
+    ratio = f"{figures[0] / figures[1]:.2f}" if figures[0] and figures[1] else ""
+    print(f"{name:36}{under:>12}{least:>12}{ratio:>8}" + "".join(f"{figure:>12}" for figure in rest))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -118,26 +142,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder)
         started = time.monotonic()
-        pairs = [(bench.calls(options.rounds), bench.opens(options.rounds)) for _ in range(PASSES)]
-        under, without = (middle(list(each)) for each in zip(*pairs, strict=True))
-        trip = statistics.median(bench.vchan("echo", "ask", 5000, 64) for _ in range(PASSES))
-        bulk = [(bench.vchan("drain", "pour", 8192, CHUNK), bench.plain(8192)) for _ in range(2 * PASSES - 1)]
+        turns = [bench.turn(options.rounds) for _ in range(PASSES)]
+        under, least, without = (middle(list(each)) for each in zip(*turns, strict=True))
+        trips = [(bench.vchan("echo", "ask", 5000, 64), bench.least("bounce", "5000")["us"]) for _ in range(PASSES)]
+        bulk = [bench.bulk() for _ in range(2 * PASSES - 1)]
         start = tuple(statistics.median(each) for each in bench.starts(25))
         load = os.getloadavg()[0]
-    through, beside = (statistics.median(each) for each in zip(*bulk, strict=True))
-    print(f"{'':34}{'under run':>12}{'without':>12}{'the study':>12}")
+    trip, bounce = (statistics.median(each) for each in zip(*trips, strict=True))
+    through, bells, plain = (statistics.median(each) for each in zip(*bulk, strict=True))
+    print(f"{'':36}{'under run':>12}{'the least':>12}{'ratio':>8}{'without':>12}{'the study':>12}")
     for name, figure in under.items():
-        other, study = (f"{one[name]:.2f}" if name in one else "" for one in (without, STUDY))
-        print(f"{name + ', µs':34}{figure:12.2f}{other:>12}{study:>12}")
-    print(f"{'vchan, 64 bytes there and back, µs':34}{trip:12.2f}{'':>12}{'20':>12}")
-    print(f"{'bulk, rings of 1 MiB, MB/s':34}{through:12.0f}{beside:12.0f}")
-    print(f"{'start-up of Python, ms':34}{start[0]:12.2f}{start[1]:12.2f}")
-    print(
-        f"\nbulk is {through / beside:.2f} of shared memory, start-up {start[0] / start[1]:.3f} of that without a run"
-    )
-    print(f"{time.monotonic() - started:.0f} s; load {load:.1f} on {os.cpu_count()} processors")
+        row(name + ", µs", figure, least.get(name), without.get(name), STUDY.get(name))
+    row("vchan, 64 bytes there and back, µs", trip, bounce, None, 20)
+    row("bulk, rings of 1 MiB, MB/s", through, bells, plain, 9400)
+    row("start-up of Python, ms", start[0], None, start[1], None)
+    print(f"\nbulk is {through / plain:.2f} of shared memory, start-up {start[0] / start[1]:.3f} of that without a run")
+    took, python = time.monotonic() - started, sys.version.split()[0]
+    print(f"{took:.0f} s; load {load:.1f} on {os.cpu_count()} processors; Python {python}")
     if options.json:
-        figures = {"under": under, "without": without, "trip": trip, "bulk": bulk, "start": start, "load": load}
+        figures = {"under": under, "least": least, "without": without, "trips": trips, "bulk": bulk, "start": start}
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
