@@ -2,8 +2,9 @@
 
 The caller sleeps in its mmap call. It gets the memory files as descriptors of its own for a moment, is answered, and
 is stopped by ptrace(2) on its way out of the kernel; there it makes, one instruction at a time, the calls that place
-the pages and close the descriptors. Then it has its registers back, with the address as its result. It keeps no
-descriptor, so it has what was mapped and can map nothing else.
+the pages and close the descriptors. Then it has its registers back, with the address as its result, and no descriptor
+that it did not open. (Another of its threads may have copied one meanwhile. It is what any program of a domain gets
+for its own maps, so nothing depends on that.)
 
 A caller that another tracer has (gdb, strace) cannot be stopped so; `Traced` says it.
 
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 __all__ = ["Injector", "Traced"]
 
 _CONT, _SINGLESTEP, _GETREGS, _SETREGS, _DETACH = 7, 9, 12, 13, 17
-_SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK = 0x4206, 0x4207, 0x420A, 0x420B
+_GETSIGINFO, _SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK = 0x4202, 0x4206, 0x4207, 0x420A, 0x420B
 _EVENT_STOP = 128
-_WALL = 0x40000000
+_TRACED_ONLY = -1 << 31  # __WCLONE: of our own children, none; those we trace are waited for whatever is asked
 _SYS_CLOSE, _SYS_MMAP, _SYS_MUNMAP, _SYS_TGKILL = 3, 9, 11, 234
 _SYSCALL_SIZE = 2  # of the instruction; there is no other door for calls with x86-64's numbers
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x100000
-_ALL_BUT_TRAP = ((1 << 64) - 1) & ~(1 << (signal.SIGTRAP - 1))
-_FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL})
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})
 _MASK = (1 << 64) - 1
+_BLOCKED = _MASK & ~sum(1 << (number - 1) for number in _FAULTS)  # a fault that is blocked loses its handler
 _LOWEST_ERROR = _MASK - 4095
 
 _REGISTERS = (
@@ -66,7 +67,7 @@ class _Died(Exception):
 
 
 class _NoInstruction(Exception):
-    """The instruction that it made its call with is not there any more: another thread has unmapped it."""
+    """The instruction that it made its call with is not there any more: another thread has taken it away."""
 
 
 def _ptrace(request: int, thread: int, address: int = 0, data: object = None) -> None:
@@ -111,6 +112,8 @@ class Injector:
         try:
             _ptrace(_SEIZE, thread)
         except OSError as error:
+            if not self._listener.waits(call):
+                raise CallerGone from None  # one that is dead is refused too
             raise Traced(error.strerror) from error
         except _Died:
             raise CallerGone from None
@@ -200,10 +203,10 @@ class Injector:
                 _ptrace(_GETREGS, thread, 0, ctypes.byref(registers))
                 if registers.rip == saved.rip:
                     break
-            elif not event:
+            if not event:
+                if stopped_by in _FAULTS and not _was_sent(thread):
+                    raise _NoInstruction  # it faulted, or made another step; if it can go on, it will fault by itself
                 held.append(stopped_by)
-                if stopped_by in _FAULTS:
-                    raise _NoInstruction
             _ptrace(_SINGLESTEP, thread)
         result = int(registers.rax)
         return result - (1 << 64) if result >= _LOWEST_ERROR else result
@@ -225,7 +228,10 @@ class Injector:
         _ptrace(_DETACH, thread)
 
     def _wait(self, thread: int) -> int:
-        _, status = os.waitpid(thread, _WALL)
+        try:
+            _, status = os.waitpid(thread, _TRACED_ONLY)
+        except ChildProcessError:
+            raise _Died from None  # by exec in another thread, whose number is this one's now
         if not os.WIFSTOPPED(status):
             self._died(thread, status)
             raise _Died
@@ -242,7 +248,7 @@ class Injector:
         """A thread that is ours to trace and dies must be waited for, or its parent waits for ever."""
         try:
             while True:
-                _, status = os.waitpid(thread, _WALL)
+                _, status = os.waitpid(thread, _TRACED_ONLY)
                 if not os.WIFSTOPPED(status):
                     self._died(thread, status)
                     return
@@ -251,11 +257,18 @@ class Injector:
             pass  # it has been
 
 
+def _was_sent(thread: int) -> bool:
+    """Whether the signal that it stopped by comes from a process, and not from the processor."""
+    information = (ctypes.c_int32 * 32)()  # siginfo_t: number, errno, code
+    _ptrace(_GETSIGINFO, thread, 0, ctypes.byref(information))
+    return information[2] <= 0
+
+
 @contextmanager
 def _signals_blocked(thread: int) -> Iterator[None]:
     """No handler of the program's may run between our instructions."""
     mask = ctypes.c_uint64()
-    blocked = ctypes.c_uint64(_ALL_BUT_TRAP)
+    blocked = ctypes.c_uint64(_BLOCKED)
     _ptrace(_GETSIGMASK, thread, 8, ctypes.byref(mask))
     _ptrace(_SETSIGMASK, thread, 8, ctypes.byref(blocked))
     try:
