@@ -10,15 +10,27 @@ Without XDG_RUNTIME_DIR it is /run/gntalloc for root and /tmp/gntalloc-UID for o
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 
 from gntalloc.errors import GntallocError
 
-__all__ = ["control_path", "domain_path", "lock_path", "machine_folder", "machines", "store_path", "top_folder"]
+__all__ = [
+    "clear_folder",
+    "control_path",
+    "domain_path",
+    "lock_path",
+    "machine_folder",
+    "machines",
+    "store_path",
+    "top_folder",
+]
 
 LONGEST_PATH = 107  # of a Unix socket, less its final zero
 _LONGEST_NAME = "32751.store-"  # with the mark of one that is not listened to yet
+_SOCKET = re.compile(r"(control|[0-9]{1,5}(\.store)?)-?")  # what a machine calls its own
 
 
 def top_folder() -> str:
@@ -56,6 +68,32 @@ def make_top_folder() -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise GntallocError(f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")
+
+
+def clear_folder(folder: str) -> None:
+    """Take away a machine's folder, with the sockets that one that was killed has left there, and nothing else.
+
+    Raises:
+        GntallocError: there is something else in it, so it is no machine's; or it cannot be taken away.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            left = list(entries)
+        for entry in left:
+            if not (_SOCKET.fullmatch(entry.name) and stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)):
+                raise GntallocError(
+                    errno.ENOTEMPTY,
+                    f"{folder} is not a machine's folder: {entry.name!r} is there; choose another name or path",
+                )
+        for entry in left:
+            os.unlink(entry.path)
+        os.rmdir(folder)
+    except GntallocError:
+        raise
+    except FileNotFoundError:
+        pass  # it is not there, or somebody tidies up just now
+    except OSError as error:
+        raise GntallocError(error.errno or errno.EIO, f"{folder} cannot be cleared: {error.strerror}") from None
 
 
 def control_path(folder: str) -> str:

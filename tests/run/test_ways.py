@@ -218,6 +218,43 @@ def test_a_run_in_an_embedded_machine_leaves_nothing() -> None:
     assert runs.over()
 
 
+@pytest.mark.parametrize(
+    "command", [("run", "--domid", "1", "--machine", "{}", "--", "true"), ("machine", "--name", "{}")]
+)
+@pytest.mark.parametrize("what", ["letter", "folder", "1", "socket"])
+def test_a_folder_that_is_no_machine_s_is_left_as_it_is(tmp_path: Path, command: tuple[str, ...], what: str) -> None:
+    """Whatever --machine is by mistake: nothing is taken away but the sockets of a machine that was killed."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as other:
+        dead.bind(str(folder / "control"))
+        if what == "socket":
+            other.bind(str(folder / what))
+    if what == "folder":
+        (folder / what).mkdir()
+    elif what != "socket":
+        (folder / what).write_text("dear")
+    words = [word.format(folder) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "gntalloc", *words], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1
+    assert what in done.stderr
+    assert sorted(os.listdir(folder)) == sorted(["control", what])
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+def test_what_a_killed_machine_has_left_is_no_hindrance(tmp_path: Path) -> None:
+    runs = Runs()
+    runs.machine = runs.folder = str(tmp_path / "dead")
+    os.mkdir(runs.folder)
+    for name in ("control", "control-", "1", "1.store", "32751.store-"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(f"{runs.folder}/{name}")
+    assert runs(1, "echo", "alive").stdout == "alive\n"
+    runs.finish()
+
+
 def test_only_a_listener_is_served() -> None:
     with Machine() as machine, listener_of_a_child() as listener:
         machine.domain(1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pwd
-import shutil
 import signal
 import sys
 from typing import Any
@@ -15,7 +15,7 @@ import click
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.guest.control import ControlClient
 from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
-from gntalloc.places import domain_path, machine_folder, make_top_folder
+from gntalloc.places import clear_folder, domain_path, machine_folder, make_top_folder
 
 __all__ = ["command"]
 
@@ -62,7 +62,8 @@ def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: st
     try:
         came = _run(folder, name, domains, {"limit": limit, "behaviour": behaviour, "strict": strict})
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(GntallocError):
+            clear_folder(folder)
     if signal.SIGINT in came:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -94,7 +95,7 @@ def _fresh_folder(name: str) -> str:
         try:
             pid = ControlClient(folder).order("statistics")["pid"]
         except NoMachine:
-            shutil.rmtree(folder)  # of one that was killed
+            clear_folder(folder)  # of one that was killed
             os.makedirs(folder, mode=0o700)
         else:
             raise GntallocError(

@@ -9,20 +9,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
+import resource
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.embed import start_machine
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
-from gntalloc.places import control_path, domain_path, lock_path, machine_folder, make_top_folder
+from gntalloc.places import clear_folder, control_path, domain_path, lock_path, machine_folder, make_top_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["join", "tidy"]
+
+_LEAST = (  # hard limits
+    (resource.RLIMIT_NOFILE, 64, "open files (ulimit -Hn)"),
+    (resource.RLIMIT_FSIZE, 1 << 20, "bytes in a file (ulimit -Hf)"),
+)
 
 
 def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
@@ -43,13 +48,40 @@ def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
     with _alone(folder):
         control = _enter(ControlClient(folder), domid) if os.path.exists(control_path(folder)) else None
         if control is None:
-            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-            os.makedirs(folder, mode=0o700)
-            _, sock = start_machine(folder, {"until_left": True}, quiet=True)
-            control = _enter(ControlClient(folder, sock=sock), domid)
-    if control is None:
-        raise GntallocError(f"the machine {name!r} did not start; `gntalloc doctor` may know why")
+            control = _start(name, folder, domid)
     return control, path
+
+
+def _start(name: str, folder: str, domid: int) -> ControlClient:
+    """Start a machine in `folder`, and enter the domain. If that fails, nothing of it is left."""
+    try:
+        _see_to_limits()
+        clear_folder(folder)  # of one that was killed
+        os.makedirs(folder, mode=0o700)
+        _, sock = start_machine(folder, {"until_left": True}, quiet=True)
+    except OSError as error:
+        _take_away(folder)
+        if isinstance(error, GntallocError):
+            raise
+        why = f"the machine {name!r} cannot be started: {error.strerror}"
+        raise GntallocError(error.errno or errno.EIO, why) from None
+    control = _enter(ControlClient(folder, sock=sock), domid)
+    if control is None:
+        _take_away(folder)
+        raise GntallocError(f"the machine {name!r} did not start; `gntalloc doctor` may know why")
+    return control
+
+
+def _see_to_limits() -> None:
+    """The machine lives under the limits of the run that starts it, and would end without a word."""
+    for limit, least, what in _LEAST:
+        _, hard = resource.getrlimit(limit)
+        if hard != resource.RLIM_INFINITY and hard < least:
+            raise GntallocError(
+                errno.EMFILE,
+                f"a machine cannot be started with a limit of {hard} {what}: it needs {least} or more. Raise it, or "
+                "have the machine started by another run or by `gntalloc machine`",
+            )
 
 
 def tidy(folder: str) -> None:
@@ -57,8 +89,14 @@ def tidy(folder: str) -> None:
     if _nobody_answers(folder):
         with _alone(folder):
             if _nobody_answers(folder) or not os.path.exists(folder):  # nor has anybody started another one since
-                shutil.rmtree(folder, ignore_errors=True)
-                os.unlink(lock_path(folder))
+                _take_away(folder)
+
+
+def _take_away(folder: str) -> None:
+    """What a machine that is not there any more has left. We have its lock."""
+    with suppress(GntallocError):
+        clear_folder(folder)
+    os.unlink(lock_path(folder))
 
 
 def _nobody_answers(folder: str) -> bool:
