@@ -43,12 +43,80 @@ def test_exit_status(runs: Runs, status: int) -> None:
 
 def test_a_program_that_is_not_there_or_is_none(runs: Runs, tmp_path: Path) -> None:
     assert runs(1, "no-such-program").returncode == 127
-    script = tmp_path / "script"
-    script.write_text("neither ELF nor #!\n")
-    script.chmod(0o755)
-    done = runs(1, str(script))
+    file = tmp_path / "file"
+    assert runs(1, str(file)).returncode == 127
+    file.write_text("#!/no/such/interpreter\n")
+    done = runs(1, str(file))
     assert done.returncode == 126
-    assert "Exec format error" in done.stderr
+    assert "Permission denied" in done.stderr
+    file.chmod(0o755)
+    done = runs(1, str(file))
+    assert done.returncode == 127
+    assert "first line" in done.stderr
+    done = runs(1, str(tmp_path))
+    assert done.returncode == 126
+    assert "it is a folder" in done.stderr
+
+
+def test_a_script_without_a_first_line_is_the_shell_s(runs: Runs, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('echo "$0" "$@"\n')
+    script.chmod(0o755)
+    assert runs(1, str(script), "a b", "c").stdout == f"{script} a b c\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(runs: Runs, tmp_path: Path, closed: str) -> None:
+    """They are closed for the program, and no file of ours takes their numbers, where it could be lost."""
+    code = (
+        "import os, sys; os.open(sys.argv[1], 2); print(os.listdir('/proc/self/fd')[:-1], file=open(sys.argv[2], 'w'))"
+    )
+    run, bare = str(tmp_path / "run"), str(tmp_path / "bare")
+    for command in (runs.command(1, *python(code), "/dev/xen/gntdev", run), [*python(code), os.devnull, bare]):
+        done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], check=False, timeout=50)
+        assert done.returncode == 0
+    assert Path(run).read_text() == Path(bare).read_text()
+
+
+def test_limits_and_umask_are_the_program_s_alone(runs: Runs) -> None:
+    """The machine lives longer than the run that starts it, and so under none of its soft limits, nor in its folder."""
+    strict = 'umask 777; ulimit -Sn 12; ulimit -Sf 1; ulimit -St 77; exec "$@"'
+    show = "umask; ulimit -Sn; ulimit -Sf; ulimit -St; head -1"
+    first = subprocess.Popen(
+        ["sh", "-c", strict, "sh", *runs.command(1, "sh", "-c", show)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    runs.started.append(first)
+    assert [said(first) for _ in range(4)] == ["0777", "12", "1", "77"]
+    files = "import os; print(len([os.open('/dev/xen/evtchn', 2) for _ in range(100)]))"
+    assert runs(2, *python(files)).stdout == "100\n"
+    tell(first, "on")
+    assert first.wait(20) == 0
+
+
+def test_hard_limits_that_no_machine_can_live_with(runs: Runs) -> None:
+    for limit in ("-n 16", "-f 1"):
+        done = subprocess.run(
+            ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *runs.command(1, "true")],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"ulimit -H{limit[1]}" in done.stderr
+        assert runs.over()
+
+
+def test_a_caller_that_ignores_the_end_of_children(runs: Runs) -> None:
+    show = python("import signal, sys; sys.exit(signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN)")
+    ignore = python(
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    done = subprocess.run([*ignore, *runs.command(1, *show)], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
@@ -97,6 +165,19 @@ def test_it_stops_and_goes_on_with_the_program(runs: Runs) -> None:
     tell(process, "on")
     assert said(process) == "on"
     assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGCONT, 7), (signal.SIGKILL, -9)])
+def test_it_goes_on_when_the_program_does_whoever_sees_to_that(runs: Runs, number: int, status: int) -> None:
+    process = runs.start(1, "sh", "-c", "echo $$; read x; exit 7")
+    program = int(said(process))
+    os.kill(program, signal.SIGSTOP)
+    _, how = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(how)
+    os.kill(program, number)
+    if number == signal.SIGCONT:
+        tell(process, "on")
+    assert process.wait(20) == status
 
 
 def test_job_control_in_a_shell(runs: Runs) -> None:

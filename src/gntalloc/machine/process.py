@@ -68,6 +68,7 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
     # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever it was for who started us
+    os.chdir("/")  # wherever we were started, that may be taken away
     protect_and_provide()
     chosen = json.loads(settings)
     until_left = chosen.pop("until_left", False)

@@ -2,8 +2,9 @@
 
     shell ── run ── supervisor ── PROGRAM ── its children
 
-It hands on signals that were sent to it, stops when the program stops, goes on when it does, and ends as it ends. The
-program is in the shell's process group, so what the terminal sends reaches it directly.
+It hands on signals that were sent to it, and ends as the program ends; the supervisor stops it when the program stops,
+and lets it go on when that does. The program is in the shell's process group, so what the terminal sends reaches it
+directly.
 
 The supervisor is the program's parent, since where Yama guards ptrace only an ancestor may read a program's memory. It
 lives until the last process of the run has ended; `run` does not wait for that.
@@ -12,6 +13,7 @@ lives until the last process of the run has ended; `run` does not wait for that.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -34,12 +36,13 @@ __all__ = ["NOT_FOUND", "run"]
 
 NOT_FOUND = 127  # exit status, as of a shell
 
-_SIGNAL_INFO = struct.Struct("=Iii116x")  # struct signalfd_siginfo: number, errno, code
+_SIGNAL_INFO = struct.Struct("=I4xiI112x")  # struct signalfd_siginfo: number, code, sender
 _FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends has a higher one
-_NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+_NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _DEADLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 _PR_SET_CHILD_SUBREAPER = 36
+_STREAMS = 3
 
 _libc = ctypes.CDLL(None)
 
@@ -60,24 +63,34 @@ def run(
     Raises:
         GntallocError: it could not be started.
     """
-    path = shutil.which(command[0])
+    path = command[0] if "/" in command[0] else shutil.which(command[0])
     if path is None:
-        print(f"gntalloc run: there is no program {command[0]!r} in PATH", file=sys.stderr)
+        _say(f"there is no program {command[0]!r} in PATH")
         return NOT_FOUND
+    _occupy_streams()
     every = signal.valid_signals()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     signals = signal_descriptor(every)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in case that the supervisor is killed
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if not os.fork():
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    run = os.pidfd_open(os.getpid())
+    try:
+        supervisor = os.fork()
+    except OSError as error:
+        raise GntallocError(
+            error.errno or errno.EAGAIN, f"no process can be started: {error.strerror}; `ulimit -u` may be too low"
+        ) from None
+    if not supervisor:
         ours.close()
         program = Program(path, list(command), mask, userns=userns, all_opens=all_opens)
-        be_the_supervisor(program, theirs, machine, domid)
+        be_the_supervisor(program, theirs, run, machine, domid)
     theirs.close()
+    os.close(run)
     try:
-        status = _accompany(ours, signals)
+        status = _accompany(ours, signals, supervisor)
     finally:
         ours.close()
         os.close(signals)
@@ -87,7 +100,7 @@ def run(
     return os.waitstatus_to_exitcode(status)
 
 
-def _accompany(news: socket.socket, signals: int) -> int:
+def _accompany(news: socket.socket, signals: int, supervisor: int) -> int:
     """Be the program until it ends: its wait status."""
     poll = select.poll()
     poll.register(news, select.POLLIN)
@@ -96,10 +109,11 @@ def _accompany(news: socket.socket, signals: int) -> int:
     while True:
         for descriptor, _ in poll.poll():
             if descriptor == signals:
-                number, _, code = _SIGNAL_INFO.unpack(os.read(signals, _SIGNAL_INFO.size))
+                number, code, sender = _SIGNAL_INFO.unpack(os.read(signals, _SIGNAL_INFO.size))
                 if process < 0 and number in _DEADLY:
                     return int(number)  # before there is a program it is for us
-                if process >= 0 and code <= _FROM_A_PROCESS and number not in _NOT_HANDED_ON:
+                sent = code <= _FROM_A_PROCESS and sender != supervisor  # who lets us go on with the program
+                if process >= 0 and sent and number not in _NOT_HANDED_ON:
                     _send(process, number)
                 continue
             data, descriptors, _, _ = socket.recv_fds(news, 65536, 1)
@@ -111,10 +125,7 @@ def _accompany(news: socket.socket, signals: int) -> int:
                 (process,) = descriptors
                 os.set_inheritable(process, False)
             elif "say" in what:
-                print(f"gntalloc run: {what['say']}", file=sys.stderr, flush=True)
-            elif "stopped" in what:
-                os.kill(os.getpid(), signal.SIGSTOP)
-                _send(process, signal.SIGCONT)  # somebody woke us
+                _say(what["say"])
             elif "failed" in what:
                 raise (NoMachine if what["no_machine"] else GntallocError)(what["errno"], what["failed"])
             elif "ended" in what:
@@ -144,6 +155,18 @@ def _children() -> Iterator[int]:
                     yield os.pidfd_open(int(name))  # nobody else collects it, so the number is still its own
             except OSError:
                 pass
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"gntalloc run: {text}", file=sys.stderr, flush=True)
+
+
+def _occupy_streams() -> None:
+    """Streams that are closed shall be so for the program, and not be what we open next."""
+    while (nothing := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _STREAMS:
+        pass
+    os.close(nothing)
 
 
 def _send(process: int, number: int) -> None:

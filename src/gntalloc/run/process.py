@@ -20,7 +20,7 @@ from gntalloc.calls.listener import Listener
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.places import store_path
 from gntalloc.run.joining import join, tidy
-from gntalloc.run.program import CannotExecute, Program, signal_descriptor, start
+from gntalloc.run.program import LIMITS, CannotExecute, Program, signal_descriptor, start
 from gntalloc.run.supervisor import Supervisor
 
 __all__ = ["be_the_supervisor"]
@@ -28,21 +28,26 @@ __all__ = ["be_the_supervisor"]
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _EXITED = 256  # a wait status: exit code 1
 _NOT_FOUND, _NOT_EXECUTABLE = 127 << 8, 126 << 8
+_UMASK = 0o022
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def be_the_supervisor(program: Program, news: socket.socket, machine: str, domid: int) -> NoReturn:
-    """Live as one. `news` goes to `run`, which tells the shell."""
-    run = _Run(news)
+def be_the_supervisor(program: Program, news: socket.socket, process: int, machine: str, domid: int) -> NoReturn:
+    """Live as one. `news` goes to `run`, which tells the shell; `process` is a descriptor of it."""
+    run = _Run(news, process)
     try:
+        _be_free_of_the_caller()
         run.begin(program, machine, domid)
         run.serve()
     except GntallocError as error:
         run.tell(failed=str(error), errno=error.errno, no_machine=isinstance(error, NoMachine))
     except CannotExecute as refusal:
-        run.tell(say=f"{program.path} cannot be executed: {os.strerror(refusal.code)}")
+        run.tell(say=f"{program.path} cannot be executed: {_why(program, refusal.code)}")
         run.tell(ended=_NOT_FOUND if refusal.code == errno.ENOENT else _NOT_EXECUTABLE)
+    except OSError as error:
+        what = f"the supervisor cannot work: {error.strerror or error}; `gntalloc doctor` may know why"
+        run.tell(failed=what, errno=error.errno or errno.EIO, no_machine=False)
     except BaseException as error:
         run.tell(failed=f"the supervisor failed: {error!r}", errno=errno.EIO, no_machine=False)
     finally:
@@ -52,8 +57,10 @@ def be_the_supervisor(program: Program, news: socket.socket, machine: str, domid
 class _Run:
     """One run, from its beginning to the end of its last process."""
 
-    def __init__(self, news: socket.socket) -> None:
+    def __init__(self, news: socket.socket, run: int) -> None:
         self._news: socket.socket | None = news  # None: `run` has ended
+        self._run = run
+        self._stopped = False
         self._child = -1
         self._ended = False
         self._poll = select.poll()
@@ -148,13 +155,14 @@ class _Run:
         """Hear of children: the program stops or ends, others were left to us."""
         while True:
             try:
-                child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+                child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             except ChildProcessError:
                 return
             if not child:
                 return
-            if child == self._child and os.WIFSTOPPED(status):
-                self.tell(stopped=os.WSTOPSIG(status))
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                if child == self._child:
+                    self._stop(stopped=os.WIFSTOPPED(status))
             else:
                 self._saw_the_end(child, status)
 
@@ -162,15 +170,40 @@ class _Run:
         if child == self._child and not self._ended:
             self._ended = True
             self.tell(ended=status)
+            self._stop(stopped=False)
+
+    def _stop(self, *, stopped: bool) -> None:
+        """Let `run` stop or go on. We do it and not `run` itself, so that it is in the order in which it happened."""
+        if stopped or self._stopped:
+            self._stopped = stopped
+            try:
+                signal.pidfd_send_signal(self._run, signal.SIGSTOP if stopped else signal.SIGCONT)
+            except OSError:
+                pass  # it has ended
+
+
+def _be_free_of_the_caller() -> None:
+    """What our caller wants of signals, limits and files is for the program: not for us, and the machine we start."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for limit in LIMITS:
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (hard, hard))
+    os.umask(_UMASK)
+
+
+def _why(program: Program, code: int) -> str:
+    if code == errno.ENOENT and os.path.exists(program.path):
+        return "what its first line (#!) names, or its loader, is not there"
+    if code == errno.EACCES and os.path.isdir(program.path):
+        return "it is a folder"
+    return os.strerror(code)
 
 
 def _stand_apart() -> None:
-    """Hold nothing of the program's or the terminal's, and have room for descriptors."""
+    """Hold nothing of the program's or the terminal's."""
     os.setpgid(0, 0)
     os.chdir("/")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nothing, stream)
     os.close(nothing)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -20,19 +21,22 @@ from gntalloc.run.filter import filter_program, install
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["CannotExecute", "Program", "enter_namespace", "map_ids", "signal_descriptor", "start"]
+__all__ = ["LIMITS", "CannotExecute", "Program", "enter_namespace", "map_ids", "signal_descriptor", "start"]
 
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWUSER = 0x10000000
 _SFD_CLOEXEC, _SFD_NONBLOCK = 0o2000000, 0o4000
+LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA)
+"""What a supervisor gives itself as much of as it may."""
 _CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
 _ALL_IDS = (1 << 32) - 1
+_SHELL = "/bin/sh"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Program:
-    """What is to be started.
+    """What is to be started, with what it inherits of the process that makes this object.
 
     Args:
         path: of the file.
@@ -45,6 +49,10 @@ class Program:
         self.arguments = arguments
         self.mask = mask
         self.userns = userns
+        self.umask = os.umask(0)
+        os.umask(self.umask)
+        self.limits = [(limit, resource.getrlimit(limit)) for limit in LIMITS]
+        self.ignores_children = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
         self.mark = secrets.randbits(32) | 1
         self.filter = filter_program(self.mark, all_opens=all_opens, users=os.geteuid() == 0)
 
@@ -116,8 +124,20 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
         line.recv(1)
         for number in _CHANGED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
+        if program.ignores_children:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        os.umask(program.umask)
+        for limit, wanted in program.limits:
+            resource.setrlimit(limit, wanted)
         signal.pthread_sigmask(signal.SIG_SETMASK, program.mask)
-        os.execve(program.path, program.arguments, environment)
+        try:
+            os.execve(program.path, program.arguments, environment)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            os.execve(
+                _SHELL, [_SHELL, program.path, *program.arguments[1:]], environment
+            )  # a script, as execvp(3) does
     except OSError as error:
         line.send((error.errno or errno.EIO).to_bytes(4, "little"))
     finally:
