@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PAGE = mmap.PAGESIZE
 MAP_SHARED, MAP_FIXED, MAP_FIXED_NOREPLACE = 1, 0x10, 0x100000
 FREE = 0x70_0000_0000  # an address where nothing is
-SEIZE, INTERRUPT, SINGLESTEP, DETACH = 0x4206, 0x4207, 9, 17
+SEIZE, INTERRUPT, CONT, SINGLESTEP, DETACH = 0x4206, 0x4207, 7, 9, 17
 SYS_TGKILL = 234
 
 
@@ -200,6 +200,13 @@ def test_a_stop_that_another_thread_takes(disturb: Disturb) -> None:
         assert held.saw()["result"] == str(result)
 
 
+def test_what_ends_a_stop_before_any_step(disturb: Disturb) -> None:
+    """SIGCONT, of which a thread that is traced has an event, and its program a handler or nothing."""
+    for held, _, request, result in disturb("-", lambda held, _: os.kill(held.pid, signal.SIGCONT)):
+        saw = held.saw()
+        assert (saw["result"], saw["registers"], saw["text"]) == (str(result), "", "first,"), hex(request)
+
+
 def test_a_trap_that_somebody_sends_is_the_program_s(disturb: Disturb) -> None:
     """It cannot be blocked either: the steps end with one."""
     for held, _, request, result in disturb("h", lambda held, _: os.kill(held.pid, signal.SIGTRAP)):
@@ -217,8 +224,7 @@ def test_a_signal_that_interrupts_the_call(hold: Hold, pages: list[int], monkeyp
 
     def ptrace(request: int, thread: int, *rest: Any) -> None:
         if request == INTERRUPT:
-            os.kill(thread, signal.SIGUSR1)
-            wait_for(lambda: state_of(thread) == "t", "the signal does not interrupt it")
+            interrupt(thread)
         real(request, thread, *rest)
 
     with monkeypatch.context() as patch:
@@ -228,6 +234,12 @@ def test_a_signal_that_interrupts_the_call(hold: Hold, pages: list[int], monkeyp
         pass
     saw = held.saw()
     assert (saw["result"], saw["handled"], saw["text"]) == (str(result), "1", "first,")
+
+
+def interrupt(thread: int) -> None:
+    """Until it has stopped for that."""
+    os.kill(thread, signal.SIGUSR1)
+    wait_for(lambda: state_of(thread) == "t", "the signal does not interrupt it")
 
 
 def test_who_is_traced_already_waits_on(hold: Hold, pages: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,15 +257,16 @@ def test_who_is_traced_already_waits_on(hold: Hold, pages: list[int], monkeypatc
 # Callers that end, or lose what they called with.
 
 
+def kill(_held: Held, thread: int) -> None:
+    """Until it is dead."""
+    os.kill(thread, signal.SIGKILL)
+    wait_for(lambda: state_of(thread) in {"", "Z"}, "it does not die")
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("how", ["-", "f"])
 def test_a_caller_killed_at_any_step(disturb: Disturb, how: str, after: bool) -> None:
     """Its parent hears of it; and so do we, once, who may be the parent."""
-
-    def kill(_held: Held, thread: int) -> None:
-        os.kill(thread, signal.SIGKILL)
-        wait_for(lambda: state_of(thread) in {"", "Z"}, "it does not die")
-
     for held, call, request, result in disturb(how, kill, after=after):
         assert result is None
         traced = after or request != SEIZE
@@ -262,6 +275,27 @@ def test_a_caller_killed_at_any_step(disturb: Disturb, how: str, after: bool) ->
             assert held.said() == "status=9", hex(request)
         elif not traced:
             assert held.status() == signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", [CONT, DETACH])
+def test_a_caller_killed_after_its_call_was_interrupted(
+    hold: Hold, pages: list[int], monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    held = hold("f", old=True)
+    real = injector_module._ptrace
+
+    def ptrace(request: int, thread: int, *rest: Any) -> None:
+        if request == INTERRUPT:
+            interrupt(thread)
+        if request == when:
+            kill(held, thread)
+        real(request, thread, *rest)
+
+    monkeypatch.setattr(injector_module, "_ptrace", ptrace)
+    call = held.call()
+    assert place(held, call, pages[:1]) is None
+    assert held.said() == "status=9"
+    assert held.died == [(call.thread, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("after", [False, True])

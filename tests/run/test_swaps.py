@@ -46,7 +46,7 @@ libc = ctypes.CDLL(None, use_errno=True); libc.mmap.restype = ctypes.c_void_p
 def work(file, index, name):
     at = libc.mmap(None, 4096, 3, 1, file, ctypes.c_long(index))
     if at == 2**64 - 1: say(errno.errorcode[ctypes.get_errno()])
-    else: ctypes.memset(at, 1, 4096); say(name)
+    else: ctypes.memset(at, 1, 4096); say(name, at)
 say('ready'); input(); threading.Thread(target=work, args=(f, i, 'first')).start()
 for _ in range(2): input(); work(g, j, 'second')
 """
@@ -56,6 +56,8 @@ def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: py
     monkeypatch.setattr(Files, "have_served", lambda *_: None)  # so the supervisor serves
     monkeypatch.setattr(injector_module, "_ptrace", refuse)
     told: list[str] = []
+    placed: list[str] = []
+    monkeypatch.setattr(Files, "placed", lambda _files, _plan, address: placed.append(str(address)))
     with Machine() as machine:
         machine.domain(1)
         supervisor = Supervisor(domain_path(machine.folder, 1), say=told.append)
@@ -84,9 +86,11 @@ def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: py
         assert "while another program traces it" in text
         (call,), late.late = late.late, None
         late.go_on(call)
-        assert next_line() == "first"
+        name, first = next_line().split()
+        assert (name, placed) == ("first", [])
         held.tell("")
-        assert next_line() == "second"
+        name, second = next_line().split()
+        assert (name, placed) == ("second", [first, second])
         assert held.status() == 0
         held.end()
         supervisor.files.channel.close()

@@ -17,7 +17,7 @@ import ctypes
 import errno
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.calls.listener import CallerGone
@@ -246,15 +246,8 @@ class Injector:
 
     def _bury(self, thread: int) -> None:
         """A thread that is ours to trace and dies must be waited for, or its parent waits for ever."""
-        try:
-            while True:
-                _, status = os.waitpid(thread, _TRACED_ONLY)
-                if not os.WIFSTOPPED(status):
-                    self._died(thread, status)
-                    return
-                _libc.ptrace(_CONT, thread, None, None)
-        except ChildProcessError:
-            pass  # it has been
+        with suppress(_Died):
+            self._wait(thread)
 
 
 def _was_sent(thread: int) -> bool:

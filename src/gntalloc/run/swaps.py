@@ -92,7 +92,7 @@ class Swaps:
         self._listener.go_on(call)
         self._unfinished[process] = _Unfinished(call, inode, offset, before, placed)
         deadline = time.monotonic() + _PATIENCE
-        while not self._see(process, left=False) and time.monotonic() < deadline:
+        while not self._see(process, call.thread, left=False) and time.monotonic() < deadline:
             time.sleep(0.0002)  # nobody tells
 
     def find(self, thread: int, descriptor: int, inode: int) -> int | None:
@@ -111,15 +111,15 @@ class Swaps:
         process = leader_of(call.thread)
         unfinished = self._unfinished.get(process)
         if unfinished is not None:
-            self._see(process, left=unfinished.call.thread == call.thread)
+            self._see(process, call.thread, left=unfinished.call.thread == call.thread)
 
-    def _see(self, process: int, *, left: bool) -> bool:
-        """Whether its mmap is done; then it is told of. `left`: it is."""
+    def _see(self, process: int, thread: int, *, left: bool) -> bool:
+        """Whether its mmap is done; then it is told of. `thread`: one that lives. `left`: it is."""
         call, inode, offset, before, placed = self._unfinished[process]
         left = left or _has_left(call.thread)
-        there = _maps_of(call.thread, inode, offset) - before
+        there = _maps_of(thread, inode, offset) - before
         if call.arguments[3] & _MAP_FIXED and left:
-            there = _maps_of(call.thread, inode, offset) & {call.arguments[0]}
+            there = _maps_of(thread, inode, offset) & {call.arguments[0]}
         if not there and not left:
             return False
         del self._unfinished[process]
