@@ -61,10 +61,16 @@ def make_top_folder() -> None:
     """Make the folder of this user's machines, and see that it is this user's.
 
     Raises:
-        GntallocError: somebody else owns it.
+        GntallocError: somebody else owns it, or it cannot be made.
     """
     folder = top_folder()
-    os.makedirs(folder, mode=0o755, exist_ok=True)
+    try:
+        os.makedirs(folder, mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise GntallocError(
+            error.errno or errno.EIO,
+            f"{folder} cannot be made: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours",
+        ) from None
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise GntallocError(f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")

@@ -31,11 +31,20 @@ _F_SEAL_FUTURE_WRITE = 0x10  # in fcntl since Python 3.13
 _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, process
 _IN_CLOSE = 0x08 | 0x10
 _XEN_DEVICES = ("/dev/xen/gntalloc", "/dev/xen/gntdev", "/dev/xen/evtchn")
+_LIMITS = {  # what stands in the way of any probe
+    errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 1024",
+    errno.EAGAIN: "raise the limit of processes: ulimit -u",
+}
 _SPARE_DESCRIPTORS = 64  # what a machine needs besides one for each live allocation
 
 
 class Lacking(Exception):
-    """The probe's way to say what is wrong, in place of an errno."""
+    """The probe's way to say what is wrong, in place of an errno; and what to do, if it knows that better."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what)
+        self.advice = advice
 
 
 class Probe(NamedTuple):
@@ -66,16 +75,17 @@ PROBES: list[Probe] = []
 
 def look(probe: Probe) -> Finding:
     """Try one thing. Whatever it raises is a finding, not an error."""
-    ok, found = True, ""
+    ok, found, advice = True, "", probe.advice
     try:
         found = probe.attempt()
     except Lacking as lack:
-        ok, found = False, str(lack)
+        ok, found, advice = False, str(lack), lack.advice or advice
     except OSError as error:
         ok, found = False, f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})"
+        advice = _LIMITS.get(error.errno or 0, advice)
     except Exception as error:
         ok, found = False, f"{type(error).__name__}: {error}"
-    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else probe.advice, probe.of_run)
+    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else advice, probe.of_run)
 
 
 def look_at_everything() -> list[Finding]:
@@ -284,7 +294,7 @@ def libatomic() -> str:
 @_probe(
     "seccomp notification",
     "unmodified programs (run)",
-    "Linux 5.14 or newer on x86-64; in a container: --security-opt seccomp=unconfined; not within `gntalloc run`",
+    "Linux 5.14 or newer on x86-64; in a container: --security-opt seccomp=unconfined",
     of_run=True,
 )
 def seccomp() -> str:
@@ -388,7 +398,7 @@ def _with_scope(trial: str) -> str:
     try:
         return f"{_in_child(trial)}; {scope}"
     except Lacking as lack:
-        raise Lacking(f"{lack}; {scope}") from None
+        raise Lacking(f"{lack}; {scope}", lack.advice) from None
 
 
 _TRIAL = """
@@ -396,7 +406,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from gntalloc.run import trial
 try: print(getattr(trial, sys.argv[2])())
-except OSError as error: sys.exit(error.strerror or str(error))
+except OSError as error:
+    print(error.strerror or error, file=sys.stderr)
+    sys.exit(error.errno or 1)
 """
 
 
@@ -404,7 +416,14 @@ def _in_child(trial: str) -> str:
     """A trial of run/trial.py, in another Python, because what it does cannot be undone. It prints what it found."""
     where = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = [sys.executable, "-I", "-S", "-c", _TRIAL, where, trial]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise Lacking("it did not come to an end within 20 s") from None
+    if done.returncode == errno.EBUSY:
+        raise Lacking("this is a `gntalloc run` already", "ask not within `gntalloc run`: a process has one supervisor")
     if done.returncode != 0:
         raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])
     return done.stdout.strip()

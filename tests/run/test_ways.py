@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import signal
@@ -242,6 +243,45 @@ def test_a_folder_that_is_no_machine_s_is_left_as_it_is(tmp_path: Path, command:
     assert what in done.stderr
     assert sorted(os.listdir(folder)) == sorted(["control", what])
     assert os.listdir(tmp_path) == ["precious"]
+
+
+def in_a_namespace(*command: str) -> subprocess.CompletedProcess[str]:
+    """As root of a user namespace that has no other id, as in many containers."""
+    if subprocess.run(["unshare", "-Ur", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("user namespaces cannot be entered here")
+    return subprocess.run(["unshare", "-Ur", *command], capture_output=True, text=True, timeout=50, check=False)
+
+
+def test_a_namespace_within_one_that_has_few_ids(tmp_path: Path) -> None:
+    runs = Runs()
+    runs.machine = runs.folder = str(tmp_path / "machine")
+    done = in_a_namespace(*runs.command(1, *python("device('gntdev'); say(os.getuid())"), options=("--userns",)))
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    runs.finish()
+
+
+def test_a_doctor_in_such_a_namespace() -> None:
+    done = in_a_namespace(sys.executable, "-m", "gntalloc", "doctor", "--json")
+    (namespaces,) = (each for each in json.loads(done.stdout)["findings"] if each["name"] == "user namespaces")
+    assert namespaces["ok"], namespaces["found"]
+
+
+def test_a_doctor_in_a_run_knows_what_stands_in_the_way(runs: Runs) -> None:
+    done = runs(1, sys.executable, "-m", "gntalloc", "doctor", "--strict", "--json")
+    assert done.returncode == 1
+    lacking = [each for each in json.loads(done.stdout)["findings"] if not each["ok"] and each["of_run"]]
+    assert lacking
+    for each in lacking:
+        assert "gntalloc run" in each["found"]
+        assert "sysctl" not in each["advice"]
+
+
+def test_a_folder_for_machines_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc")
+    done = runs(1, "true")
+    assert done.returncode == 1
+    assert "set XDG_RUNTIME_DIR" in done.stderr
 
 
 def test_what_a_killed_machine_has_left_is_no_hindrance(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a code that means something."""
+    # Streams that were closed are None. Nobody reads them, and that is all there is to it.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  until we end
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         code = group.main(arguments, prog_name="gntalloc", standalone_mode=False)
     except click.exceptions.Exit as end:

@@ -29,7 +29,6 @@ _SFD_CLOEXEC, _SFD_NONBLOCK = 0o2000000, 0o4000
 LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 """What a supervisor gives itself as much of as it may."""
 _CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
-_ALL_IDS = (1 << 32) - 1
 _SHELL = "/bin/sh"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -165,7 +164,7 @@ def enter_namespace() -> None:
 
 
 def map_ids(child: int) -> None:
-    """Let every id in the namespace of `child` be what it is outside; an ordinary user may do so for its own alone.
+    """Let every id in the namespace of `child` be what it is here; an ordinary user may do so for its own alone.
 
     Raises:
         GntallocError: the kernel or a sandbox forbids it.
@@ -174,7 +173,14 @@ def map_ids(child: int) -> None:
     for what, number in (("uid", os.geteuid()), ("gid", os.getegid())):
         if what == "gid" and not root:
             _write(f"/proc/{child}/setgroups", "deny")
-        _write(f"/proc/{child}/{what}_map", f"0 0 {_ALL_IDS}" if root else f"{number} {number} 1")
+        _write(f"/proc/{child}/{what}_map", _all_ids(what) if root else f"{number} {number} 1")
+
+
+def _all_ids(what: str) -> str:
+    """Those that there are here, which in a container may be few."""
+    with open(f"/proc/self/{what}_map") as file:
+        ranges = [line.split() for line in file]
+    return "\n".join(f"{first} {first} {count}" for first, _, count in ranges)
 
 
 def _write(path: str, text: str) -> None:

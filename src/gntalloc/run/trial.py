@@ -123,9 +123,9 @@ def _program(*, userns: bool = False) -> Iterator[Listener]:
         try:
             yield listener
         finally:
-            os.kill(child, signal.SIGKILL)
             listener.close()
     finally:
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
