@@ -423,7 +423,10 @@ def _in_child(trial: str) -> str:
     except subprocess.TimeoutExpired:
         raise Lacking("it did not come to an end within 20 s") from None
     if done.returncode == errno.EBUSY:
-        raise Lacking("this is a `gntalloc run` already", "ask not within `gntalloc run`: a process has one supervisor")
+        raise Lacking(
+            "somebody serves our system calls already: `gntalloc run`, or a container's keeper",
+            "ask not within `gntalloc run`: a process has one supervisor",
+        )
     if done.returncode != 0:
         raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])
     return done.stdout.strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -155,6 +156,23 @@ def test_it_has_no_descriptor_of_ours(runs: Runs) -> None:
     assert done.stdout == "[0, 1, 2]\n"
 
 
+def test_what_the_program_closes_is_closed(runs: Runs) -> None:
+    """Its peer sees that, while the program runs: neither `run` nor the supervisor nor the machine hold it."""
+    reading, writing = os.pipe()
+    process = runs.start(1, "sh", "-c", f"exec {writing}>&- <&- >&-; kill -STOP $$", pass_fds=[writing])
+    os.close(writing)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    output = process.stdout.fileno()
+    wait_for(lambda: select.select([reading], [], [], 0)[0] != [], "somebody holds the pipe")
+    wait_for(lambda: select.select([output], [], [], 0)[0] != [], "somebody holds the output")
+    with pytest.raises(BrokenPipeError):
+        os.write(process.stdin.fileno(), b"is anybody there?")
+    assert process.stdout.read() == ""
+    assert process.poll() is None
+    os.close(reading)
+
+
 def test_it_stops_and_goes_on_with_the_program(runs: Runs) -> None:
     process = runs.start(1, "sh", "-c", "echo $$; read x; echo $x")
     program = int(said(process))
@@ -216,6 +234,13 @@ def test_job_control_in_a_shell(runs: Runs) -> None:
         os.kill(shell, signal.SIGKILL)
         os.close(terminal)
         os.waitpid(shell, 0)
+
+
+def test_an_option_that_there_is_not_is_no_program(runs: Runs) -> None:
+    done = runs(1, "true", options=("--user-namespace",))
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert runs(1, "echo", "--user-namespace").stdout == "--user-namespace\n"
 
 
 def test_what_the_program_leaves_behind_is_served_on(runs: Runs) -> None:

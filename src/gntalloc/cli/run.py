@@ -11,7 +11,7 @@ from gntalloc.run.launcher import run
 __all__ = ["command"]
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--domid", type=click.IntRange(0, 32751), required=True, help="The domain; made if it is not there.")
 @click.option(
     "--machine", default="default", show_default=True, help="The machine to join; started if it does not run."

@@ -26,7 +26,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gntalloc.errors import GntallocError, NoMachine
-from gntalloc.run.process import be_the_supervisor
+from gntalloc.run.process import be_the_supervisor, let_go
 from gntalloc.run.program import Program, signal_descriptor
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def run(
         be_the_supervisor(program, theirs, run, machine, domid)
     theirs.close()
     os.close(run)
+    let_go(0, 1)  # what we may have to say goes to standard error
     try:
         status = _accompany(ours, signals, supervisor)
     finally:

@@ -23,12 +23,13 @@ from gntalloc.run.joining import join, tidy
 from gntalloc.run.program import LIMITS, CannotExecute, Program, signal_descriptor, start
 from gntalloc.run.supervisor import Supervisor
 
-__all__ = ["be_the_supervisor"]
+__all__ = ["be_the_supervisor", "let_go"]
 
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _EXITED = 256  # a wait status: exit code 1
 _NOT_FOUND, _NOT_EXECUTABLE = 127 << 8, 126 << 8
 _UMASK = 0o022
+_LAST_STREAM = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -203,7 +204,21 @@ def _stand_apart() -> None:
     """Hold nothing of the program's or the terminal's."""
     os.setpgid(0, 0)
     os.chdir("/")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
+    let_go(0, 1, 2)
+
+
+def let_go(*streams: int) -> None:
+    """Hold none of these streams, nor any other descriptor that we were started with.
+
+    They are the program's: when it has closed a pipe, its other end must see that. Ours are all close-on-exec.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for stream in streams:
         os.dup2(nothing, stream)
     os.close(nothing)
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if descriptor > _LAST_STREAM and os.get_inheritable(descriptor):
+                os.close(descriptor)
+        except OSError:
+            pass  # listdir's own
