@@ -198,6 +198,18 @@ def test_it_goes_on_when_the_program_does_whoever_sees_to_that(runs: Runs, numbe
     assert process.wait(20) == status
 
 
+def test_stops_in_any_order(runs: Runs) -> None:
+    process = runs.start(1, "sh", "-c", "echo $$; read x; exit 7")
+    program = int(said(process))
+    for _ in range(300):
+        for whose, number in ((process.pid, signal.SIGSTOP), (program, signal.SIGSTOP), (process.pid, signal.SIGCONT)):
+            os.kill(whose, number)
+    os.kill(program, signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
+    tell(process, "on")
+    assert process.wait(20) == 7
+
+
 def test_job_control_in_a_shell(runs: Runs) -> None:
     """Ctrl-Z stops the job, fg goes on with it, Ctrl-C ends it: in a terminal, as typed."""
     shell, terminal = pty.fork()

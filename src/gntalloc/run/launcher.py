@@ -110,7 +110,10 @@ def _accompany(news: socket.socket, signals: int, supervisor: int) -> int:
     while True:
         for descriptor, _ in poll.poll():
             if descriptor == signals:
-                number, code, sender = _SIGNAL_INFO.unpack(os.read(signals, _SIGNAL_INFO.size))
+                try:
+                    number, code, sender = _SIGNAL_INFO.unpack(os.read(signals, _SIGNAL_INFO.size))
+                except BlockingIOError:
+                    continue  # a stop takes back a SIGCONT that waits, and the other way round
                 if process < 0 and number in _DEADLY:
                     return int(number)  # before there is a program it is for us
                 sent = code <= _FROM_A_PROCESS and sender != supervisor  # who lets us go on with the program
