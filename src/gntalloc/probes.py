@@ -127,7 +127,9 @@ def linux() -> str:
     "/proc", "opening a memory file a second time, and seeing who maps it", "mount -t proc proc /proc", required=True
 )
 def proc() -> str:
-    """Whether /proc is mounted, and lets us open our own descriptors anew."""
+    """Whether /proc is mounted, shows our own processes, and lets us open our own descriptors anew."""
+    if os.readlink("/proc/self") != str(os.getpid()):
+        raise Lacking("it shows the processes of another namespace")
     with _memory_file() as (_, again):
         return f"mounted; /proc/self/fd/{again} can be opened anew"
 

@@ -260,6 +260,18 @@ def test_a_namespace_within_one_that_has_few_ids(tmp_path: Path) -> None:
     runs.finish()
 
 
+def test_a_proc_of_another_namespace(tmp_path: Path) -> None:
+    runs = Runs()
+    runs.machine = runs.folder = str(tmp_path / "machine")
+    done = in_a_namespace("unshare", "-pf", *runs.command(1, "true"))
+    assert done.returncode == 1
+    assert "mount -t proc proc /proc" in done.stderr
+    done = in_a_namespace("unshare", "-pf", sys.executable, "-m", "gntalloc", "doctor", "--json")
+    assert done.returncode == 1
+    (proc,) = (each for each in json.loads(done.stdout)["findings"] if each["name"] == "/proc")
+    assert not proc["ok"]
+
+
 def test_a_doctor_in_such_a_namespace() -> None:
     done = in_a_namespace(sys.executable, "-m", "gntalloc", "doctor", "--json")
     (namespaces,) = (each for each in json.loads(done.stdout)["findings"] if each["name"] == "user namespaces")

@@ -67,6 +67,7 @@ def run(
     if path is None:
         _say(f"there is no program {command[0]!r} in PATH")
         return NOT_FOUND
+    _see_to_proc()
     _occupy_streams()
     every = signal.valid_signals()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
@@ -164,6 +165,19 @@ def _children() -> Iterator[int]:
 def _say(text: str) -> None:
     if sys.stderr is not None:
         print(f"gntalloc run: {text}", file=sys.stderr, flush=True)
+
+
+def _see_to_proc() -> None:
+    try:
+        ours = os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        ours = False
+    if not ours:
+        raise GntallocError(
+            errno.ENOENT,
+            "/proc is not mounted, or shows the processes of another namespace: mount -t proc proc /proc "
+            "(unshare --mount-proc)",
+        )
 
 
 def _occupy_streams() -> None:
