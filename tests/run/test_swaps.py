@@ -49,6 +49,7 @@ def work(file, index, name):
     else: ctypes.memset(at, 1, 4096); say(name, at)
 say('ready'); input(); threading.Thread(target=work, args=(f, i, 'first')).start()
 for _ in range(2): input(); work(g, j, 'second')
+input()
 """
 
 
@@ -91,6 +92,7 @@ def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: py
         held.tell("")
         name, second = next_line().split()
         assert (name, placed) == ("second", [first, second])
+        held.tell("")
         assert held.status() == 0
         held.end()
         supervisor.files.channel.close()

@@ -78,7 +78,7 @@ def _ptrace(request: int, thread: int, address: int = 0, data: object = None) ->
         raise OSError(code, os.strerror(code))
 
 
-def _nothing(_address: int) -> None:
+def _nothing(_result: int) -> None:
     pass
 
 
@@ -98,11 +98,11 @@ class Injector:
         self._died = died
 
     def place(
-        self, call: Call, pieces: list[Piece], descriptors: list[int], placed: Callable[[int], None] = _nothing
+        self, call: Call, pieces: list[Piece], descriptors: list[int], done: Callable[[int], None] = _nothing
     ) -> int:
         """Answer the mmap `call` with a map of `pieces`. The address, or a negative errno.
 
-        `placed` is told the address before the caller goes on.
+        `done` is told the result before the caller goes on.
 
         Raises:
             Traced: nothing has happened, and the call still waits.
@@ -122,8 +122,7 @@ class Injector:
             theirs, failure = self._answer(call, descriptors)
             held = self._until_stopped(thread)
             result = self._make_calls(call, pieces, theirs, failure, held)
-            if result >= 0:
-                placed(result)
+            done(result)
             self._detach(thread, held)
         except _Died:
             self._bury(thread)

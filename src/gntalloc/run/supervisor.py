@@ -108,7 +108,7 @@ class Supervisor:
     def _place(self, call: Call, plan: Plan) -> None:
         try:
             numbers = [descriptor.fileno() for descriptor in plan.descriptors]
-            self._injector.place(call, plan.pieces, numbers, lambda address: self.files.placed(plan, address))
+            self._injector.place(call, plan.pieces, numbers, lambda result: self._done(plan, result))
         except Traced:
             if not self._swap(call, plan):
                 self._say_once(
@@ -117,8 +117,13 @@ class Supervisor:
                 )
                 self._listener.answer(call, -errno.EBUSY)
         finally:
-            for each in plan.descriptors:
-                each.close()
+            _close(plan)
+
+    def _done(self, plan: Plan, result: int) -> None:
+        """The caller is about to go on. What it has not mapped must not be held by us when it asks."""
+        _close(plan)
+        if result >= 0:
+            self.files.placed(plan, result)
 
     def _swap(self, call: Call, plan: Plan) -> bool:
         """Whether the program's own call could make this map: see run/swaps.py."""
@@ -144,3 +149,8 @@ class Supervisor:
         if text not in self._said:
             self._said.add(text)
             self._say(text)
+
+
+def _close(plan: Plan) -> None:
+    for each in plan.descriptors:
+        each.close()
