@@ -46,11 +46,16 @@ def machine_folder(name: str) -> str:
     """The folder of the machine `name`: a word, or a path to have it elsewhere.
 
     Raises:
-        GntallocError: the name cannot be one, or its sockets would have too long a path.
+        GntallocError: the name cannot be one, or its sockets would have too long a path; or it would be looked for in a
+            folder that somebody else has made, in whose hands our pages would be.
     """
     if not name or name in {".", ".."}:
         raise GntallocError(f"a machine cannot be called {name!r}; give it a word")
-    folder = name if "/" in name else os.path.join(top_folder(), name)
+    folder = name
+    if "/" not in name:
+        folder = os.path.join(top_folder(), name)
+        if os.path.lexists(top_folder()):
+            _see_whose(top_folder())
     longest = os.fsencode(os.path.join(os.path.abspath(folder), _LONGEST_NAME))
     if len(longest) > LONGEST_PATH:
         raise GntallocError(f"{folder} is too long for a socket's path ({LONGEST_PATH} bytes); choose a shorter name")
@@ -71,6 +76,10 @@ def make_top_folder() -> None:
             error.errno or errno.EIO,
             f"{folder} cannot be made: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours",
         ) from None
+    _see_whose(folder)
+
+
+def _see_whose(folder: str) -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise GntallocError(f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ from runs import Runs, python, said, tell, wait_for
 
 from gntalloc import wire
 from gntalloc.embed import Machine
+from gntalloc.errors import MachineGone
 from gntalloc.guest.channel import Answer, Channel
 from gntalloc.guest.control import ControlClient
 from gntalloc.places import domain_path
 from gntalloc.run.filter import filter_program, install
+from gntalloc.run.machine import Files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,6 +203,56 @@ def test_the_machine_killed_while_it_serves(runs: Runs) -> None:
         tell(process, "")
         assert process.wait(20) == 0
         wait_for(lambda: not os.path.exists(f"/proc/{machine}/fd"), "the machine lives")  # noqa: B023
+
+
+@root_only
+@pytest.mark.parametrize("user", [0, 65532])
+def test_nobody_else_s_machine_is_given_the_listener(tmp_path: Path, user: int) -> None:
+    """Who has it can put files into the program, and answer its calls as it likes. Whoever's machine we joined."""
+    path = str(tmp_path / "1")
+    theirs = socket.socket(socket.AF_UNIX)
+    theirs.bind(path)
+    os.chmod(path, 0o666)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setresuid(user, user, user)
+        theirs.listen()  # whoever does this is who the other end sees
+        os.write(writing, b"!")
+        sock, _ = theirs.accept()
+        sock.recv(4096)
+        sock.sendall(wire.encode_reply(wire.HELLO, 0, result=1))
+        _, descriptors, _, _ = socket.recv_fds(sock, 4096, 1)
+        os._exit(len(descriptors))
+    theirs.close()
+    os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    files = Files(path, lambda *_: None, lambda _: True)
+    try:
+        with listener_of_a_child() as listener, suppress(MachineGone):
+            assert files.have_served(listener) is None
+    finally:
+        files.channel.close()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (user == os.getuid())  # it was sent a descriptor, or not
+
+
+@root_only
+def test_a_name_is_not_looked_for_in_somebody_else_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could have made it in /tmp before we came."""
+    runs = Runs()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    theirs = tmp_path / "gntalloc" / runs.machine
+    theirs.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(theirs / "1"))
+        for path in (theirs, theirs.parent):
+            os.chown(path, 65532, 65532)
+        for command in (runs.command(1, "true"), [sys.executable, "-m", "gntalloc", "list", runs.machine]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+            assert done.returncode == 1
+            assert "is not a folder of yours" in done.stderr
 
 
 def test_programs_of_the_machine_s_user_could_stop_it_anyway(runs: Runs) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc import wire
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 _MOST_KNOWN = 4096  # files remembered; one that was forgotten shows its home again
 
 
@@ -216,10 +218,20 @@ class Files:
     # What the machine does for us.
 
     def have_served(self, listener: int) -> Descriptor | None:
-        """Ask the machine to serve these calls. Gives the notes it takes of them (calls/listener.py), if it does."""
+        """Ask the machine to serve these calls. Gives the notes it takes of them (calls/listener.py), if it does.
+
+        Nobody else's machine is asked: who has the listener can do with the program as it likes.
+        """
+        if self._user_of_the_machine() != os.geteuid():
+            return None
         namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
         answer = self.channel.call(wire.SERVE, namespace, [listener])
         return answer.descriptors[0] if answer.result else None
+
+    def _user_of_the_machine(self) -> int:
+        with socket.socket(fileno=os.dup(self.channel.fileno())) as sock:
+            _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        return int(user)
 
     def brought(self) -> Brought:
         """What the machine hands over.
