@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import Runs, python, said, tell, wait_for
 
 from gntalloc import wire
+from gntalloc.abi.gntalloc import ALLOC_GREF
+from gntalloc.calls.listener import Call
+from gntalloc.calls.serving import IOCTL, MMAP
 from gntalloc.embed import Machine
-from gntalloc.errors import MachineGone
+from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Answer, Channel
 from gntalloc.guest.control import ControlClient
 from gntalloc.places import domain_path
 from gntalloc.run.filter import filter_program, install
-from gntalloc.run.machine import Files
+from gntalloc.run.machine import Files, OpenFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -236,6 +241,53 @@ def test_nobody_else_s_machine_is_given_the_listener(tmp_path: Path, user: int) 
         files.channel.close()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == (user == os.getuid())  # it was sent a descriptor, or not
+
+
+def test_what_a_machine_answers_goes_only_where_the_call_said(tmp_path: Path) -> None:
+    """It may be another user's. Here it is one that writes over a program's memory, and maps over it."""
+    path = str(tmp_path / "1")
+    memory = ctypes.create_string_buffer(b"precious", 8)
+    argument = ctypes.create_string_buffer(24)
+    evil = wire.encode_regions([wire.Region(ctypes.addressof(memory), True, b"evil")])
+    bodies = {
+        wire.IOCTL: [evil, wire.encode_regions([wire.Region(ctypes.addressof(argument), True, bytes(25))])],
+        wire.MMAP: [wire.CONFIRM.pack(0) + wire.PIECE.pack(place, 0, size) for place, size in ((0, 8192), (1, 4096))],
+    }
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(path)
+        theirs.listen()
+        machine = threading.Thread(target=answer_badly, args=(theirs, bodies))
+        machine.start()
+        placed: list[object] = []
+        files = Files(path, lambda *what: placed.append(what), lambda _: True)
+        file = OpenFile(1, "gntalloc", files.channel.generation, 0)
+        for _ in range(2):
+            arguments = (0, ALLOC_GREF, ctypes.addressof(argument), 0, 0, 0)
+            with pytest.raises(DeviceError, match="does not name"):
+                files.ioctl(Call(1, threading.get_native_id(), IOCTL, arguments), os.getpid(), file)
+            with pytest.raises(DeviceError, match="another map"):
+                files.map(Call(1, threading.get_native_id(), MMAP, (0, 4096, 3, 1, 0, 0)), os.getpid(), file)
+        files.channel.close()
+        machine.join()
+    assert memory.raw == b"precious"
+    assert placed == []
+
+
+def answer_badly(theirs: socket.socket, bodies: dict[int, list[bytes]]) -> None:
+    """A machine that has been taken over."""
+    sock, _ = theirs.accept()
+    with sock, sock.makefile("rb") as stream:
+        while head := stream.read(wire.HEADER.size):
+            size, kind, _, number = wire.HEADER.unpack(head)
+            stream.read(size)
+            if kind == wire.HELLO:
+                sock.sendall(wire.encode_reply(kind, number, result=1))
+            elif kind in bodies:
+                body = bodies[kind].pop(0)
+                memory = os.memfd_create("evil")
+                sent = wire.encode_reply(kind, number, body=body, descriptors=kind == wire.MMAP)
+                socket.send_fds(sock, [sent], [memory] * (kind == wire.MMAP))
+                os.close(memory)
 
 
 @root_only

@@ -2,6 +2,8 @@
 
 A supervisor is a program in the domain like any other, with one call channel. What it holds of an open file is only
 what the machine calls it; the home is the program's alone, so that its last close(2) is the release.
+
+The machine may be another user's. So what it answers with goes into the program only where the program's call said so.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from gntalloc.calls.serving import is_shared
 from gntalloc.calls.threads import fetch, is_traced, leader_of
 from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Channel, Descriptor
+from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +190,9 @@ class Files:
                 self._known.pop(file.inode, None)
             result, body = -(refusal.errno or errno.EIO), getattr(refusal, "body", b"")
         written = wire.decode_regions(body)
+        ours = {(region.address, len(region.data)) for region in regions if region.writable}
+        if any((region.address, len(region.data)) not in ours for region in written):
+            raise DeviceError(errno.EIO, "the machine answers with memory that this call does not name")
         if written and not self._waits(call):
             return result  # nobody will hear of it
         for region in written:
@@ -204,6 +210,10 @@ class Files:
         answer = self.channel.call(wire.MMAP, payload)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
         pieces = _pieces(answer.body[wire.CONFIRM.size :])
+        if sum(piece.length for piece in pieces) != _whole_pages(length) or any(
+            piece.descriptor >= len(answer.descriptors) for piece in pieces
+        ):
+            raise DeviceError(errno.EIO, "the machine answers with another map than was asked for")
         generation = self.channel.generation
         self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), generation, file))
 
@@ -259,6 +269,10 @@ class Files:
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
         self._known[file.inode] = file
+
+
+def _whole_pages(length: int) -> int:
+    return -(-length // PAGE_SIZE) * PAGE_SIZE
 
 
 def _pieces(data: bytes) -> list[Piece]:
