@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -288,6 +291,65 @@ def answer_badly(theirs: socket.socket, bodies: dict[int, list[bytes]]) -> None:
                 sent = wire.encode_reply(kind, number, body=body, descriptors=kind == wire.MMAP)
                 socket.send_fds(sock, [sent], [memory] * (kind == wire.MMAP))
                 os.close(memory)
+
+
+MAPS = """
+libc = ctypes.CDLL(None, use_errno=True); libc.mmap.restype = ctypes.c_void_p
+file = os.open(sys.argv[1], os.O_RDWR)
+say('open'); input()
+say(libc.mmap(None, 4096, 3, 1, file, ctypes.c_long(0)) != 2**64 - 1)
+"""
+
+
+@root_only
+def test_nobody_waits_for_the_file_system_of_a_program(runs: Runs, tmp_path: Path) -> None:
+    """A map of a file on FUSE or NFS, whose server hangs, is the kernel's and the program's affair."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    channel = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC) if os.path.exists("/dev/fuse") else -1
+    options = f"fd={channel},rootmode=40000,user_id=0,group_id=0".encode()
+    if libc.mount(b"test", str(tmp_path).encode(), b"fuse", 0, options):
+        pytest.skip("nothing can be mounted here")
+    hangs = threading.Event()
+    server = threading.Thread(target=serve_files, args=(channel, hangs), daemon=True)
+    server.start()
+    try:
+        process = runs.start(1, *python(MAPS, str(tmp_path / "file")))
+        assert said(process) == "open"
+        hangs.set()
+        tell(process, "")
+        assert process.stdout is not None
+        assert select.select([process.stdout.fileno()], [], [], 20)[0], "the machine waits for the file system"
+        assert said(process) == "True"
+        assert runs(2, *python("device('gntdev'); say('served')")).stdout == "served\n"
+    finally:
+        libc.umount2(str(tmp_path).encode(), 3)  # by force, and later if need be
+        os.close(channel)
+
+
+def serve_files(channel: int, hangs: threading.Event) -> None:
+    """A file system of one folder with one file, that answers no more when it hangs. Source: linux/fuse.h."""
+    init, lookup, getattr_, open_ = 26, 1, 3, 14
+    while True:
+        try:
+            request = os.read(channel, 1 << 20)
+        except OSError:
+            return
+        if hangs.is_set():
+            return
+        _, what, number, node = struct.unpack_from("=IIQQ", request)
+        node = 2 if what == lookup else node
+        mode = 0o100666 if node == 2 else 0o40777
+        attributes = struct.pack("=6Q10I", node, 4096, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+        answers = {
+            init: struct.pack("=IIIIHHIIHH32x", 7, 31, 0, 0, 1, 1, 4096, 1, 1, 0),
+            lookup: struct.pack("=QQQQII", 2, 0, 0, 0, 0, 0) + attributes,
+            getattr_: struct.pack("=QII", 0, 0, 0) + attributes,
+            open_: bytes(16),
+        }
+        body = answers.get(what, b"")
+        if what not in {2, 36, 42}:  # FORGET, INTERRUPT, BATCH_FORGET
+            error = 0 if body else -errno.ENOSYS
+            os.write(channel, struct.pack("=IiQ", 16 + len(body), error, number) + body)
 
 
 @root_only

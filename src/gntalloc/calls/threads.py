@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 from typing import NamedTuple
 
 __all__ = ["Threads", "fetch", "is_traced", "leader_of"]
 
 _MOST_KNOWN = 64
+_SOCKET, _MEMORY = "socket:[", "/memfd:"
 _SYS_PIDFD_GETFD = 438
 _ENOUGH = 512  # of a status, for what is at its beginning
 
@@ -30,21 +32,33 @@ class Threads:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        with socket.socket(socket.AF_UNIX) as sock:
+            self._sockets = os.fstat(sock.fileno()).st_dev  # the file system of all sockets
 
     def identity(self, thread: int, descriptor: int) -> tuple[int, int] | None:
-        """Device and inode of the file behind a descriptor of this thread. None: it has none, or is not to be seen."""
+        """Device and inode of the socket or memory file behind a descriptor of this thread.
+
+        None: it has none, or is not to be seen; or the file is another, and none of ours.
+        """
         known = self._known.get(thread)
         if known is not None:
             try:
-                status = os.stat(f"fd/{descriptor}", dir_fd=known.folder)
-                return status.st_dev, status.st_ino
+                return self._identity(known.folder, descriptor)
             except OSError:
                 self.forget(thread)  # another thread may have its number now
         try:
-            status = os.stat(f"fd/{descriptor}", dir_fd=self._meet(thread).folder)
+            return self._identity(self._meet(thread).folder, descriptor)
         except OSError:
             return None
-        return status.st_dev, status.st_ino
+
+    def _identity(self, folder: int, descriptor: int) -> tuple[int, int] | None:
+        link = os.readlink(f"fd/{descriptor}", dir_fd=folder)
+        if link.startswith(_SOCKET):
+            return self._sockets, int(link[len(_SOCKET) : -1])
+        if link.startswith(_MEMORY):
+            status = os.stat(f"fd/{descriptor}", dir_fd=folder)
+            return status.st_dev, status.st_ino
+        return None  # and no stat, which may have to wait for another computer (NFS), or another program (FUSE)
 
     def process(self, thread: int) -> int:
         """The process that it belongs to. Right after `identity`, which notices if a number has changed hands."""
