@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from runs import python as scripted
 from runs import said
 
 if TYPE_CHECKING:
@@ -124,3 +125,32 @@ def test_read_only_pages_stay_so_whoever_tries(runs: Runs, options: tuple[str, .
     ref = said(victim).split()[0]
     done = runs(2, *python(READ_ONLY, ref), options=options)
     assert (done.stdout, done.stderr) == ("[] good\n", "")
+
+
+LINGERS = """
+listener = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(listener.getsockname())
+reader, _ = listener.accept(); c.setblocking(False)
+try:
+    while True: c.send(bytes(65536))
+except BlockingIOError: pass
+c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 100000))
+home = socket.socket(fileno=device(sys.argv[1])); home.setblocking(False)
+while True:
+    try:
+        while True: home.send(b'.')  # so that the machine comes to it after it was closed here
+    except BlockingIOError: pass
+    except OSError: say('gone'); break
+    try: socket.send_fds(home, [b'.'], [c.fileno()])
+    except BlockingIOError: continue
+    except PermissionError: say('refused'); break
+    os.close(c.detach()); say('sent'); break
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("device", ["gntalloc", "gntdev", "evtchn", "privcmd"])
+def test_a_socket_that_lingers_in_a_home(runs: Runs, device: str) -> None:
+    """To close it waits for a network, for as long as its owner said: nobody but its owner, though."""
+    attacker = runs.start(1, *scripted(LINGERS, device))
+    assert said(attacker) in {"sent", "refused"}
+    assert runs(2, *scripted("say(alloc(device('gntalloc'), 1)[0])")).stdout == "0\n"

@@ -7,16 +7,15 @@ dropped after a while; its files live on with their homes.
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import socket
-import struct
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import wire
+from gntalloc.machine import foreign
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,13 +27,8 @@ STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
 _DESCRIPTORS_A_MESSAGE = 8  # more than any has
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
-_TRUNCATED = int(socket.MSG_CTRUNC)
-_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
-_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _NOTES = frozenset({wire.PLACED, wire.IOCTL | wire.UNANSWERED})
 _NOTES_A_TURN = 2 * wire.MOST_UNANSWERED  # of who keeps to the rules all, and a PLACED or two that are not counted
-_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTORS_A_MESSAGE * 4)
-_NO_LINGER = struct.pack("ii", 0, 0)
 
 
 class Dropped(Exception):
@@ -86,16 +80,14 @@ class Channel:
             Dropped: the program is gone, or what it sent is no message.
         """
         try:
-            data, controls, flags, _ = self.sock.recvmsg(_BYTES_A_TURN, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC)
+            data, descriptors = foreign.receive(self.sock, _BYTES_A_TURN)
         except BlockingIOError:
             return
+        except foreign.Truncated:
+            raise Dropped("there was no room for the descriptors that it sent") from None
         except OSError as error:
             raise Dropped(f"it cannot be read any more: {error.strerror}") from None
-        for level, kind, content in controls:
-            if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
-                self._received.extend(array.array("i", content[: len(content) // 4 * 4]))
-        if flags & _TRUNCATED:
-            raise Dropped("it sent more descriptors than any message has")
+        self._received.extend(descriptors)
         if not data:
             raise Dropped("it went away")
         received = self._received
@@ -148,8 +140,7 @@ class Channel:
         try:
             self.serve(message, descriptors)
         finally:
-            for descriptor in descriptors:
-                _close_foreign(descriptor)
+            foreign.let_go(descriptors)
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send, or keep for later. The descriptors may be closed afterwards.
@@ -209,32 +200,17 @@ class Channel:
         """Let go of the program, and of what was meant for it."""
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
-        for descriptor in self._received:
-            _close_foreign(descriptor)
+        foreign.let_go(list(self._received))
         for _, meant in self._outbox:
             for descriptor in meant:
                 os.close(descriptor)
         self._received.clear()
         self.inbox.clear()
         self._outbox.clear()
-        self.sock.close()
+        foreign.hang_up(self.sock)
 
     def _judge(self) -> None:
         if not self._outbox and (self.inbox or not self._decoder.in_the_middle):
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = time.monotonic()
-
-
-def _close_foreign(descriptor: int) -> None:
-    """Close what a program sent: where its last close(2) would wait for a network, somebody else shall wait."""
-    try:
-        sock = socket.socket(fileno=descriptor)
-    except OSError:  # it is no socket
-        os.close(descriptor)
-        return
-    with sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        except OSError:
-            pass  # of a kind that does not linger

@@ -19,6 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from gntalloc.abi.evtchn import PORT
+from gntalloc.machine import foreign
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class Home:
             OSError: there are no descriptors left.
         """
         ours, theirs = socket.socketpair()
+        foreign.refuse(ours)
         theirs.setblocking(not file.flags & os.O_NONBLOCK)
         return cls(ours, identity_of(theirs.fileno()), guest, file), theirs
 
@@ -90,11 +92,17 @@ class Home:
     def receive(self, size: int) -> bytes | None:
         """What the program wrote. Empty: its end is closed. None: nothing."""
         try:
-            return self.sock.recv(size, _NEVER_WAIT)
+            data, descriptors = foreign.receive(self.sock, size)
         except BlockingIOError:
             return None
-        except OSError:
+        except (OSError, foreign.Truncated):
             return b""
+        foreign.let_go(descriptors)
+        return data
+
+    def close(self) -> None:
+        """The file is closed."""
+        foreign.hang_up(self.sock)
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Homes:
     def close(self) -> None:
         """All of them end."""
         for home in self._homes.values():
-            home.sock.close()
+            home.close()
         for sock, _, _ in self._waiters.values():
             sock.close()
         for descriptor in self._kept.values():
@@ -131,7 +131,7 @@ class Homes:
         del self._by_identity[home.identity]
         if home.carries_events:
             self._server.unwatch(descriptor)
-        home.sock.close()  # and with it, it is out of the epoll
+        home.close()  # and with it, it is out of the epoll
         self._let_go(home.file)
         self._machine.close(home.guest, home.file)
 

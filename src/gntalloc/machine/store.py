@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import DeviceError, PeerBroke
+from gntalloc.machine import foreign
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
 
@@ -68,6 +69,7 @@ class StoreFront:
         except Refused:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
         sock.setblocking(False)
+        foreign.refuse(sock)
         line = self._lines[sock.fileno()] = self._by_session[session] = _Line(sock, session)
         self._epoll.register(sock.fileno(), _READABLE)
         line.wanted = _READABLE
@@ -154,7 +156,7 @@ class StoreFront:
         self._daemon.disconnect(line.session)
         line.inbox.clear()
         self._epoll.unregister(descriptor)
-        line.sock.close()
+        foreign.hang_up(line.sock)
 
     def _ring(self, *, on: bool) -> None:
         if on != self._rings:
@@ -197,9 +199,12 @@ class _Line:
             OSError: the program is gone.
         """
         try:
-            data = self.sock.recv(_BYTES_A_TURN, _NEVER_WAIT)
+            data, descriptors = foreign.receive(self.sock, _BYTES_A_TURN)
         except BlockingIOError:
             return
+        except foreign.Truncated:
+            raise OSError(errno.EMFILE, "there was no room for the descriptors that it sent") from None
+        foreign.let_go(descriptors)
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "it went away")
         try:
