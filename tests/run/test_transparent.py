@@ -145,6 +145,20 @@ def test_killing_it_kills_the_program(runs: Runs) -> None:
     wait_for(lambda: not os.path.exists(f"/proc/{program}"), "the program lives on")
 
 
+def test_killing_a_supervisor_leaves_the_machine_to_others(runs: Runs) -> None:
+    """The run that started the machine ends all that it had started, but for that."""
+    first = runs.start(1, "sh", "-c", "echo $PPID; exec sleep 1000")
+    supervisor = int(said(first))
+    opens = "import os, sys; sys.stdin.readline(); os.open('/dev/xen/gntdev', os.O_RDWR); print('opened', flush=True)"
+    second = runs.start(2, "sh", "-c", 'echo up; exec "$@"', "sh", *python(opens))
+    assert said(second) == "up"
+    os.kill(supervisor, signal.SIGKILL)
+    assert first.wait(20) == -signal.SIGKILL
+    tell(second, "go")
+    assert said(second) == "opened"
+    assert second.wait(20) == 0
+
+
 def test_ignored_and_blocked_signals_are_the_callers(runs: Runs) -> None:
     show = "grep -E 'SigBlk|SigIgn' /proc/self/status"
     for_it = subprocess.run(["sh", "-c", show], capture_output=True, text=True, check=True).stdout

@@ -30,7 +30,7 @@ from gntalloc.run.process import be_the_supervisor, let_go
 from gntalloc.run.program import Program, signal_descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["NOT_FOUND", "run"]
 
@@ -139,27 +139,32 @@ def _accompany(news: socket.socket, signals: int, supervisor: int) -> int:
 
 def _end_all_that_is_left() -> None:
     """What the program had started is ours since the supervisor is dead, and nobody would serve it."""
-    while True:
-        for child in _children():
+    while children := _children():  # what they had started is ours when they have ended
+        for child in children:
             _send(child, signal.SIGKILL)
+        for child in children:
+            os.waitid(os.P_PIDFD, child, os.WEXITED)
             os.close(child)
+
+
+def _children() -> list[int]:
+    """A descriptor of each process that is a child of this one, and under the filter: the machine is not."""
+    found: list[int] = []
+    filters = int(_status("self")["Seccomp_filters"])
+    for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            os.waitpid(-1, 0)  # and then there may be more of them: theirs
-        except ChildProcessError:
-            return
+            status = _status(name)
+            ours = int(status["PPid"]) == os.getpid() and status["State"][0] != "Z"
+            if ours and int(status["Seccomp_filters"]) > filters:
+                found.append(os.pidfd_open(int(name)))  # nobody else collects it, so the number is still its own
+        except OSError:
+            pass  # it has ended
+    return found
 
 
-def _children() -> Iterator[int]:
-    """A descriptor of each process that is a child of this one."""
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    state, parent = file.read().rpartition(b")")[2].split()[:2]
-                if int(parent) == os.getpid() and state != b"Z":
-                    yield os.pidfd_open(int(name))  # nobody else collects it, so the number is still its own
-            except OSError:
-                pass
+def _status(process: str) -> dict[str, str]:
+    with open(f"/proc/{process}/status") as file:
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
 def _say(text: str) -> None:
