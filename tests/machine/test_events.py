@@ -8,7 +8,7 @@ import select
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from struct import pack
 from typing import TYPE_CHECKING
 
@@ -298,8 +298,9 @@ def test_one_that_writes_rubbish_without_end(ends: tuple[End, End]) -> None:
 def test_one_that_sends_descriptors_to_its_home(machine: Machine, ends: tuple[End, End]) -> None:
     before = machine.statistics()["descriptors"]
     with socket.socket(fileno=os.dup(ends[1].file.fileno())) as home:
-        socket.send_fds(home, [words(ends[1].port)], [0, 1, 2])
-        socket.send_fds(home, [words(ends[1].port)], [home.fileno()])
+        for descriptors in ([0, 1, 2], [home.fileno()]):
+            with suppress(PermissionError):  # since Linux 6.16 none get that far
+                socket.send_fds(home, [words(ends[1].port)], descriptors)
     assert machine.statistics()["descriptors"] == before
 
 
