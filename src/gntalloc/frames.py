@@ -309,10 +309,14 @@ class Frames(Generic[Holder]):
             extent.lent = not _lease_is_free(extent.master)
         return extent.lent
 
-    def news(self) -> NewsOfFrames[Holder]:
-        """Look at every extent of which a description was closed. Never blocks."""
+    def news(self, *, heard: bool = True) -> NewsOfFrames[Holder]:
+        """Look at every extent of which a description was closed. Never blocks.
+
+        Args:
+            heard: whether `fileno` is readable, as far as is known. If not, only extents of earlier news are looked at.
+        """
         touched = self._due()
-        for watch, mask in self._events():
+        for watch, mask in self._events() if heard else ():
             if mask & _IN_Q_OVERFLOW:  # some news was lost: look everywhere
                 for extent in list(self._watches.values()):
                     self._stop_listening(extent)

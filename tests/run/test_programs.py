@@ -213,3 +213,15 @@ def test_a_debugger_that_comes_when_the_pages_are_mapped(runs: Runs, build: Buil
     assert said(granter) == "answer"
     granter.communicate(timeout=20)
     assert granter.returncode == 0
+
+
+@pytest.mark.parametrize("device", ["gntalloc", "gntdev", "evtchn", "privcmd", "xenbus"])
+def test_a_device_is_no_folder(runs: Runs, device: str) -> None:
+    code = f"""
+import errno, os
+for flags in os.O_DIRECTORY, os.O_TMPFILE:
+    try: os.open('/dev/xen/{device}', os.O_RDWR | flags)
+    except OSError as error: print(errno.errorcode[error.errno])
+"""
+    done = runs(1, sys.executable, "-c", code)
+    assert (done.stdout, done.stderr) == ("ENOTDIR\nENOTDIR\n", "")

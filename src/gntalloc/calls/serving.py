@@ -157,6 +157,9 @@ class Serving(Generic[F]):
         sock = self._files.open_store()
         if sock is None:
             raise GntallocError(errno.ENOENT, "this domain has no xenstore")
+        if flags & os.O_DIRECTORY:
+            sock.close()
+            raise GntallocError(errno.ENOTDIR, f"{_STORE} is a device, and was opened with O_DIRECTORY or O_TMPFILE")
         os.set_blocking(sock.fileno(), not flags & os.O_NONBLOCK)
         return sock
 
@@ -169,8 +172,8 @@ class Serving(Generic[F]):
             self._listener.go_on(call)
             return
         process = self._threads.process(thread)
-        if arguments[1] == RESET and self._files.name(file) == "evtchn":
-            _empty(fetch(process, descriptor), identity)
+        if arguments[1] & _LOW_INT == RESET and self._files.name(file) == "evtchn":
+            _empty(fetch(thread, descriptor), identity)
         self._listener.answer(call, self._files.ioctl(call, process, file))
 
     def _change_user(self, call: Call) -> None:

@@ -145,7 +145,7 @@ class Machine:
         """Open a device file of a domain.
 
         Raises:
-            DeviceError: ENOENT there is no such device; ENFILE too many are open.
+            DeviceError: ENOENT there is no such device; ENOTDIR a folder was wanted; ENFILE too many are open.
         """
         driver = guest.drivers.get(name)
         if driver is None:
@@ -153,6 +153,8 @@ class Machine:
             raise DeviceError(
                 errno.ENOENT, f"there is no device {name[:40]!r} in domain {guest.domid}; there are {there}"
             )
+        if flags & os.O_DIRECTORY:
+            raise DeviceError(errno.ENOTDIR, f"{name} is a device, and was opened with O_DIRECTORY or O_TMPFILE")
         if len(guest.files) >= MAX_FILES:
             raise DeviceError(errno.ENFILE, f"domain {guest.domid} has {MAX_FILES} device files open; close some")
         file = File(driver, flags, opener=opener)
@@ -189,9 +191,9 @@ class Machine:
 
     # What the kernel says.
 
-    def settle(self) -> None:
-        """Take in what has been unmapped. After this the books agree with the kernel."""
-        news = self.frames.news()
+    def settle(self, *, heard: bool = True) -> None:
+        """Take in what has been unmapped. After this the books agree with the kernel. `heard`: see `Frames.news`."""
+        news = self.frames.news(heard=heard)
         for loan in news.died:
             record = loan.holder
             record.loans.remove(loan)

@@ -229,9 +229,9 @@ class Server:
         if self._closed_homes:
             self._closed_homes = False
             self.homes.settle()
-        if self._closed_pages or self.machine.frames.restless:
-            self._closed_pages = False
-            self.machine.settle()
+        heard, self._closed_pages = self._closed_pages, False
+        if heard or self.machine.frames.restless:
+            self.machine.settle(heard=heard)
             self.homes.keep_no_longer()
 
     # Connections.
