@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import python, said, tell
+from runs import python, said, tell, wait_for
+
+from gntalloc.guest.control import ControlClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,6 +176,61 @@ say(libc.ioctl(f, ALLOC, ctypes.c_void_p(at)), errno.errorcode[ctypes.get_errno(
 say(alloc(f, 2)[0])
 """
     assert both(runs, code) == ["-1", "EFAULT"] * 4 + ["0"]
+
+
+RESETS = """
+libc = ctypes.CDLL(None, use_errno=True)
+def left(reset):
+    e = device('evtchn', os.O_RDWR | os.O_NONBLOCK)
+    call(e, INTERDOMAIN, '=II', 1, call(e, UNBOUND, '=I', 1))
+    if select.select([e], [], [], 20)[0] and reset(e) == 0:
+        try: return os.read(e, 4)
+        except BlockingIOError: return 'nothing'
+"""
+
+
+def test_reset_of_whatever_is_in_the_upper_half_of_the_registers(runs: Runs) -> None:
+    """The kernel looks at the lower half of a request and of a descriptor only."""
+    high = "ctypes.c_long(1 << 40 | %s)"
+    code = f"say(left(lambda e: libc.syscall(16, {high % 'e'}, {high % '0x4505'}, None)))"
+    assert both(runs, RESETS + code) == ["nothing"]
+
+
+def test_reset_by_a_thread_that_has_descriptors_of_its_own(runs: Runs) -> None:
+    if not thread_handles():
+        pytest.skip("this kernel has no handles of threads (Linux 6.9)")
+    code = """
+import threading
+def work():
+    libc.unshare(0x400)
+    while os.dup(0) < 40: pass  # so that the number is nobody's in the other threads
+    say(left(lambda e: libc.ioctl(e, 0x4505, None)))
+thread = threading.Thread(target=work); thread.start(); thread.join()
+"""
+    assert both(runs, RESETS + code) == ["nothing"]
+
+
+def thread_handles() -> bool:
+    try:
+        os.close(os.pidfd_open(os.getpid(), os.O_EXCL))
+    except OSError:
+        return False
+    return True
+
+
+def test_nothing_of_a_run_stays_with_the_machine(runs: Runs) -> None:
+    keeper = runs.start(9, "sh", "-c", "echo up; read x")
+    assert said(keeper) == "up"
+
+    def descriptors() -> int:
+        with closing(ControlClient(runs.folder)) as control:
+            number: int = control.order("statistics")["descriptors"]
+            return number
+
+    before = descriptors()
+    for _ in range(3):
+        assert runs(1, *python("alloc(device('gntalloc'), 2)")).returncode == 0
+    wait_for(lambda: descriptors() == before, "the machine keeps descriptors")
 
 
 def test_xenbus_is_xenstore(runs: Runs) -> None:

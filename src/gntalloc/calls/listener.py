@@ -87,8 +87,9 @@ class Listener:
         return self._descriptor
 
     def close(self) -> None:
-        """From now on the calls that would be brought to us fail with ENOSYS."""
+        """From now on the calls that would be brought to us fail with ENOSYS. The notes are let go of."""
         os.close(self._descriptor)
+        self._windows = cycle(())
 
     def receive(self) -> Call | None:
         """The next call. Waits if there is none; None if it went away meanwhile."""

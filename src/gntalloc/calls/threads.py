@@ -7,6 +7,7 @@ number, so what was found out about the thread stays true.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 from typing import NamedTuple
@@ -16,6 +17,7 @@ __all__ = ["Threads", "fetch", "is_traced", "leader_of"]
 _MOST_KNOWN = 64
 _SOCKET, _MEMORY = "socket:[", "/memfd:"
 _SYS_PIDFD_GETFD = 438
+_PIDFD_THREAD = os.O_EXCL  # since Linux 6.9
 _ENOUGH = 512  # of a status, for what is at its beginning
 
 _libc = ctypes.CDLL(None)
@@ -140,10 +142,13 @@ def _number(status: int, name: bytes, unknown: int) -> int:
     return unknown if at < 0 else int(text[at + 1 + len(name) :].split(b"\n", 1)[0])
 
 
-def fetch(process: int, descriptor: int) -> int:
-    """A copy of a process's descriptor; -1 if it has none, or it cannot be had."""
+def fetch(thread: int, descriptor: int) -> int:
+    """A copy of a thread's descriptor; -1 if it has none, or it cannot be had.
+
+    Before Linux 6.9 it is its process's, which is the same but for threads with descriptors of their own.
+    """
     try:
-        handle = os.pidfd_open(process, 0)
+        handle = _handle(thread)
     except OSError:
         return -1
     try:
@@ -151,3 +156,12 @@ def fetch(process: int, descriptor: int) -> int:
         return number
     finally:
         os.close(handle)
+
+
+def _handle(thread: int) -> int:
+    try:
+        return os.pidfd_open(thread, _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.pidfd_open(leader_of(thread), 0)

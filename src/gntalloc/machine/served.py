@@ -80,10 +80,10 @@ class Served:
         self._guest = connection.guest
         with os.fdopen(os.memfd_create("gntalloc calls", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "rb") as notes:
             os.ftruncate(notes.fileno(), NOTES_SIZE)
-            page = mmap.mmap(notes.fileno(), NOTES_SIZE)
+            self._page = mmap.mmap(notes.fileno(), NOTES_SIZE)
             fcntl.fcntl(notes, fcntl.F_ADD_SEALS, _SEALS)
             self.notes = os.dup(notes.fileno())
-        self._listener = Listener(descriptor, memoryview(page))
+        self._listener = Listener(descriptor, memoryview(self._page))
         self._serving = Serving(self._listener, self, say=log.error, one_user=True)
         self._memory = Memory()
         self._bells: dict[tuple[int, int], File] = {}  # (thread, descriptor) -> a file of evtchn: see _notify
@@ -118,6 +118,7 @@ class Served:
             calls.remove((self, call))
         self._server.unwatch(self._listener.fileno())
         self._listener.close()
+        self._page.close()  # it has a descriptor
         self._serving.close()
         return left
 

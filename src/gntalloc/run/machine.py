@@ -20,7 +20,7 @@ from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import CALL_SIZE, Call
 from gntalloc.calls.memory import Memory
 from gntalloc.calls.serving import is_shared
-from gntalloc.calls.threads import fetch, is_traced, leader_of
+from gntalloc.calls.threads import fetch, is_traced
 from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Channel, Descriptor
 from gntalloc.maps import PAGE_SIZE
@@ -133,7 +133,7 @@ class Files:
         file = self._known.get(inode)
         if file is not None and file.generation == self.channel.generation:
             return file
-        home = Descriptor(fetch(leader_of(thread), descriptor))
+        home = Descriptor(fetch(thread, descriptor))
         try:
             return self._show(home.fileno(), inode) if home.fileno() >= 0 else None
         finally:
