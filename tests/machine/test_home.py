@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
+from gntalloc.machine import foreign
 from gntalloc.machine.home import Home
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
@@ -48,8 +49,12 @@ class Rig:
         return list(memoryview(self.theirs.recv(size, socket.MSG_DONTWAIT)).cast("I"))
 
 
-@pytest.fixture
-def rig(make_core: Callable[..., Core]) -> Iterator[Rig]:
+@pytest.fixture(params=[True, False], ids=["only bytes", "descriptors may come"])
+def rig(
+    make_core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Rig]:
+    if not request.param:
+        monkeypatch.setattr(foreign, "refuse", lambda _sock: False)  # as before Linux 6.16
     rig = Rig(make_core())
     yield rig
     rig.home.sock.close()
@@ -120,3 +125,21 @@ def test_the_server_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pyte
     assert seen == bound
     theirs.close()
     server.close()
+
+
+@pytest.mark.parametrize("taken_out", [True, False])
+def test_a_descriptor_that_a_program_sends_is_refused_or_let_go(rig: Rig, taken_out: bool) -> None:
+    reading, writing = os.pipe()
+    try:
+        try:
+            socket.send_fds(rig.theirs, [bytes(4)], [writing])
+        except PermissionError:
+            pass
+        if taken_out:
+            rig.home.receive(100)
+        else:
+            rig.home.close()
+    finally:
+        os.close(writing)
+    assert os.read(reading, 1) == b""
+    os.close(reading)

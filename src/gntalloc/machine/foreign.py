@@ -31,12 +31,13 @@ class Truncated(Exception):
     """There was no room for all the descriptors that came."""
 
 
-def refuse(sock: socket.socket) -> None:
-    """Let nobody send descriptors to `sock`: EPERM. Before Linux 6.16 they are taken and let go of."""
+def refuse(sock: socket.socket) -> bool:
+    """Let nobody send descriptors to `sock`: EPERM. False: this kernel cannot (before 6.16), so some may come."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     except OSError:
-        pass
+        return False
+    return True
 
 
 def receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:

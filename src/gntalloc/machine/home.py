@@ -37,10 +37,11 @@ _INT = struct.Struct("=i")
 class Home:
     """The machine's end. As an `Outlet` of evtchn it never waits for the program."""
 
-    __slots__ = ("_want_room", "file", "guest", "identity", "sock")
+    __slots__ = ("_only_bytes", "_want_room", "file", "guest", "identity", "sock")
 
     def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
         self.sock = sock
+        self._only_bytes = foreign.refuse(sock)
         self.identity = identity  # of the program's end: how a copy of it is recognised
         self.guest = guest
         self.file = file
@@ -54,8 +55,8 @@ class Home:
             OSError: there are no descriptors left.
         """
         ours, theirs = socket.socketpair()
-        foreign.refuse(ours)
-        theirs.setblocking(not file.flags & os.O_NONBLOCK)
+        if file.flags & os.O_NONBLOCK:
+            theirs.setblocking(False)
         return cls(ours, identity_of(theirs.fileno()), guest, file), theirs
 
     @property
@@ -92,6 +93,8 @@ class Home:
     def receive(self, size: int) -> bytes | None:
         """What the program wrote. Empty: its end is closed. None: nothing."""
         try:
+            if self._only_bytes:
+                return self.sock.recv(size, _NEVER_WAIT)
             data, descriptors = foreign.receive(self.sock, size)
         except BlockingIOError:
             return None
@@ -102,7 +105,10 @@ class Home:
 
     def close(self) -> None:
         """The file is closed."""
-        foreign.hang_up(self.sock)
+        if self._only_bytes:
+            self.sock.close()
+        else:
+            foreign.hang_up(self.sock)
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:
