@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from gntalloc.machine.channel import Channel, Dropped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 FOR_EVER = 100_000  # seconds
 MANY = 20
@@ -56,6 +58,22 @@ def test_what_came_unasked(pair: tuple[socket.socket, socket.socket], lingering:
     data, descriptors = foreign.receive(ours, 100)
     assert (data, len(descriptors)) == (b"hello", MANY)
     foreign.let_go(descriptors)
+
+
+def test_a_file_that_is_slow_to_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FUSE, which is asked at each close(2): who asks there cannot be killed, so here only close(2) is slow."""
+    enough, closed = threading.Event(), threading.Event()
+
+    def close(descriptor: int) -> None:
+        assert enough.wait(20)
+        os.close(descriptor)
+        closed.set()
+
+    monkeypatch.setattr(foreign, "_close", close)
+    foreign.let_go([os.open(tmp_path, os.O_RDONLY)])
+    assert not closed.is_set()
+    enough.set()
+    assert closed.wait(20)
 
 
 def test_what_is_still_in_the_queue(pair: tuple[socket.socket, socket.socket], lingering: int) -> None:

@@ -2,7 +2,8 @@
 
 Whose last close(2) it is, waits: for a TCP socket that shall linger, as long as its owner said. The kernel makes that
 close for us too, where we read without room for descriptors, and where we close a socket that has some in its queue.
-So all are taken, and told not to linger. Where nobody has reason to send any they are refused at the sender, as far as
+So all are taken, and told not to linger. A file on FUSE is asked at each close(2), and nothing ends that wait; so a
+thread has it, which does nothing else. Where nobody has reason to send any they are refused at the sender, as far as
 the kernel can do that.
 
 Sources: unix(7), socket(7) on SO_LINGER, linux/net.h on SO_PASSRIGHTS.
@@ -10,6 +11,7 @@ Sources: unix(7), socket(7) on SO_LINGER, linux/net.h on SO_PASSRIGHTS.
 
 from __future__ import annotations
 
+import _thread
 import array
 import os
 import socket
@@ -66,13 +68,23 @@ def let_go(descriptors: array.array[int] | list[int]) -> None:
         try:
             sock = socket.socket(fileno=descriptor)
         except OSError:  # it is no socket
-            _close(descriptor)
+            _close_file(descriptor)
             continue
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         except OSError:
             pass  # of a kind that does not linger
         _close(sock.detach())
+
+
+def _close_file(descriptor: int) -> None:
+    if not os.readlink(f"/proc/self/fd/{descriptor}").startswith("/"):  # a pipe, a seccomp listener
+        _close(descriptor)
+        return
+    try:
+        _thread.start_new_thread(_close, (descriptor,))
+    except RuntimeError:
+        _close(descriptor)  # so many wait already
 
 
 def _close(descriptor: int) -> None:
