@@ -212,6 +212,20 @@ def test_it_goes_on_when_the_program_does_whoever_sees_to_that(runs: Runs, numbe
     assert process.wait(20) == status
 
 
+def test_who_called_it_goes_on_when_a_stopped_program_is_killed(runs: Runs) -> None:
+    """In CI a group has no tie to the rest of its session: nothing of ours may seem to be one."""
+    command = runs.command(1, "sh", "-c", "echo $$; kill -STOP $$")
+    script = ["sh", "-c", '"$@"; echo "$?"', "sh", *command]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+        program = int(said(shell))
+        run = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().strip()
+        wait_for(
+            lambda: Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[0] == "T", "run does not stop"
+        )
+        os.kill(program, signal.SIGKILL)
+        assert (said(shell), shell.wait(20)) == (str(128 + signal.SIGKILL), 0)
+
+
 def test_stops_in_any_order(runs: Runs) -> None:
     process = runs.start(1, "sh", "-c", "echo $$; read x; exit 7")
     program = int(said(process))

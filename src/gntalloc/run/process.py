@@ -1,6 +1,6 @@
 """The supervisor's process: joins the machine, starts the program, serves it, and collects what ends.
 
-It has all signals blocked and no streams, and is in a process group of its own, so that neither the terminal nor a
+It has all signals blocked and no streams, and is in a session of its own, so that neither the terminal nor a
 signal to the program's group takes it away before the program. It ends when nobody is left under the filter.
 """
 
@@ -202,7 +202,9 @@ def _why(program: Program, code: int) -> str:
 
 def _stand_apart() -> None:
     """Hold nothing of the program's or the terminal's."""
-    os.setpgid(0, 0)
+    # A group of its own in the same session would not do: the kernel hangs up on a group (SIGHUP to all of it) that has
+    # lost its last tie to the rest of its session when one of its members is stopped, and such a tie we would be.
+    os.setsid()
     os.chdir("/")
     let_go(0, 1, 2)
 
