@@ -227,10 +227,10 @@ def test_nothing_of_a_run_stays_with_the_machine(runs: Runs) -> None:
             number: int = control.order("statistics")["descriptors"]
             return number
 
-    before = descriptors()
-    for _ in range(3):
+    before = descriptors()  # or one more, while the keeper's own coming in is not over
+    for _ in range(4):
         assert runs(1, *python("alloc(device('gntalloc'), 2)")).returncode == 0
-    wait_for(lambda: descriptors() == before, "the machine keeps descriptors")
+    wait_for(lambda: descriptors() <= before, "the machine keeps descriptors")
 
 
 def test_xenbus_is_xenstore(runs: Runs) -> None:
