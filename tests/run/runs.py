@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from gntalloc.guest.control import ControlClient
 from gntalloc.places import lock_path, machine_folder
 
 if TYPE_CHECKING:
@@ -80,6 +82,12 @@ class Runs:
         while not self.over():
             assert time.monotonic() < deadline, "the machine did not end"
             time.sleep(0.02)
+
+
+def order(runs: Runs, name: str) -> Any:
+    """What the machine of these runs answers, as `gntalloc list` asks."""
+    with closing(ControlClient(runs.folder)) as control:
+        return control.order(name)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

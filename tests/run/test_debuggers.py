@@ -6,14 +6,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import python, said, tell, wait_for
-
-from gntalloc.guest.control import ControlClient
+from runs import order, python, said, tell, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,16 +32,8 @@ def under(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """The beginning of a command that debugs what follows."""
     name: str = request.param
     if shutil.which(name) is None:
-        pytest.skip(f"there is no {name}")
+        pytest.skip(f"there is no {name} (apt install {name})")
     return DEBUGGERS[name]
-
-
-def order(runs: Runs, name: str) -> Any:
-    control = ControlClient(runs.folder)
-    try:
-        return control.order(name)
-    finally:
-        control.close()
 
 
 def lines_of(text: str, word: str) -> list[str]:
@@ -105,7 +95,7 @@ def test_threads_on_one_file(runs: Runs, build: Build, under: tuple[str, ...]) -
 
 
 STRACE = DEBUGGERS["strace"]
-no_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace")
+no_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace (apt install strace)")
 STEPS = """
 import stat
 def kind(): return 'device' if stat.S_ISSOCK(os.fstat(f).st_mode) else 'memory'

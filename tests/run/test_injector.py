@@ -19,10 +19,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from held import PATIENCE, Held, libc, refuse, state_of
-from runs import python, said, tell, wait_for
+from runs import order, python, said, tell, wait_for
 
 from gntalloc.calls.listener import Call, CallerGone
-from gntalloc.guest.control import ControlClient
 from gntalloc.run import injector as injector_module
 from gntalloc.run.injector import Traced
 from gntalloc.run.machine import Piece
@@ -364,11 +363,7 @@ def test_a_program_without_room_for_descriptors(runs: Runs) -> None:
     grantee = runs.start(2, *python(NO_ROOM, *said(granter).split()))
 
     def mapped() -> list[int]:
-        control = ControlClient(runs.folder)
-        try:
-            return [file["mapped"] for file in control.order("files") if file["domid"] == 2]
-        finally:
-            control.close()
+        return [file["mapped"] for file in order(runs, "files") if file["domid"] == 2]
 
     assert said(grantee) == "EMFILE EMFILE True"
     assert mapped() == [0]

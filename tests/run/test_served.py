@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import python, said, tell, wait_for
-
-from gntalloc.guest.control import ControlClient
+from runs import order, python, said, tell, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,9 +220,8 @@ def test_nothing_of_a_run_stays_with_the_machine(runs: Runs) -> None:
     assert said(keeper) == "up"
 
     def descriptors() -> int:
-        with closing(ControlClient(runs.folder)) as control:
-            number: int = control.order("statistics")["descriptors"]
-            return number
+        number: int = order(runs, "statistics")["descriptors"]
+        return number
 
     def run(count: int) -> None:
         for _ in range(count):

@@ -9,16 +9,13 @@ import os
 import select
 import signal
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import python, said, tell, wait_for
-
-from gntalloc.guest.control import ControlClient
+from runs import order, python, said, tell, wait_for
 
 if TYPE_CHECKING:
     import subprocess
@@ -50,9 +47,8 @@ say(*r); input()
 
 
 def statistics(runs: Runs) -> dict[str, Any]:
-    with closing(ControlClient(runs.folder)) as control:
-        found: dict[str, Any] = control.order("statistics")
-        return found
+    found: dict[str, Any] = order(runs, "statistics")
+    return found
 
 
 def test_four_threads_on_one_handle(runs: Runs, build: Build) -> None:

@@ -16,12 +16,12 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import Runs, python, said, tell, wait_for
+from runs import Runs, order, python, said, tell, wait_for
 
 from gntalloc import wire
 from gntalloc.abi.gntalloc import ALLOC_GREF
@@ -30,7 +30,6 @@ from gntalloc.calls.serving import IOCTL, MMAP
 from gntalloc.embed import Machine
 from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.channel import Answer, Channel
-from gntalloc.guest.control import ControlClient
 from gntalloc.places import domain_path
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.machine import Files, OpenFile
@@ -39,14 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
-
-
-def order(runs: Runs, name: str) -> Any:
-    control = ControlClient(runs.folder)
-    try:
-        return control.order(name)
-    finally:
-        control.close()
 
 
 FORKS = """
