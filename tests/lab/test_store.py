@@ -78,3 +78,16 @@ def test_our_server_replies_as_the_real_one(xen: Session) -> None:
     differing = compare(episodes, ask(xen, episodes))
     assert not differing, "\n".join(map(str, differing[:5]))
     assert xen.run(["xenstore-write", "data/afterwards", ""], "pv").exit_status == 0, "it left something behind"
+
+
+def test_a_permission_for_a_number_that_no_domain_has_is_void_there(xen: Session) -> None:
+    """The rule that ours has with behaviour="linux", and not by default (tests/machine/test_numbers.py)."""
+    xen.put([XENSTORE / "idle.py", XENSTORE / "xs_numbers.py"], "dom0")
+    outcome = xen.run(["python3", "xs_numbers.py"], "dom0")
+    assert outcome.exit_status == 0, outcome.output + outcome.errors
+    assert json.loads(outcome.output) == {
+        "named before": "OK",
+        "owner before": "ENOENT",
+        "read": "EACCES",
+        "read after it was said again": "1",
+    }

@@ -29,6 +29,9 @@ class Behaviour:
     munmap_releases: bool = True
     """The last munmap of a gntdev map releases the grant (Linux in a PVH guest: UNMAP_GRANT_REF too, or close)."""
 
+    permissions_by_number: bool = True
+    """A permission in xenstore is for whichever domain has its number (xenstored: only for the one that has it now)."""
+
     strict: bool = False
     """An ALLOC of no pages, with flags nobody knows or for no other domain is refused (by default and Linux: not)."""
 
@@ -41,4 +44,5 @@ LINUX = Behaviour(
     refuse_while_ending=False,
     oldest_reference_first=False,
     munmap_releases=False,
+    permissions_by_number=False,
 )

@@ -75,7 +75,7 @@ class Machine:
     ) -> None:
         self.frames: Frames[Record] = Frames()
         self.guests: dict[int, Guest] = {}
-        self.store = Store()
+        self.store = Store(by_number=behaviour.permissions_by_number)
         self._hypervisor: Hypervisor[Frame] = Hypervisor()
         self._event_channels = EventChannels()
         self._limit = limit

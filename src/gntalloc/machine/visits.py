@@ -1,8 +1,7 @@
 """Visitors: programs that are in a domain for as long as a control channel of theirs is open.
 
 `gntalloc run` is one: the domain is made when the first of them enters it, unless it is there, and ends with the last
-of them. A machine that was started for them ends when nobody is left. As far as xenstore can tell every domain is there
-in it from the start: a server may give rights to a client's domain that nobody has entered yet.
+of them. A machine that was started for them ends when nobody is left.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.places import lock_path
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ class Visits:
         """The machine was started for this one, who will enter, and ends when nobody is left."""
         self.ends_when_left = True
         self._visitors[visitor] = set()
-        self._server.machine.store.domains.existing.update(range(DOMID_FIRST_RESERVED))
 
     def enter(self, visitor: Control, domid: int) -> None:
         """Let a visitor in.
@@ -60,8 +57,6 @@ class Visits:
             if not any(domid in domids for domids in self._visitors.values()):
                 self.forget(domid)
                 self._server.destroy(domid)
-                if self.ends_when_left:
-                    self._server.machine.store.domains.existing.add(domid)
 
     def forget(self, domid: int) -> None:
         """The domain ends."""

@@ -1,7 +1,11 @@
 """The domains that the daemon knows, and what each has in use.
 
-A domain is known from the moment it is introduced, or a permission names it or it owns a node, until it is gone. What a
-node's permissions say of a domain that is younger than the node means another domain, which had that number before.
+A domain is known from the moment it is introduced, or a permission names it or it owns a node, until it is gone.
+
+A permission names a number. There are two rules for which domain that is. xenstored's: the one that had the number when
+the permission was given; a younger domain gets nothing of it, and a number without a domain is void. Or, with
+`by_number`: whichever domain has the number, as long as the node is there and domain 0 has not released the number
+since. In both a node's owner is a living domain, and its nodes go when it does.
 """
 
 from __future__ import annotations
@@ -45,20 +49,28 @@ class Domain:
 class Domains(dict[int, Domain]):
     """The known domains by number."""
 
-    def __init__(self, tree: Tree, quotas: Quotas) -> None:
+    def __init__(self, tree: Tree, quotas: Quotas, *, by_number: bool = False) -> None:
         super().__init__()
+        self.by_number = by_number
+        """Whether a permission holds for every domain that ever has its number."""
         self.quotas = quotas
         """Of every domain, unless it is given others of its own."""
         self.existing: set[int] = {0}
         """The numbers of all domains that there are, known or not: what the hypervisor would say."""
         self._tree = tree
+        self._released: dict[int, int] = {}  # number -> the generation at which domain 0 released it
 
     def know(self, domid: int) -> Domain | None:
         """The domain of that number, if there is one."""
         domain = self.get(domid)
         if domain is None and domid in self.existing:
-            domain = self[domid] = Domain(domid, self._tree.generation, self.quotas)
+            since = self._released.get(domid, 0) if self.by_number else self._tree.generation
+            domain = self[domid] = Domain(domid, since, self.quotas)
         return domain
+
+    def forget_permissions(self, domid: int) -> None:
+        """Void what permissions said of this number until now, for whichever domain has it next."""
+        self._released[domid] = self._tree.advance()
 
     def connected(self, domid: int) -> Domain:
         """The domain of that number, if it was introduced.
@@ -72,7 +84,9 @@ class Domains(dict[int, Domain]):
         return domain
 
     def meant(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        """New permissions, where those of domains that are not there are void from the start."""
+        """Mark those of new permissions void that name no living domain, unless permissions hold by number."""
+        if self.by_number:
+            return entries
         return tuple(entry._replace(void=self.know(entry.domid) is None) for entry in entries)
 
     def current(self, node: Node) -> Node:
@@ -102,4 +116,6 @@ class Domains(dict[int, Domain]):
 
     def _newer(self, domid: int, node: Node) -> bool:
         domain = self.get(domid)
-        return domain is None or domain.generation > node.generation
+        if domain is not None:
+            return domain.generation > node.generation
+        return not self.by_number or self._released.get(domid, 0) > node.generation

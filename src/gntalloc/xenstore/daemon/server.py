@@ -55,12 +55,16 @@ class Server:
     """The whole store. Make sessions with `connect`, feed `handle`; domains come with `create` and `introduce`.
 
     Domain 0 is there from the start.
+
+    Args:
+        quotas: of each domain.
+        by_number: see `Domains`. Left out, permissions are xenstored's.
     """
 
-    def __init__(self, quotas: Quotas | None = None) -> None:
+    def __init__(self, quotas: Quotas | None = None, *, by_number: bool = False) -> None:
         self.quotas = quotas or Quotas()
         self.tree = Tree()
-        self.domains = Domains(self.tree, self.quotas)
+        self.domains = Domains(self.tree, self.quotas, by_number=by_number)
         self._watches = Watches(self.tree, self.domains, self.quotas)
         self._keeper = Keeper(self.tree, self.domains, self._watches, self.quotas)
         self._special: dict[str, tuple[Entry, ...]] = {INTRODUCED: (Entry(0, 0),), RELEASED: (Entry(0, 0),)}
@@ -128,7 +132,8 @@ class Server:
                 other.target = None  # or the next domain of that number would be served
         for name, entries in self._special.items():
             owner = entries[0]._replace(domid=0) if entries[0].domid == domid else entries[0]
-            self._special[name] = (owner, *(entry for entry in entries[1:] if entry.domid != domid))
+            others = (entry for entry in entries[1:] if self.domains.by_number or entry.domid != domid)
+            self._special[name] = (owner, *others)
         if domain.introduced:
             self._watches.fire_special(RELEASED, self._special[RELEASED])
 
@@ -299,7 +304,7 @@ class Server:
         if view.limited and len(texts) > self.quotas.permissions:
             raise Refused(errno.ENOSPC)
         entries = self.domains.meant(parse(texts))
-        if entries[0].void:
+        if self.domains.know(entries[0].domid) is None:
             raise Refused(errno.ENOENT)
         if first.startswith(b"@"):
             return self._set_special(request, first.decode("latin-1"), entries)
@@ -411,7 +416,9 @@ class Server:
         return OK
 
     def _release(self, request: Request) -> bytes:
-        self.release(self._other_domain(request).domid)
+        domid = self._other_domain(request).domid
+        self.release(domid)
+        self.domains.forget_permissions(domid)
         return OK
 
     def _resume(self, request: Request) -> bytes:
