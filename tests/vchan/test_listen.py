@@ -108,11 +108,11 @@ def test_a_server_that_is_taken_is_waited_for(alice: Domain, bob: Domain) -> Non
     """As with a C server, whose nodes stay while it has a client."""
     with alice.listen(2, "test") as listener:
         offered = listener.offer()
-        address = Nodes(bob.store, PATH).read()
+        address = Nodes(lambda: bob.store, PATH).read()
         assert address is not None
         client = bob.connect(1, "test", timeout=PATIENCE)
         offered.wait_connected(PATIENCE)
-        Nodes(alice.store, PATH).publish(1, 2, address)
+        Nodes(lambda: alice.store, PATH).publish(1, 2, address)
         with pytest.raises(TimedOut, match="has another client"):
             bob.connect(1, "test", timeout=0.3)
         client.close()
@@ -186,7 +186,7 @@ def test_extensions_can_be_asked_for(alice: Domain, bob: Domain) -> None:
 
 def test_stale_and_strange_pages(alice: Domain, bob: Domain) -> None:
     """Nodes that lead to something that is no vchan."""
-    nodes = Nodes(alice.store, PATH)
+    nodes = Nodes(lambda: alice.store, PATH)
     with alice.events.bind(2) as port, alice.share(2, writable=True) as page:
         nodes.publish(1, 2, Address(page.refs[0], port.number))
         with pytest.raises(TimedOut, match="has closed, and left its nodes"):

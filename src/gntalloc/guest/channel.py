@@ -260,7 +260,7 @@ class Channel:
             return MachineGone(f"the machine at {self.path} did not answer for {DEADLINE:.0f} s; is it stopped?")
         return MachineGone(
             f"the machine at {self.path} is gone ({error.strerror}). Pages that are mapped stay valid until they are "
-            f"unmapped; to share more, start another machine"
+            f"unmapped; start a machine there again, and what finds it by name is served again"
         )
 
     def after_fork_in_child(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
-from gntalloc.errors import DeviceError, NoMachine, TimedOut
+from gntalloc.errors import DeviceError, MachineGone, NoMachine, TimedOut
 from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.events import Events
@@ -108,13 +108,12 @@ class Domain:
         domid = peer.domid if isinstance(peer, Domain) else peer
         if not 0 <= domid <= 0xFFFF:
             raise ValueError(f"{domid} is no domain's number; they go from 0 to 65535")
-        file = self._file("gntalloc")
         flags = FLAG_WRITABLE if writable else 0
         head = AllocGref(domid, flags, count, 0).pack()
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
         argument[: len(head)] = head
         prot, times = PROT_READ | PROT_WRITE, 2 if mirrored else 1
-        mapping = file.ioctl_mmap(ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
+        file, mapping = self._make_and_map("gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
         index = AllocGref.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
@@ -149,11 +148,10 @@ class Domain:
         grant = _grant(granter, refs, writable)
         wanted = grant.refs * 2 if mirrored else grant.refs
         count = len(wanted)
-        file = self._file("gntdev")
         head = MapGrantRef(count, 0).pack()
         argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in wanted))
         prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
-        mapping = file.ioctl_mmap(MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
+        file, mapping = self._make_and_map("gntdev", MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
         index = MapGrantRef.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             try:
@@ -269,6 +267,20 @@ class Domain:
                 return file.mmap(index, count * PAGE_SIZE, prot=prot)
             except DeviceError as again:
                 refusal = again
+
+    def _make_and_map(
+        self, name: str, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
+    ) -> tuple[DeviceFile, Mapping | DeviceError]:
+        """See `DeviceFile.ioctl_mmap`; on a new file, if the domain of the old one has ended and is there again."""
+        file = self._file(name)
+        try:
+            return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
+        except MachineGone:
+            if not (file.lost and self.devices.is_back()):
+                raise
+        del self._files[os.getpid(), name]  # and not closed: what was made with it says that it is gone
+        file = self._file(name)
+        return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
 
     def _file(self, name: str) -> DeviceFile:
         # A file a process: pages granted after a fork must end with the process that granted them.

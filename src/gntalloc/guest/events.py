@@ -169,6 +169,11 @@ class Port:
         """A descriptor that is readable while an event waits to be taken, or the machine is gone."""
         return self._file.fileno()
 
+    @property
+    def lost(self) -> bool:
+        """Whether the machine or the domain that it was bound in has ended."""
+        return self._file.lost
+
     def close(self) -> None:
         """Give the port back; the peer's is free to be connected to again. Can be repeated. A waiter gets Closed."""
         self._closed = True

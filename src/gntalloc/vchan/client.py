@@ -48,7 +48,7 @@ def connect(
     if peer == domid:
         raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
     deadline = None if timeout is None else time.monotonic() + timeout
-    nodes = Nodes(store or domain.store, full_path(path, peer, domid, only_ours=extensions is True))
+    nodes = Nodes(lambda: store or domain.store, full_path(path, peer, domid, only_ours=extensions is True))
     reason: object = ""
     for address in nodes.attempts(deadline):
         try:

@@ -7,13 +7,14 @@ asking and looking, there is a fence, so that of the two at least one sees the o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from gntalloc.errors import Closed, PeerBroke, PeerClosed, PeerDied, PeerGone, TimedOut
+from gntalloc.errors import Closed, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone, TimedOut
 from gntalloc.vchan.extension import CLI_STATE, FINISHED, GOODBYE, SRV_STATE
 from gntalloc.vchan.layout import (
     CLI_LIVE,
@@ -337,10 +338,12 @@ class End:
         if os.getpid() != self._owner or self._left:
             return  # a child made by fork, or said already
         self._left = True
-        self.say(GOODBYE)
+        with contextlib.suppress(MachineGone):
+            self.say(GOODBYE)
         self._page[self.role.my_live] = GONE
         self.atomics.fence()
-        self.bells.ring_both()
+        with contextlib.suppress(MachineGone):  # then the peer hears of it by itself
+            self.bells.ring_both()
 
 
 class Asking:

@@ -20,7 +20,7 @@ from gntalloc.errors import TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
 __all__ = ["LONGEST", "Address", "Nodes", "Tree", "full_path"]
@@ -78,12 +78,21 @@ def full_path(path: str, server: int, client: int, *, only_ours: bool = False) -
 
 
 class Nodes:
-    """The two nodes of a path."""
+    """The two nodes of a path.
 
-    def __init__(self, store: Tree, path: str) -> None:
+    Args:
+        store: what finds the store, asked each time: it may have been opened anew since.
+        path: in full.
+    """
+
+    def __init__(self, store: Callable[[], Tree], path: str) -> None:
         self.path = path
-        self._store = store
+        self._find = store
         self._reference, self._port = f"{path}/ring-ref", f"{path}/event-channel"
+
+    @property
+    def _store(self) -> Tree:
+        return self._find()
 
     def publish(self, server: int, client: int, address: Address) -> None:
         """Tell the client, and it alone, where this server waits. What was there before is replaced."""

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from gntalloc.atomics import atomics
-from gntalloc.errors import Closed, GntallocError, PeerBroke, TimedOut
+from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
@@ -65,7 +65,7 @@ class Listener:
         self._extensions = extensions
         self._spin = spin
         self._sizes = _sizes(size, extensions)
-        self._nodes = Nodes(store or domain.store, self.path)
+        self._nodes = Nodes(lambda: store or domain.store, self.path)
         self._accepting = threading.Lock()
         self._offer: Channel | None = None
         self._closed = False
@@ -75,7 +75,11 @@ class Listener:
     def offer(self) -> Channel:
         """The channel of the next client, who may not have come yet: what is written is there when it comes.
 
-        `accept` is this and `Channel.wait_connected`. The same channel, until somebody has come or it is closed.
+        `accept` is this and `Channel.wait_connected`. The same channel, until somebody has come or it is closed. If the
+        machine or the domain has ended and is there again, it is another one.
+
+        Raises:
+            MachineGone: nobody answers at the domain's address. This listener serves again once somebody does.
         """
         with self._accepting:
             return self._next()
@@ -93,6 +97,8 @@ class Listener:
             TimedOut: nobody came. The next call goes on waiting.
             Closed: this was closed.
             DeviceError: ENOSPC there are not enough pages for another channel, or no port.
+            MachineGone: nobody answers at the domain's address. This listener serves again once somebody does: accept
+                again.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._accepting.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
@@ -109,6 +115,10 @@ class Listener:
                     if self._closed:
                         raise Closed(f"nobody can be accepted at {self.path}: this listener was closed") from None
                     continue  # the offer was closed by its user
+                except MachineGone:
+                    if not self._domain.devices.is_back():
+                        raise
+                    continue  # `_next` publishes another offer there
                 self._offer = None
                 return channel
         finally:
@@ -144,6 +154,8 @@ class Listener:
     def _next(self) -> Channel:
         if self._closed:
             raise Closed(f"nobody can be accepted at {self.path}: this listener was closed")
+        if self._offer is not None and not self._offer.closed and self._port.lost:
+            self._offer.close()
         if self._offer is None or self._offer.closed:
             self._offer, address = self._make()
             try:
@@ -164,7 +176,7 @@ class Listener:
         domain, peer = self._domain, self.peer
         orders, large = self._sizes
         with contextlib.ExitStack() as undo:
-            port = undo.enter_context(domain.events.bind(peer))
+            port = self._port = undo.enter_context(domain.events.bind(peer))
             bells = Bells(port)
             undo.callback(bells.close)
             header = undo.enter_context(domain.share(peer, pages=1, writable=True))

@@ -284,8 +284,11 @@ def _open(path: str | None) -> Connection:
             return Connection(_connect(candidate), f"xenstore at {candidate}")
         except OSError as error:
             tried.append(f"{candidate}: {error.strerror}")
-    advice = "" if given else "; in a guest, load the module xenfs and be root; in dom0, start xenstored"
-    raise NoMachine(f"no xenstore to talk to ({', '.join(tried)}){advice}")
+    if given:
+        advice = "start the machine (or the xenstored) that serves it, or name another in $XENSTORED_PATH"
+    else:
+        advice = "in a guest, load the module xenfs and be root; in dom0, start xenstored"
+    raise NoMachine(f"no xenstore to talk to ({', '.join(tried)}); {advice}")
 
 
 def _connect(path: str) -> int:

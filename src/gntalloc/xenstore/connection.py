@@ -144,8 +144,13 @@ class Connection:
 
     @property
     def failed(self) -> bool:
-        """Whether it is closed, or broken for good."""
-        return self.fd < 0 or self._failure is not None
+        """Whether it is closed, or broken for good, or the daemon has hung up."""
+        return self.fd < 0 or self._failure is not None or self._has_hung_up()
+
+    def _has_hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
 
     def add_watcher(self, watcher: Watcher) -> str:
         """Give events to this watcher, and get the token that says so. No token is used twice."""
@@ -207,7 +212,7 @@ class Connection:
 
     def _write(self, data: bytes, deadline: float | None) -> int:
         """Write the awaited request. Returns 0, or the errno with which the device refused it."""
-        cut_off = MachineGone(f"{self.name}: a request was cut off in the middle; open the store again")
+        cut_off = MachineGone(f"{self.name}: a request was cut off in the middle; open the store again and watch anew")
         sent = 0
         try:
             while sent < len(data):
@@ -218,7 +223,7 @@ class Connection:
             self._forget()
             raise
         except ConnectionError as error:
-            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
+            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again and watch anew"))
         except OSError as error:
             self._forget()
             return error.errno or errno.EIO
@@ -249,7 +254,7 @@ class Connection:
         try:
             data = os.read(self.fd, _READ_SIZE)
             if not data:
-                raise MachineGone(f"{self.name} closed the connection; open the store again")
+                raise MachineGone(f"{self.name} closed the connection; open the store again and watch anew")
             while messages := self._decoder.feed(data):
                 with self.changed:
                     for message in messages:
@@ -260,7 +265,7 @@ class Connection:
         except GntallocError as error:
             self._fail(error)
         except OSError as error:
-            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again"))
+            self._fail(MachineGone(f"{self.name} went away ({error.strerror}); open the store again and watch anew"))
 
     def _fail(self, failure: GntallocError) -> None:
         with self.changed:

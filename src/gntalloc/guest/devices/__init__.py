@@ -90,6 +90,10 @@ class DeviceFile(Protocol):
     def fileno(self) -> int:
         """The descriptor that is this file."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether the machine or the domain that this was opened in has ended."""
+
     def close(self) -> None:
         """Close it. Mappings stay."""
 
@@ -112,3 +116,6 @@ class Devices(Protocol):
 
     def open(self, name: str, flags: int = ...) -> DeviceFile:
         """Open a device: gntalloc, gntdev, evtchn."""
+
+    def is_back(self) -> bool:
+        """Tell after MachineGone whether the domain can be talked with again."""

@@ -62,6 +62,10 @@ class KernelDevices:
     def close(self) -> None:
         """There is no line to the kernel to hang up."""
 
+    def is_back(self) -> bool:
+        """See `Devices`. A kernel ends with its programs."""
+        return False
+
     def destroy(self) -> None:
         """A program cannot end the domain that it runs in.
 
@@ -173,6 +177,11 @@ class KernelFile:
         if self._descriptor < 0:
             raise Closed(f"this {self.name} file is closed; open it again")
         return self._descriptor
+
+    @property
+    def lost(self) -> bool:
+        """See `DeviceFile`. A kernel ends with its programs."""
+        return False
 
     def close(self) -> None:
         """Close it. Mappings stay."""

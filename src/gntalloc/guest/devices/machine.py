@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import termios
 from struct import Struct
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc import wire
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
-from gntalloc.errors import Closed, DeviceError, MachineGone
+from gntalloc.errors import Closed, DeviceError, GntallocError, MachineGone
 from gntalloc.guest.channel import Answer, Channel, Descriptor
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
@@ -70,7 +71,21 @@ class MachineDevices:
         Raises:
             DeviceError: ENOENT there is no such device.
         """
+        try:
+            return MachineFile(self._channel, name, flags)
+        except MachineGone:
+            if not self.is_back():
+                raise
         return MachineFile(self._channel, name, flags)
+
+    def is_back(self) -> bool:
+        """Whether a machine answers, after MachineGone: one that was started again, with this domain in it."""
+        with self._channel.lock:
+            try:
+                self._channel.connect()
+            except GntallocError:
+                return False
+        return True
 
     def close(self) -> None:
         """Hang up. The next call connects again."""
@@ -256,13 +271,28 @@ class MachineFile:
             self._home.close()
             self._home = None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the machine or the domain that this was opened in has ended."""
+        if self._home is None:
+            return False
+        poll = select.poll()
+        poll.register(self._home.fileno(), 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+    def _gone(self) -> MachineGone:
+        return MachineGone(
+            f"the domain that opened this {self.name} file, at {self._channel.path}, has ended, and with it what was "
+            "made there; make it anew, from the same Domain if that is there again"
+        )
+
     def _take(self, size: int) -> bytes:
         try:
             events = os.read(self.fileno(), size)
         except OSError as error:
             raise self._error("read", error) from error
         if not events:
-            raise MachineGone(f"the machine ended, and {self.name} with it; start another machine")
+            raise self._gone()
         return events
 
     def _empty(self) -> None:
@@ -276,7 +306,7 @@ class MachineFile:
 
     def _error(self, what: str, error: OSError) -> OSError:
         if error.errno in {errno.EPIPE, errno.ECONNRESET}:
-            return MachineGone(f"the machine ended, and {self.name} with it; start another machine")
+            return self._gone()
         return DeviceError(error.errno, f"{self.name} cannot be {what}: {error.strerror}")
 
     def _open_home(self) -> Descriptor:
@@ -291,9 +321,18 @@ class MachineFile:
             if channel.closed:
                 channel.connect()
             if channel.generation != self._generation:  # a new channel: say which file this is
-                self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
-                self._generation = channel.generation
+                self._show(home)
             return channel.call(kind, layout.pack(self._handle, *fields) + rest)
+
+    def _show(self, home: Descriptor) -> None:
+        channel = self._channel
+        try:
+            self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
+        except DeviceError as refusal:
+            if refusal.errno == errno.EBADF:  # that machine, or that domain, is not the one that opened it
+                raise self._gone() from None
+            raise
+        self._generation = channel.generation
 
 
 def _waiting(home: int) -> int:
