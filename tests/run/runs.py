@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from limits import Child
 
 from gntalloc.guest.control import ControlClient
 from gntalloc.places import lock_path, machine_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _numbers = itertools.count(1)
 
@@ -71,13 +74,17 @@ class Runs:
         """Whether the machine has ended, and left nothing."""
         return not os.path.exists(self.folder) and not os.path.exists(lock_path(self.folder))
 
-    def finish(self) -> None:
-        """Everything that was started ends, and the machine with it."""
+    def end_all(self) -> None:
+        """Everything that was started ends."""
         for process in self.started:
             if process.poll() is None:
                 process.kill()
             if not all(stream.closed for stream in (process.stdin, process.stdout) if stream is not None):
                 process.communicate(timeout=20)
+
+    def finish(self) -> None:
+        """Everything that was started ends, and the machine with it."""
+        self.end_all()
         deadline = time.monotonic() + 20
         while not self.over():
             assert time.monotonic() < deadline, "the machine did not end"
@@ -114,3 +121,30 @@ def tell(process: subprocess.Popen[str], line: str) -> None:
 def python(code: str, *arguments: str) -> tuple[str, ...]:
     """A script without any package, that makes the calls of the drivers itself."""
     return (sys.executable, "-I", "-S", "-c", WORDS + code, *arguments)
+
+
+REFUSING = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 310), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b''.join(struct.pack('=HBBI', *line) for line in lines)
+program = struct.pack('=H6xQ', len(lines), ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p).value)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0
+os.execv(sys.executable, [sys.executable, '-m', 'gntalloc', 'machine', '--name', sys.argv[1], '--domain', '1'])
+"""
+
+
+@contextmanager
+def refusing_machine(folder: Path) -> Iterator[Runs]:
+    """Runs of a machine in `folder` that may not look into their programs: process_vm_readv says EPERM to it."""
+    runs = Runs()
+    runs.machine = runs.folder = str(folder / "machine")
+    command = [sys.executable, "-c", REFUSING, runs.folder]
+    with Child(command, stdout=subprocess.PIPE, text=True) as machine:
+        while "runs as pid" not in said(machine):
+            pass
+        try:
+            yield runs
+        finally:
+            runs.end_all()
+            machine.terminate()

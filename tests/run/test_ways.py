@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import Runs, order, python, said, tell, wait_for
+from runs import Runs, order, python, refusing_machine, said, tell, wait_for
 
 from gntalloc import wire
 from gntalloc.abi.gntalloc import ALLOC_GREF
@@ -138,25 +138,9 @@ f = device('gntdev'); m = place(f, reserve(f, 1, [{",".join(refs)}]), 2); say(m[
     assert said(program) == "same more"
 
 
-REFUSING = """
-import ctypes, os, struct, sys
-libc = ctypes.CDLL(None)
-lines = [(0x20, 0, 0, 0), (0x15, 0, 1, 310), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
-code = b''.join(struct.pack('=HBBI', *line) for line in lines)
-program = struct.pack('=H6xQ', len(lines), ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p).value)
-assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0
-os.execv(sys.executable, [sys.executable, '-m', 'gntalloc', 'machine', '--name', sys.argv[1], '--domain', '1'])
-"""
-
-
 def test_a_machine_that_may_not_look_into_programs(tmp_path: Path) -> None:
     """As where Yama lets only a parent: process_vm_readv says EPERM. The supervisor serves, from the first call on."""
-    runs = Runs()
-    runs.machine = runs.folder = str(tmp_path / "machine")
-    command = [sys.executable, "-c", REFUSING, runs.folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as machine:
-        while "runs as pid" not in said(machine):
-            pass
+    with refusing_machine(tmp_path) as runs:
         code = """
 import threading
 def work():
@@ -173,7 +157,6 @@ say(os.getpid()); f = device('gntalloc'); input()
         wait_for(lambda: pid in [file["opener"] for file in order(runs, "files")], "it has no file open")
         program.communicate("\n", timeout=20)
         assert program.returncode == 0
-        machine.send_signal(signal.SIGTERM)
 
 
 OPENS = """

@@ -30,6 +30,7 @@ _CHUNK = 65536
 _TIMEVAL = struct.Struct("@ll")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # as numbers: flag by flag they cost as much as the call
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_NOW = int(socket.MSG_DONTWAIT)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
 
@@ -73,13 +74,19 @@ class Answer:
 
 
 class Channel:
-    """Calls to the socket at `path`, or over `sock` if that is given and then never anew."""
+    """Calls to the socket at `path`, or over `sock` if that is given and then never anew.
+
+    What the machine says by itself may come at any time, also before the answer to a call. It is kept for `hear` if
+    `hears` is set, and else thrown away.
+    """
 
     def __init__(self, path: str, *, sock: socket.socket | None = None, hello: bool = True) -> None:
         self.path = path
         self.generation = 0
         self.lock = threading.RLock()
         self.domid = -1
+        self.hears = False
+        self._unasked: deque[tuple[wire.Message, list[Descriptor]]] = deque()  # kept also when the channel is closed
         self._sock = sock
         self._once = sock is not None
         if sock is not None:
@@ -135,25 +142,33 @@ class Channel:
             self.unanswered += 1
             return True
 
-    def hear(self) -> tuple[wire.Message, list[Descriptor]]:
-        """What the machine says by itself, of which there must be something.
+    def hear(self, generation: int) -> tuple[wire.Message, list[Descriptor]] | None:
+        """What the machine has said by itself, the next of it. It never waits; None: nothing, for now.
 
         Raises:
-            MachineGone: there is nobody to hear any more.
+            MachineGone: the channel of that generation is gone, and all that came over it has been heard.
+            DeviceError: EMFILE likewise; there was no room for the descriptors of the next one.
         """
         with self.lock:
             try:
-                while not self._messages:
-                    self._fill()
-                return self._receive(self._messages[0].id)
+                while not self._unasked:
+                    if self.generation != generation:
+                        raise ConnectionResetError(errno.ECONNRESET, "it hung up")
+                    if not self._messages:
+                        self._fill(_NOW)
+                    while self._messages:
+                        self._keep(*self._next())
+            except BlockingIOError:
+                return None
             except OSError as error:
-                self.close()
+                if self.generation == generation:
+                    self.close()
                 raise self._gone(error) from error
+            return self._unasked.popleft()
 
-    @property
-    def has_heard(self) -> bool:
-        """Whether `hear` need not wait: more came with what came last."""
-        return bool(self._messages)
+    def has_heard(self, generation: int) -> bool:
+        """Whether `hear` has something to give or to raise that came with an answer, and not by itself."""
+        return bool(self._unasked) or self._sock is None or self.generation != generation
 
     def fileno(self) -> int:
         """To wait for."""
@@ -228,21 +243,33 @@ class Channel:
         return self._number
 
     def _receive(self, number: int) -> tuple[wire.Message, list[Descriptor]]:
+        """The answer to this call."""
         assert self._sock is not None
         while True:
             while not self._messages:
                 self._fill()
-            message = self._messages.popleft()
-            while len(self._descriptors) < message.descriptors:
-                self._fill()
-            descriptors = [self._descriptors.popleft() for _ in range(message.descriptors)]
-            if message.id == number or not message.id:  # 0: the machine does not want us at all
+            message, descriptors = self._next()
+            if message.kind & wire.REPLY and (message.id == number or not message.id):  # 0: we are not wanted at all
                 return message, descriptors
+            self._keep(message, descriptors)
 
-    def _fill(self) -> None:
+    def _next(self) -> tuple[wire.Message, list[Descriptor]]:
+        """The first message that is whole, with its descriptors."""
+        message = self._messages[0]
+        while len(self._descriptors) < message.descriptors:
+            self._fill()
+        self._messages.popleft()
+        return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
+
+    def _keep(self, message: wire.Message, descriptors: list[Descriptor]) -> None:
+        """What is no answer that somebody waits for."""
+        if self.hears and not message.kind & wire.REPLY:
+            self._unasked.append((message, descriptors))
+
+    def _fill(self, how: int = 0) -> None:
         if self._sock is None:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up")
-        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC)
+        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC | how)
         for level, kind, content in controls:
             if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
                 numbers = array.array("i", content[: len(content) // 4 * 4])
@@ -267,6 +294,7 @@ class Channel:
         """The parent goes on using its channel; this is a copy of its descriptor, and of a lock that may be held."""
         self.lock = threading.RLock()
         self.close()
+        self._unasked.clear()
 
 
 def _set_deadline(sock: socket.socket) -> None:

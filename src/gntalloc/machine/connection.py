@@ -340,28 +340,34 @@ class Connection(Channel):
         number = self._expect_placing(plan.record, process) if confirm else 0
         head = wire.BROUGHT_HEAD.pack(wire.PLACE, confirm, number) + call.encode()
         try:
-            self._bring(head + _pieces(plan, loans), [loan.descriptor for loan in loans])
+            self._bring(call, head + _pieces(plan, loans), [loan.descriptor for loan in loans])
         finally:
             for loan in loans:
                 loan.close()
 
     def hand_over(self, call: Call) -> None:
-        """The supervisor shall answer this call and all that follow."""
-        for each in [call, *self.end_serving()]:
-            self._bring(wire.BROUGHT_HEAD.pack(wire.TAKE_OVER, 0, 0) + each.encode(), ())
+        """The supervisor shall answer this call and all that follow, those that we have taken already among them."""
+        assert self.served is not None
+        served = self.served
+        left: Call | None = call
+        while left is not None:
+            self._bring(left, wire.BROUGHT_HEAD.pack(wire.TAKE_OVER, 0, 0) + left.encode(), ())
+            left = served.take_back()
+        self.end_serving()
 
-    def _bring(self, payload: bytes, descriptors: Sequence[int]) -> None:
+    def _bring(self, call: Call, payload: bytes, descriptors: Sequence[int]) -> None:
         try:
             self.send(wire.encode(wire.BROUGHT, _UNASKED, payload, len(descriptors)), descriptors)
         except Dropped as reason:
+            if self.served is not None:
+                self.served.fail(call)
             self._server.drop(self, str(reason))
         else:
             if self.wants_to_send:
                 self._server.plan(self)
 
-    def end_serving(self) -> list[Call]:
-        """Take no more calls. Those that were taken and are not answered."""
+    def end_serving(self) -> None:
+        """Take no more calls."""
         served, self.served = self.served, None
-        if served is None:
-            return []
-        return served.close()
+        if served is not None:
+            served.close()

@@ -20,6 +20,8 @@ import logging
 import mmap
 import os
 import select
+from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.abi import privcmd
@@ -86,6 +88,7 @@ class Served:
         self._listener = Listener(descriptor, memoryview(self._page))
         self._serving = Serving(self._listener, self, say=log.error, one_user=True)
         self._memory = Memory()
+        self._taken: deque[Call] = deque()
         self._bells: dict[tuple[int, int], File] = {}  # (thread, descriptor) -> a file of evtchn: see _notify
         server.watch(descriptor, self._take)
 
@@ -99,10 +102,14 @@ class Served:
             return
         call = self._listener.receive()
         if call is not None:
-            self._server.calls.append((self, call))
+            self._taken.append(call)
+            self._server.calls.append(self)
 
-    def serve(self, call: Call) -> None:
-        """Answer one, or have it answered."""
+    def serve(self) -> None:
+        """Answer one call, or have it answered, if any is left."""
+        call = self.take_back()
+        if call is None:
+            return
         arguments = call.arguments
         try:
             if not (arguments[1] == NOTIFY and self._notify(call)):
@@ -110,17 +117,23 @@ class Served:
         except Denied:
             self.connection.hand_over(call)
 
-    def close(self) -> list[Call]:
-        """Serve no more. Gives the calls that were taken and are not answered."""
-        calls = self._server.calls
-        left = [call for whose, call in calls if whose is self]
-        for call in left:
-            calls.remove((self, call))
+    def take_back(self) -> Call | None:
+        """The next of the calls that were taken and are not served yet: the caller's to see to. None: there is none."""
+        return self._taken.popleft() if self._taken else None
+
+    def fail(self, call: Call) -> None:
+        """Nobody can serve it."""
+        with suppress(CallerGone):
+            self._listener.answer(call, -errno.EIO)
+
+    def close(self) -> None:
+        """Serve no more. What nobody has taken back fails, or its callers would wait for ever."""
+        while (call := self.take_back()) is not None:
+            self.fail(call)
         self._server.unwatch(self._listener.fileno())
         self._listener.close()
         self._page.close()  # it has a descriptor
         self._serving.close()
-        return left
 
     def _notify(self, call: Call) -> bool:
         """NOTIFY, which comes more often than all else together, on the shortest way. False: it has to go the long one.

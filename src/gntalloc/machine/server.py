@@ -32,7 +32,6 @@ from gntalloc.places import control_path, domain_path, store_path
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.calls.listener import Call
     from gntalloc.machine.machine import Guest, Machine
     from gntalloc.machine.served import Served
 
@@ -61,8 +60,8 @@ class Server:
         self._ready: dict[int, Callable[[int], None]] = {}
         self._channels: dict[int, Channel] = {}
         self._turns: deque[Channel] = deque()  # channels with something to serve
-        self.calls: deque[tuple[Served, Call]] = deque()
-        """Of programs that we serve ourselves: taken, and not answered."""
+        self.calls: deque[Served] = deque()
+        """One for each call that was taken of a program that we serve ourselves, if nobody has taken it back."""
         self._slow: set[Channel] = set()  # channels that keep the machine waiting
         self._listeners: dict[str, socket.socket] = {}
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -168,9 +167,8 @@ class Server:
                 self._let(channel, channel.take_notes)
         for _ in range(admitted):
             self._turn(turns.popleft())
-        for _ in range(min(taken, len(calls))):  # those of a run that has gone meanwhile are not there any more
-            served, call = calls.popleft()
-            served.serve(call)
+        for _ in range(taken):
+            calls.popleft().serve()
 
     def _hear(self, patience: float) -> None:
         waiting = self._ready

@@ -96,6 +96,7 @@ class Files:
         self._known: dict[int, OpenFile] = {}
         self._sockets = os.fstat(self.channel.fileno()).st_dev  # the file system of all sockets
         self._speaks_for = (0, False, 0)  # process, by offset, generation of the channel
+        self._served = 0  # the generation of the channel over which calls are handed over
 
     @property
     def domid(self) -> int:
@@ -235,6 +236,7 @@ class Files:
         if self._user_of_the_machine() != os.geteuid():
             return None
         namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
+        self._served, self.channel.hears = self.channel.generation, True
         answer = self.channel.call(wire.SERVE, namespace, [listener])
         return answer.descriptors[0] if answer.result else None
 
@@ -243,20 +245,28 @@ class Files:
             _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         return int(user)
 
-    def brought(self) -> Brought:
-        """What the machine hands over.
+    def brought(self) -> Brought | None:
+        """What the machine hands over next. It does not wait; None: nothing, for now.
 
         Raises:
-            MachineGone: it has ended.
+            MachineGone: it has ended, or its line to us; what it had handed over before has been given.
+            DeviceError: EMFILE likewise; we have no room for what it handed over.
         """
-        message, descriptors = self.channel.hear()
+        heard = self.channel.hear(self._served)
+        if heard is None:
+            return None
+        message, descriptors = heard
         what, confirm, record = wire.BROUGHT_HEAD.unpack_from(message.payload)
         body = message.payload[wire.BROUGHT_HEAD.size :]
         call = Call.decode(body)
         if what != wire.PLACE:
             return Brought(call, None)
         pieces = _pieces(body[CALL_SIZE:])
-        return Brought(call, Plan(pieces, descriptors, record, bool(confirm), self.channel.generation))
+        return Brought(call, Plan(pieces, descriptors, record, bool(confirm), self._served))
+
+    def has_brought(self) -> bool:
+        """Whether `brought` has something to give or to raise of which the channel's descriptor says nothing."""
+        return self.channel.has_heard(self._served)
 
     def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
         wanted = process, by_offset, self.channel.generation

@@ -102,18 +102,14 @@ class _Run:
     def serve(self) -> None:
         """Until nobody is left."""
         listener = self._listener.fileno()
-        machine = -1
-        if self._supervisor.serves:
-            self._poll.register(listener, select.POLLIN)
-        else:
-            machine = self._supervisor.files.channel.fileno()
-            self._poll.register(listener, 0)  # the calls are the machine's; the end is ours to see
-            self._poll.register(machine, select.POLLIN)
-        self._poll.register(self._children, select.POLLIN)
         assert self._news is not None
         news = self._news.fileno()
-        self._poll.register(news, select.POLLIN)
+        for descriptor in (self._children, news):
+            self._poll.register(descriptor, select.POLLIN)
+        self._supervisor.hear()  # it may have come with the answer that said that the machine serves
+        machine = -1
         while True:
+            machine = self._wait_for_calls(listener, machine)
             for descriptor, events in self._poll.poll():
                 if descriptor == listener:
                     if events & select.POLLIN:
@@ -123,15 +119,24 @@ class _Run:
                         return
                 elif descriptor == machine:
                     self._supervisor.hear()
-                    if self._supervisor.serves:
-                        self._poll.unregister(machine)
-                        self._poll.modify(listener, select.POLLIN)
-                        machine = -1
                 elif descriptor == self._children:
                     os.read(self._children, 4096)
                     self._collect()
                 elif descriptor == news:
                     self._run_has_ended()
+
+    def _wait_for_calls(self, listener: int, before: int) -> int:
+        """Of the program, and of the machine: its descriptor, -1 if there is none. `before` is what it was."""
+        supervisor = self._supervisor
+        # Else the calls are the machine's, and the end is ours to see.
+        self._poll.register(listener, select.POLLIN if supervisor.serves else 0)
+        machine = supervisor.machine
+        if machine != before:
+            if before >= 0:
+                self._poll.unregister(before)
+            if machine >= 0:
+                self._poll.register(machine, select.POLLIN)
+        return machine
 
     def _run_has_ended(self) -> None:
         """If that was before the program has, somebody killed it, and meant the program."""

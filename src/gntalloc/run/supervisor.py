@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import errno
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone
 from gntalloc.calls.memory import Denied
 from gntalloc.calls.serving import Serving
 from gntalloc.calls.threads import fetch, leader_of
-from gntalloc.errors import MachineGone
+from gntalloc.errors import GntallocError
 from gntalloc.guest.channel import Descriptor
 from gntalloc.run.injector import Injector, Traced
 from gntalloc.run.machine import Files
@@ -48,7 +49,7 @@ class Supervisor:
         """Whether it is us who take the calls; else the machine does, and says what is left to us."""
         self._say = say
         self._said: set[str] = set()
-        self._notes: mmap.mmap | None = None
+        self._notes: mmap.mmap | None = None  # of the calls that the machine takes, as long as it may hand any over
 
     def begin(self, listener: Listener, *, mark: int, died: Callable[[int, int], None]) -> None:
         """Have the calls served.
@@ -68,32 +69,41 @@ class Supervisor:
             notes.close()
             self.serves = False
 
+    @property
+    def machine(self) -> int:
+        """A descriptor to wait for: the machine hands something over. -1 if it never will (any more)."""
+        return -1 if self._notes is None else self.files.channel.fileno()
+
     def serve(self) -> None:
         """Answer one call."""
         call = self._listener.receive()
         if call is not None:
             self._serve(call)
+        if self._notes is not None and self.files.has_brought():  # it came with an answer to us
+            self.hear()
 
     def hear(self) -> None:
-        """The machine has handed something over, or has ended."""
-        while True:
+        """Do all that the machine has handed over by now, or has left undone if it has ended.
+
+        It goes on handing over after the first call that we are to take over: those which it had taken already.
+        """
+        while self._notes is not None:
             try:
-                call, plan = self.files.brought()
-            except MachineGone:
+                brought = self.files.brought()
+            except GntallocError:
                 self.serves = True
-                assert self._notes is not None
                 self._listener.fail_all(memoryview(self._notes), errno.EIO)
+                self._notes = None
                 return
+            if brought is None:
+                return
+            call, plan = brought
             if plan is None:
                 self.serves = True
                 self._serve(call)
             else:
-                try:
+                with suppress(CallerGone):
                     self._place(call, plan)
-                except CallerGone:
-                    pass
-            if not self.files.channel.has_heard:
-                return
 
     def _waits(self, call: Call) -> bool:
         return self._listener.waits(call)
