@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import pytest_timeout_set_timer  # noqa: F401  a hook
 
 import gntalloc
 from gntalloc.lab import Lab, NothingToRunOn

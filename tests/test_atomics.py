@@ -54,7 +54,7 @@ def test_of_many_takers_one_has_the_bit(byte: tuple[memoryview, int]) -> None:
         while memory[0] and any(thread.is_alive() for thread in threads):
             pass
     for thread in threads:
-        thread.join()
+        thread.join(20)
     assert 0 < len(taken) <= set_bits
 
 

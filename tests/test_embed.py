@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc import DeviceError, GntallocError, Machine, MachineGone
 
@@ -149,7 +150,7 @@ def test_a_child_of_fork_neither_ends_the_machine_nor_commands_it(machine: Machi
                 code = 0
         finally:
             os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert status_of(child) == 0
     assert machine.statistics()["pid"] == machine.pid
 
 
@@ -163,7 +164,7 @@ def test_threads_that_make_the_same_domains(make_machine: Callable[..., Machine]
     def make_all() -> None:
         mine = []
         for domid in domids:
-            barrier.wait()
+            barrier.wait(20)
             domain = machine.domain(domid)
             mine.append(domain.domid)
             domain.devices.close()

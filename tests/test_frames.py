@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc.errors import DeviceError
 from gntalloc.frames import Extent, Frames, Loan
@@ -119,7 +120,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert status_of(pid) == signal.SIGKILL
 
 
 # Making and giving back.

@@ -70,9 +70,11 @@ def run_c(folder: Path, text: str) -> dict[str, int]:
     """Compile a program that prints lines of `name number`, run it, and return what it printed."""
     source, program = folder / "check.c", folder / "check"
     source.write_text(text)
-    built = subprocess.run([compiler(), "-o", str(program), str(source)], capture_output=True, text=True, check=False)
+    built = subprocess.run(
+        [compiler(), "-o", str(program), str(source)], capture_output=True, text=True, check=False, timeout=50
+    )
     assert built.returncode == 0, built.stderr
-    out = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([program], capture_output=True, text=True, check=True, timeout=50).stdout
     return {name: int(value) for name, value in (line.rsplit(" ", 1) for line in out.splitlines())}
 
 
@@ -80,7 +82,7 @@ def has_header(folder: Path, header: str) -> bool:
     probe = folder / "probe.c"
     probe.write_text(f"{PRELUDE}#include <{header}>\nint main(void) {{ return 0; }}\n")
     command = [compiler(), "-fsyntax-only", str(probe)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, check=False, timeout=50).returncode == 0
 
 
 class Question(NamedTuple):

@@ -79,7 +79,7 @@ def test_a_tree_arrives_unharmed(cat: Cat, tmp_path: Path, size: str) -> None:
     subprocess.run(["tar", "-x", "-C", target], stdin=server.stdout, timeout=PATIENCE, check=True)
     assert packing.wait(PATIENCE) == 0
     assert (client.wait(PATIENCE), server.wait(PATIENCE)) == (0, 0)
-    compared = subprocess.run(["diff", "-r", "--no-dereference", source, target / "source"], check=False)
+    compared = subprocess.run(["diff", "-r", "--no-dereference", source, target / "source"], check=False, timeout=50)
     assert compared.returncode == 0
 
 
@@ -140,7 +140,9 @@ def test_wrong_usage(cat: Cat) -> None:
 def test_no_domain() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GNTALLOC_DOMAIN"}
     command = [sys.executable, "-m", "gntalloc", "cat", "1", "test"]
-    outcome = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    outcome = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=50
+    )
     assert outcome.returncode == 3
 
 

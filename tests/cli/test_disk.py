@@ -82,7 +82,7 @@ class Shell:
 def ready(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line, process.communicate()[1]
+    assert line, process.communicate(timeout=20)[1]
     return line
 
 
@@ -208,7 +208,7 @@ def test_progress_is_shown_on_a_terminal_only(disk: Shell) -> None:
     disk.served()
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gntalloc", "disk", "read", "out"]
-    done = subprocess.run(command, env=disk.machine.environ(1), stderr=theirs, cwd=disk.folder, check=True)
+    done = subprocess.run(command, env=disk.machine.environ(1), stderr=theirs, cwd=disk.folder, check=True, timeout=50)
     assert done.returncode == 0
     os.close(theirs)
     shown = b""
@@ -297,7 +297,7 @@ def test_an_export_whose_backend_is_gone_for_good_ends(disk: Shell) -> None:
         while plain.recv(4096):
             pass
     assert export.wait(PATIENCE) == 1
-    assert "it died" in export.communicate()[1]
+    assert "it died" in export.communicate(timeout=20)[1]
     assert not (disk.folder / "sock").exists(), address
 
 

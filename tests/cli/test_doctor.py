@@ -89,7 +89,7 @@ def test_json(ask: Callable[..., tuple[int, str]]) -> None:
 
 def test_for_real() -> None:
     command = [sys.executable, "-m", "gntalloc", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 0, done.stdout
     assert json.loads(done.stdout)["ok"]
 

@@ -97,7 +97,7 @@ def test_a_signal_ends_it_and_leaves_nothing(
 
 def test_the_folder_of_one_that_was_killed_is_taken_over(machine: subprocess.Popen[str], runtime: Path) -> None:
     machine.kill()
-    machine.wait()
+    machine.wait(20)
     assert (runtime / "gntalloc" / "lucy").exists()
     again = subprocess.Popen([*GNTALLOC, "machine", "--name", "lucy"], stdout=subprocess.PIPE, text=True)
     assert again.stdout is not None

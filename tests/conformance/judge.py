@@ -117,7 +117,7 @@ def judge_run(keys: list[str]) -> dict[str, Any]:
         finally:
             for process in started:
                 process.kill()
-                process.wait()
+                process.wait(20)
     return {"facts": {}, "rows": saw}
 
 

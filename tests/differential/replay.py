@@ -498,7 +498,7 @@ class RunSide:
 
     def close(self) -> None:
         """End the run."""
-        self._process.communicate()
+        self._process.communicate(timeout=20)
 
     def _ask(self, what: str, *arguments: Any) -> Any:
         assert self._process.stdin is not None

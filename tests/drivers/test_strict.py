@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import Limited
 
 from gntalloc import DeviceError, current_domain
 
@@ -78,7 +79,7 @@ def test_the_machine_of_a_program(make_machine: Callable[..., object]) -> None:
 def test_the_machine_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     command = [sys.executable, "-m", "gntalloc", "machine", "--name", "strict", "--strict"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with Limited(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         try:
             while not process.stdout.readline().startswith("machine"):

@@ -41,7 +41,10 @@ def qemu() -> str:
     """Where it is. Where there is none that runs here, the tests are skipped."""
     for folder in (Path("/"), UNPACKED):
         path = folder / BINARY
-        if path.exists() and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
+        if (
+            path.exists()
+            and subprocess.run([path, "--version"], capture_output=True, check=False, timeout=50).returncode == 0
+        ):
             return str(path)
     pytest.skip("there is no QEMU for Xen (Debian's package qemu-system-xen, installed or unpacked by .ci/run)")
 

@@ -71,7 +71,7 @@ def test_waiting_ends_when_the_other_is_there(ends: tuple[End, End]) -> None:
     later = threading.Timer(0.05, back.go, (State.INIT_WAIT,))
     later.start()
     assert front.wait({State.INIT_WAIT, State.CONNECTED}, PATIENCE) == State.INIT_WAIT
-    later.join()
+    later.join(20)
 
 
 def test_waiting_in_vain_says_where_the_other_is_and_what_it_complains_of(ends: tuple[End, End]) -> None:

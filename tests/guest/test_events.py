@@ -6,12 +6,12 @@ import errno
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import Limited
 
 from gntalloc import Busy, Closed, DeviceError, EventsLost, MachineGone, TimedOut
 
@@ -189,7 +189,7 @@ def test_between_processes_and_after_sigkill(machine: Machine, alice: Domain) ->
     with alice.events.bind(2) as port:
         for _ in range(2):
             command = [sys.executable, "-c", program, str(port.number)]
-            with subprocess.Popen(command, env=machine.environ(2)) as child:
+            with Limited(command, env=machine.environ(2)) as child:
                 for _ in range(20):
                     port.wait(PATIENCE)
                     port.notify()

@@ -1,24 +1,31 @@
 """Whatever waits on a child has a limit that ends it. tests/tools/test_limits.py holds the tests to it.
 
-A call that waits by itself gets `timeout=`, or is pytest-timeout's to interrupt. What that leaves is what comes after
-the interruption, which has no timer any more: `with subprocess.Popen(...)` waits at its end for as long as it takes.
+pytest-timeout interrupts a test once. What the test does after that to clean up had no limit, and just then it may be
+that a child does not end: `with subprocess.Popen(...)` waits for it as long as it takes. So each wait has a limit of
+its own, and the interruption comes again.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, AnyStr
 
+import pytest
+
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import TracebackType
 
-__all__ = ["LIMIT", "Child"]
+__all__ = ["LIMIT", "Limited", "pytest_timeout_set_timer", "status_of"]
 
 LIMIT = 50.0  # seconds: less than a test has, so that it is the wait that fails and says on what it waited
 
 
-class Child(subprocess.Popen[AnyStr]):
+class Limited(subprocess.Popen[AnyStr]):
     """A child that does not outlive its `with`: it has LIMIT to end, none after an exception, and then it is killed."""
 
     def __exit__(
@@ -41,3 +48,30 @@ class Child(subprocess.Popen[AnyStr]):
             self.kill()
             self.wait(LIMIT)
             raise
+
+
+def status_of(child: int, options: int = 0) -> int:
+    """Wait for a child that was made by fork: its status, as os.waitpid gives it with these options.
+
+    Raises:
+        TimeoutExpired: none came within LIMIT. The child was killed.
+    """
+    deadline = time.monotonic() + LIMIT
+    while True:
+        there, status = os.waitpid(child, options | os.WNOHANG)
+        if there:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise subprocess.TimeoutExpired(f"child {child}", LIMIT)
+        time.sleep(0.002)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_timeout_set_timer() -> Generator[None, object, object]:
+    """Let a test's timer come again, so that also what it does to clean up after the first time has a limit."""
+    done = yield
+    seconds, _ = signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    return done

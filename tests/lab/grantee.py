@@ -11,7 +11,7 @@ MAP = 0x184700
 
 peer = int(os.environ["PEER_DOMID"])
 where = f"/local/domain/{peer}/data/ref"
-while not (found := subprocess.run(["xenstore-read", where], capture_output=True, check=False).stdout):
+while not (found := subprocess.run(["xenstore-read", where], capture_output=True, check=False, timeout=50).stdout):
     time.sleep(0.1)
 file = os.open("/dev/xen/gntdev", os.O_RDWR)
 argument = bytearray(struct.pack("=IIQII", 1, 0, 0, peer, int(found)))

@@ -15,7 +15,7 @@ fcntl.ioctl(file, ALLOC, argument)
 _, _, _, index, ref, _ = struct.unpack("=HHIQII", argument)
 page = mmap.mmap(file, 4096, mmap.MAP_SHARED, offset=index)
 page[:11] = b"from guest\0"
-subprocess.run(["xenstore-write", "data/ref", str(ref)], check=True)
+subprocess.run(["xenstore-write", "data/ref", str(ref)], check=True, timeout=50)
 while page[:10] != b"from dom0\0":
     time.sleep(0.05)
 fcntl.ioctl(file, DEALLOC, struct.pack("=QI4x", index, 1))

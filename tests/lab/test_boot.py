@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import Limited
 
 from gntalloc.lab import Crashed, Lab, LabError, LabTimedOut, NothingToRunOn, Session
 
@@ -181,6 +182,7 @@ def test_the_command_line_runs_a_pair_and_fetches(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["commands"]["dom0"]["output"] == "dom0 read from guest\n"
@@ -190,7 +192,7 @@ def test_the_command_line_runs_a_pair_and_fetches(tmp_path: Path) -> None:
 def test_ctrl_c_ends_qemu_too() -> None:
     find()
     command = [sys.executable, "-m", "gntalloc", "lab", "run", "--", "sh", "-c", "echo started; sleep 600"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as lab:
+    with Limited(command, stdout=subprocess.PIPE, text=True) as lab:
         assert lab.stdout is not None
         assert lab.stdout.readline() == "started\n"
         (qemu,) = Path(f"/proc/{lab.pid}/task/{lab.pid}/children").read_text().split()

@@ -80,7 +80,7 @@ def test_an_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     data = archive.finish()
     assert len(data) % 512 == 0
     command = [cpio, *(["cpio"] if cpio.endswith("busybox") else []), "-id"]
-    subprocess.run(command, input=data, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(command, input=data, cwd=tmp_path, check=True, capture_output=True, timeout=50)
     assert (tmp_path / "a/l").read_bytes() == b"hello"
     assert (tmp_path / "a/b/c").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "empty").is_dir()

@@ -9,6 +9,7 @@ from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc.abi.gntdev import (
     GET_OFFSET_FOR_VADDR,
@@ -114,5 +115,5 @@ def test_a_child_asks_for_what_it_inherited(alice: Domain, bob: Domain, gntdev: 
                 code = ask(gntdev, mapping.address) != (index, 1)
             finally:
                 os._exit(code)
-        assert os.waitpid(child, 0)[1] == 0
+        assert status_of(child) == 0
         mapping.close()

@@ -13,6 +13,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT, NOTIFY, RESET, UNBIND
 from gntalloc.abi.gntalloc import ALLOC_GREF, SET_UNMAP_NOTIFY, AllocGref, UnmapNotify
@@ -235,7 +236,7 @@ def test_a_child_made_by_fork_reads_and_writes(ends: tuple[End, End]) -> None:
             os._exit(code)
     first.notify()
     assert first.file.read(4) == words(first.port)
-    assert os.waitpid(child, 0)[1] == 0
+    assert status_of(child) == 0
     first.notify()
     assert second.file.read(4) == words(second.port)
 

@@ -17,6 +17,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc import wire
 from gntalloc.errors import DeviceError
@@ -221,7 +222,7 @@ def test_a_client_stopped_by_a_signal_in_the_middle_of_a_message(machine: Machin
     with alice.share(bob) as shared, bob.map(shared.grant):
         assert shared.mapped_by == (2,)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    status_of(child)
 
 
 # Descriptors.
@@ -463,7 +464,7 @@ def test_a_program_of_another_user_is_refused_with_the_reason(make_machine: Call
             code = 0
         finally:
             os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert status_of(child) == 0
     for domain in (owners, nobodys):
         domain.devices.close()
 

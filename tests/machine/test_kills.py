@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc import Domain, MachineGone
 from gntalloc.guest import channel
@@ -79,7 +80,7 @@ class Told:
 
     def end(self) -> None:
         self._line.close()
-        os.waitpid(self.pid, 0)
+        status_of(self.pid)
 
 
 def test_the_machine_killed_under_its_programs(
@@ -121,7 +122,7 @@ def test_the_machine_killed_under_its_programs(
     busy.tell()
     shared.memory[4096:4100] = b"both"
     os.kill(machine.pid, signal.SIGKILL)
-    machine._process.wait()
+    machine._process.wait(20)
     assert waiter.answer() == busy.answer() == "MachineGone"
     for expected in ("both", "MachineGone", "unmapped", "MachineGone"):
         grantee.tell()

@@ -9,6 +9,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
 from gntalloc.abi.gntalloc import DEALLOC_GREF, SET_UNMAP_NOTIFY, DeallocGref, UnmapNotify
@@ -42,7 +43,7 @@ class Killed:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        assert os.waitpid(self.pid, 0)[1] == signal.SIGKILL
+        assert status_of(self.pid) == signal.SIGKILL
 
 
 def wait_for_event(home: int, port: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import status_of
 
 from gntalloc import DeviceError, Domain, Grant
 from gntalloc.maps import PAGE_SIZE
@@ -112,7 +113,7 @@ class Peer:
     def kill(self) -> None:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            status_of(self.pid)
             self.pid = 0
             self._line.close()
 

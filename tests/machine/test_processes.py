@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import Limited, status_of
 
 from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain, wire
 from gntalloc.guest import channel
@@ -57,12 +58,12 @@ class Child:
 
     def exit(self) -> None:
         self._sock.sendall(b"!")
-        assert os.waitpid(self.pid, 0)[1] == 0
+        assert status_of(self.pid) == 0
         self._sock.close()
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        assert os.waitpid(self.pid, 0)[1] == signal.SIGKILL
+        assert status_of(self.pid) == signal.SIGKILL
         self._sock.close()
 
 
@@ -94,7 +95,7 @@ def started(method: str, *arguments: object) -> Iterator[Connection]:
         assert process.exitcode == 0
     finally:
         process.kill()
-        process.join()
+        process.join(20)
         process.close()
         ours.close()
 
@@ -401,7 +402,7 @@ def test_the_machine_is_killed_maps_stay_calls_say_so(make_machine: Callable[...
     shared = alice.share(bob, writable=True)
     mapped = bob.map(shared.grant)
     os.kill(machine.pid, signal.SIGKILL)
-    machine._process.wait()
+    machine._process.wait(20)
     for call in (lambda: shared.held, lambda: alice.share(bob), machine.statistics, lambda: shared.wait_released(1)):
         with pytest.raises(MachineGone) as caught:
             call()
@@ -471,9 +472,7 @@ def test_the_machine_ends_with_its_owner(tmp_path: Path) -> None:
     import subprocess
 
     program = "import gntalloc, os; m = gntalloc.Machine(); m.domain(1); print(m.pid, m.folder, flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as owner:
+    with Limited([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         pid, folder = owner.stdout.readline().split()
         watch = os.pidfd_open(int(pid))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import Limited, status_of
 
 import gntalloc
 from gntalloc.errors import MachineGone, NoMachine
@@ -139,7 +140,7 @@ def test_a_store_is_made_anew_after_close_and_in_a_child(alice: Domain) -> None:
             alice.store.write("data/x", "2")
         finally:
             os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    assert status_of(child) == 0
     assert second.read("data/x") == b"2"
     second.remove("data/x")
 
@@ -253,7 +254,7 @@ def test_stock_watch(machine: Machine, alice: Domain) -> None:
     if shutil.which("xenstore-watch") is None:
         pytest.skip("there is no xenstore-watch (apt install xenstore-utils)")
     program = ["xenstore-watch", "-n", "3", "data/w"]
-    with subprocess.Popen(program, env=machine.environ(1), stdout=subprocess.PIPE, text=True) as watching:
+    with Limited(program, env=machine.environ(1), stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
         assert watching.stdout.readline() == "data/w\n"
         alice.store.write("data/w", "1")
@@ -305,6 +306,6 @@ def test_a_program_of_another_user_is_refused(make_machine: Callable[..., Machin
             code = 3
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(status_of(child)) == 0
     domain.close()
     domain.devices.close()

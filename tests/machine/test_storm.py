@@ -15,6 +15,7 @@ from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc import wire
 from gntalloc.abi import evtchn
@@ -303,5 +304,5 @@ def test_a_storm_that_is_killed_leaves_a_machine_that_is_clean(machine: Machine,
         assert os.read(reading, 1) == b"!"
         os.close(reading)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        status_of(child)
     # The fixture waits for all of it to come back.

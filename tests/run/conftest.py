@@ -44,7 +44,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
             libraries = [f"-l{library}" for library in LIBRARIES.get(name, [])]
             source = str(PROGRAMS / f"{name}.c")
             subprocess.run(
-                ["gcc", "-O1", "-Wall", "-Werror", *options, source, "-o", str(target), *libraries], check=True
+                ["gcc", "-O1", "-Wall", "-Werror", *options, source, "-o", str(target), *libraries],
+                check=True,
+                timeout=50,
             )
         return str(target)
 

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
+from limits import status_of
 from runs import wait_for
 
 from gntalloc.calls.listener import Call, Listener
@@ -91,7 +92,7 @@ class Held:
         self.output.close()
         try:
             os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            status_of(self.pid)
         except (ProcessLookupError, ChildProcessError):
             pass
 

@@ -10,7 +10,7 @@ import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from limits import Child
+from limits import Limited
 
 from gntalloc.guest.control import ControlClient
 from gntalloc.places import lock_path, machine_folder
@@ -140,7 +140,7 @@ def refusing_machine(folder: Path) -> Iterator[Runs]:
     runs = Runs()
     runs.machine = runs.folder = str(folder / "machine")
     command = [sys.executable, "-c", REFUSING, runs.folder]
-    with Child(command, stdout=subprocess.PIPE, text=True) as machine:
+    with Limited(command, stdout=subprocess.PIPE, text=True) as machine:
         while "runs as pid" not in said(machine):
             pass
         try:

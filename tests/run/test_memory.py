@@ -9,6 +9,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 from gntalloc.abi.gntdev import COPY_SOURCE_GREF, GRANT_COPY, GrantCopy, GrantCopySegment
 from gntalloc.calls.arguments import regions_of
@@ -34,10 +35,10 @@ def other() -> Iterator[tuple[int, int]]:
         libc.mprotect(ctypes.c_void_p(start + 5 * PAGE), PAGE, 0)
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(0)
-    os.waitpid(child, os.WUNTRACED)
+    status_of(child, os.WUNTRACED)
     yield child, start
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    status_of(child)
 
 
 def test_reading_within_a_page_and_over_several(other: tuple[int, int]) -> None:

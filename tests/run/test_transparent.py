@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import Limited, status_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import said, tell, wait_for
@@ -163,7 +164,7 @@ def test_killing_a_supervisor_leaves_the_machine_to_others(runs: Runs) -> None:
 
 def test_ignored_and_blocked_signals_are_the_callers(runs: Runs) -> None:
     show = "grep -E 'SigBlk|SigIgn' /proc/self/status"
-    for_it = subprocess.run(["sh", "-c", show], capture_output=True, text=True, check=True).stdout
+    for_it = subprocess.run(["sh", "-c", show], capture_output=True, text=True, check=True, timeout=50).stdout
     assert runs(1, "sh", "-c", show).stdout == for_it
 
 
@@ -193,7 +194,7 @@ def test_it_stops_and_goes_on_with_the_program(runs: Runs) -> None:
     process = runs.start(1, "sh", "-c", "echo $$; read x; echo $x")
     program = int(said(process))
     os.kill(program, signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    status = status_of(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     process.send_signal(signal.SIGCONT)
     tell(process, "on")
@@ -206,7 +207,7 @@ def test_it_goes_on_when_the_program_does_whoever_sees_to_that(runs: Runs, numbe
     process = runs.start(1, "sh", "-c", "echo $$; read x; exit 7")
     program = int(said(process))
     os.kill(program, signal.SIGSTOP)
-    _, how = os.waitpid(process.pid, os.WUNTRACED)
+    how = status_of(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(how)
     os.kill(program, number)
     if number == signal.SIGCONT:
@@ -218,7 +219,7 @@ def test_who_called_it_goes_on_when_a_stopped_program_is_killed(runs: Runs) -> N
     """In CI a group has no tie to the rest of its session: nothing of ours may seem to be one."""
     command = runs.command(1, "sh", "-c", "echo $$; kill -STOP $$")
     script = ["sh", "-c", '"$@"; echo "$?"', "sh", *command]
-    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+    with Limited(script, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
         program = int(said(shell))
         run = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().strip()
         wait_for(
@@ -275,7 +276,7 @@ def test_job_control_in_a_shell(runs: Runs) -> None:
     finally:
         os.kill(shell, signal.SIGKILL)
         os.close(terminal)
-        os.waitpid(shell, 0)
+        status_of(shell)
 
 
 def test_an_option_that_there_is_not_is_no_program(runs: Runs) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from limits import status_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import Runs, order, python, refusing_machine, said, tell, wait_for
@@ -216,7 +217,7 @@ def test_nobody_else_s_machine_is_given_the_listener(tmp_path: Path, user: int) 
             assert files.have_served(listener) is None
     finally:
         files.channel.close()
-    _, status = os.waitpid(child, 0)
+    status = status_of(child)
     assert os.waitstatus_to_exitcode(status) == (user == os.getuid())  # it was sent a descriptor, or not
 
 
@@ -245,7 +246,7 @@ def test_what_a_machine_answers_goes_only_where_the_call_said(tmp_path: Path) ->
             with pytest.raises(DeviceError, match="another map"):
                 files.map(Call(1, threading.get_native_id(), MMAP, (0, 4096, 3, 1, 0, 0)), os.getpid(), file)
         files.channel.close()
-        machine.join()
+        machine.join(20)
     assert memory.raw == b"precious"
     assert placed == []
 
@@ -387,7 +388,7 @@ def test_a_folder_that_is_no_machine_s_is_left_as_it_is(tmp_path: Path, command:
 
 def in_a_namespace(*command: str) -> subprocess.CompletedProcess[str]:
     """As root of a user namespace that has no other id, as in many containers."""
-    if subprocess.run(["unshare", "-Ur", "true"], check=False, capture_output=True).returncode:
+    if subprocess.run(["unshare", "-Ur", "true"], check=False, capture_output=True, timeout=50).returncode:
         pytest.skip("user namespaces cannot be entered here")
     return subprocess.run(["unshare", "-Ur", *command], capture_output=True, text=True, timeout=50, check=False)
 
@@ -486,4 +487,4 @@ def listener_of_a_child() -> Iterator[int]:
     yield listener
     os.close(listener)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    status_of(child)

@@ -80,7 +80,7 @@ def hold(domain: Domain, text: str) -> None:
     """Map a grant, bind a port, and stay."""
     with domain.map(gntalloc.Grant.parse(text)), domain.events.bind(1), domain.store.watch("data"):
         domain.store.write("data/holding", "x")
-        threading.Event().wait()
+        threading.Event().wait(50)
 
 
 def test_what_others_hold_and_who_they_are(machine: Machine, alice: Domain, bob: Domain) -> None:

@@ -46,7 +46,7 @@ class Place:
     def run(self, kind: str = "run", *, pip: str = "true") -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.bin), "LOG": str(self.log), "PIP": pip}
         command = [str(self.folder / "tools" / "venv"), kind]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=50)
 
     def deeds(self) -> list[str]:
         """What was done since the last look."""

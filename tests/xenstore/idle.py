@@ -76,7 +76,7 @@ def destroy(name: str) -> None:
 
 
 def _xl(*arguments: str) -> str:
-    done = subprocess.run(["xl", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["xl", *arguments], capture_output=True, text=True, check=False, timeout=50)
     if done.returncode:
         raise RuntimeError(f"xl {' '.join(arguments)}: {done.stderr}")
     return done.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import status_of
 
 from gntalloc.errors import Closed, MachineGone, NoMachine, PeerBroke, TimedOut
 from gntalloc.xenstore.client import Store, Transaction
@@ -567,7 +568,7 @@ def test_after_a_fork(store: Store) -> None:
             code = 0
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(status_of(child)) == 0
     assert store.domid == 7
     assert watch.wait(5) == "a"
     watch.close()

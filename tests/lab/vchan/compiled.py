@@ -20,5 +20,5 @@ def peer(session: Session, folder: Path) -> Path:
     program = folder / "peer"
     command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-s", "-Wl,--allow-shlib-undefined"]
     command += ["-o", str(program), str(Path(__file__).with_name("peer.c")), str(library)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=50)
     return program

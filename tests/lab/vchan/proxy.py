@@ -39,7 +39,8 @@ class ProxyEnd:
         self.socket.settimeout(PATIENCE)
 
     def start(self, command: list[str], stack: ExitStack) -> None:
-        self.proxy = stack.enter_context(subprocess.Popen(command))
+        self.proxy = subprocess.Popen(command)
+        stack.callback(self.proxy.wait, PATIENCE)
         stack.callback(self.proxy.kill)
 
     def send(self, flow: Flow) -> None:
