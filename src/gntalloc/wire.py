@@ -39,10 +39,11 @@ later, by whomever, as long as nobody sends more than MOST_UNANSWERED of them be
     HOME      handle u32                                                  0; one descriptor: the home that is kept
     CONTROL   JSON                                                        0; JSON
 
-The machine says by itself, to who sent SERVE:
+The machine says by itself, to who sent SERVE, also between a request and its reply:
 
     BROUGHT   what u32, confirm u32, record u64, the call, pieces; a descriptor for each memory file. It is to answer
-              this call: PLACE, an mmap, which makes these pieces; TAKE_OVER, any call, and from now on all others too
+              this call: PLACE, an mmap, which makes these pieces; TAKE_OVER, any call, and from now on all others too;
+              those that the machine had taken by then follow in messages of their own
 
 A region is address u64, length u32, flags u32 (bit 0: writable), and its bytes. A piece is the
 place of its descriptor in the message u32, offset u64, length u64.

@@ -7,26 +7,31 @@ that it has taken by then. Yama (ptrace_scope=1), a debugger around the program,
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from gntalloc import wire
+from gntalloc.calls.listener import CallerGone
 from gntalloc.errors import MachineGone
 from gntalloc.guest.channel import Channel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from held import PATIENCE, Held
 from runs import Runs, order, python, refusing_machine, said, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from gntalloc import Machine
 
     Build = Callable[..., str]
 
@@ -117,6 +122,53 @@ def test_one_of_those_who_serve_is_killed(around: str, where: Runs, who: str) ->
 def children_of(pid: int) -> list[int]:
     """Of its first thread."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+OPENS = """
+import errno, os, sys, threading
+def opens():
+    while not over:
+        try: os.close(os.open('/dev/null', os.O_RDWR))
+        except OSError as error: assert error.errno == errno.EIO, error
+over = False
+threads = [threading.Thread(target=opens) for _ in range(8)]
+for each in threads: each.start()
+print('opens', flush=True); sys.stdin.readline(); over = True
+for each in threads: each.join()
+print('over', flush=True)
+"""
+
+
+def test_a_supervisor_that_the_machine_hears_no_more(machine: Machine) -> None:
+    """It lives, so the kernel goes on bringing it calls; those that the machine had taken must not be forgotten."""
+    for _ in range(5):
+        held = Held(sys.executable, "-I", "-S", "-c", OPENS)
+        supervisor = Channel(machine.environ(1)["GNTALLOC_DOMAIN"])
+        try:
+            namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
+            assert supervisor.call(wire.SERVE, namespace, [held.listener.fileno()]).result == 1
+            assert held.said() == "opens"
+            supervisor.close()
+            held.tell("")
+            assert let_all_go_on(held) == "over"
+        finally:
+            supervisor.close()
+            held.end()
+
+
+def let_all_go_on(held: Held) -> str:
+    """Until the program says something: that."""
+    poll = select.poll()
+    for each in (held.listener, held.output):
+        poll.register(each, select.POLLIN)
+    while ready := {descriptor for descriptor, _ in poll.poll(PATIENCE * 1000)}:
+        if held.output.fileno() in ready:
+            return held.said()
+        call = held.listener.receive()
+        if call is not None:
+            with suppress(CallerGone):
+                held.listener.go_on(call)
+    pytest.fail("a call was never answered")
 
 
 # What of it is the channel's.
