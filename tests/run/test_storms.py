@@ -113,7 +113,7 @@ def storm(count, work, seed):
             while True: work()
         time.sleep(random.random() * 0.03)
         os.kill(child, signal.SIGKILL)
-        assert status_of(child) == signal.SIGKILL
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
 """
 GRANTER = """
 def work():
