@@ -168,7 +168,7 @@ def test_progress_is_shown_on_a_terminal_only(cat: Cat) -> None:
 @pytest.mark.parametrize("mine", [b"", b"some"])
 def test_towards_a_libxenvchan(cat: Cat, bob: Domain, mine: bytes, tmp_path: Path) -> None:
     """The end of our input is the end of all, once everything was read; if there was no input, theirs is waited for."""
-    server = cat(1, "-l", "2", "test", "--size", "0")
+    server = cat(1, "-l", "2", "test", "--size", "0", "--linger", "0")
     assert server.stdin
     with bob.connect(1, "test", timeout=PATIENCE, extensions=False) as channel:
         server.stdin.write(mine)
@@ -183,6 +183,46 @@ def test_towards_a_libxenvchan(cat: Cat, bob: Domain, mine: bytes, tmp_path: Pat
     out, _ = server.communicate(timeout=PATIENCE)
     assert out == (b"" if mine else b"theirs")
     assert server.returncode == 0
+
+
+@pytest.mark.parametrize("extensions", [None, False], ids=["ours", "libxenvchan"])
+@pytest.mark.parametrize("more", [b"", b"more"], ids=["the end follows", "more follows"])
+def test_a_peer_that_reads_what_there_is_and_closes(
+    cat: Cat, bob: Domain, extensions: bool | None, more: bytes
+) -> None:
+    """It closes before our input ends: everything arrived, unless more is to be sent then."""
+    server = cat(1, "-l", "2", "test", "--size", "4096")
+    assert server.stdin
+    assert server.stdout
+    with bob.connect(1, "test", timeout=PATIENCE, extensions=extensions) as channel:
+        server.stdin.write(b"x" * 10_000)
+        server.stdin.flush()
+        left = 10_000
+        while left:
+            left -= len(channel.read(timeout=PATIENCE))
+        os.kill(server.pid, signal.SIGSTOP)  # so that it finds both at once
+        channel.write(b"!")
+    server.stdin.write(more)
+    server.stdin.close()
+    server.stdin = None
+    os.kill(server.pid, signal.SIGCONT)
+    out, errors = server.communicate(timeout=PATIENCE)
+    assert (out, server.returncode) == (b"!", 1 if more else 0), errors
+    assert (b"closed its end" in errors) == bool(more)
+
+
+def test_a_libxenvchan_that_has_read_everything_may_answer(cat: Cat, bob: Domain) -> None:
+    server = cat(1, "-l", "2", "test", "--size", "0", "--linger", str(PATIENCE))
+    with bob.connect(1, "test", timeout=PATIENCE, extensions=False) as channel:
+        server.stdin.write(b"question")  # type: ignore[union-attr]
+        server.stdin.close()  # type: ignore[union-attr]
+        server.stdin = None
+        assert channel.read(timeout=PATIENCE) == b"question"
+        for _ in range(3):
+            channel.write(b"answer")
+            channel.drain(PATIENCE)
+    out, errors = server.communicate(timeout=PATIENCE)
+    assert (out, server.returncode) == (b"answer" * 3, 0), errors
 
 
 def test_bytes_that_the_peer_did_not_read_are_a_failure(alice: Domain, bob: Domain, tmp_path: Path) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import said
+from runs import said, wait_for
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
 
     from runs import Runs
+
+    from gntalloc import Domain, Machine
 
     Build = Callable[..., str]
 
@@ -50,6 +53,46 @@ def test_bulk(runs: Runs, build: Build, ring: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert said(server).endswith("MB/s")
     assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["the input ends at once", "the input ends after the peer"])
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_cat_and_a_program_that_drains_and_closes(
+    machine: Machine, alice: Domain, build: Build, role: str, *, late: bool
+) -> None:
+    """Each byte arrives, and the answer: both sides say so, whenever the program closes."""
+    data = bytes(((at + place) * 31 + (at >> 12)) & 0xFF for at in range(0, 1 << 16, 512) for place in range(512))
+    path, ours = "/local/domain/1/data/vchan/cat", [sys.executable, "-m", "gntalloc"]
+    program = [build("vchan", "-O2"), role, "2" if role == "server" else "1", path, "4096"]
+    domid = 1 if role == "server" else 2
+    run = [*ours, "run", "--machine", os.path.basename(machine.folder), "--domid", str(domid), "--", *program]
+    cat = [*ours, "cat", *(["1"] if role == "server" else ["-l", "2", "--size", "4096"]), path]
+
+    def start(command: list[str], domid: int) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, env=machine.environ(domid), stdin=pipe, stdout=pipe, stderr=pipe)
+        stack.callback(process.communicate)
+        stack.callback(process.kill)
+        return process
+
+    for _ in range(3):
+        with ExitStack() as stack:
+            both = [([*run, "drain", str(len(data)), "512"], domid), (cat, 3 - domid)]
+            first = start(*both[role == "client"])
+            wait_for(lambda: alice.store.exists(f"{path}/event-channel"), "no server waits")
+            second = start(*both[role == "server"])
+            sends, receives = (second, first) if role == "server" else (first, second)
+            assert sends.stdin is not None
+            sends.stdin.write(data)
+            sends.stdin.flush()
+            if late:
+                receives.wait(50)
+            out, errors = sends.communicate(timeout=50)
+            assert (sends.returncode, out, errors) == (0, b"!", b"")
+            said_by_it = receives.communicate(timeout=50)
+            assert receives.returncode == 0, said_by_it
+            if alice.store.exists(path):  # a C server leaves its nodes
+                alice.store.remove(path)
 
 
 def test_a_peer_that_is_killed_is_seen(runs: Runs, build: Build) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
-from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.errors import GntallocError, NoMachine, PeerClosed
 
 __all__ = ["main"]
 
@@ -42,6 +43,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invoke it. A peer that has closed is EPIPE, which click would take for the end of our own output."""
+        try:
+            return super().invoke(ctx)
+        except PeerClosed as error:
+            print(f"gntalloc: {error}", file=sys.stderr)
+            ctx.exit(1)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

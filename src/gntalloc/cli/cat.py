@@ -10,7 +10,7 @@ import click
 
 from gntalloc.cli.show import progress
 from gntalloc.guest.domain import current_domain
-from gntalloc.vchan.pump import pump
+from gntalloc.vchan.pump import LINGER, pump
 
 __all__ = ["command"]
 
@@ -24,9 +24,18 @@ __all__ = ["command"]
 @click.option(
     "--size", default=1 << 20, show_default=True, type=click.IntRange(0, 1 << 24), help="With -l: bytes of each ring."
 )
+@click.option(
+    "--linger",
+    default=LINGER,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds to wait for the answer of a C program that has read everything.",
+)
 @click.argument("peer", metavar="PEER", type=click.IntRange(0, 0xFFFF))
 @click.argument("path", metavar="PATH")
-def command(*, listen: bool, domain: str | None, timeout: float | None, size: int, peer: int, path: str) -> None:
+def command(
+    *, listen: bool, domain: str | None, timeout: float | None, size: int, linger: float, peer: int, path: str
+) -> None:
     """Connect standard input and output to a program in domain PEER, through a vchan at PATH in xenstore.
 
     \b
@@ -54,9 +63,9 @@ def command(*, listen: bool, domain: str | None, timeout: float | None, size: in
 
         source, sink = sys.stdin.fileno(), sys.stdout.fileno()
         if os.isatty(sink):  # there everybody sees what arrives
-            pump(channel, source, sink)
+            pump(channel, source, sink, linger=linger)
         else:
-            pump(channel, source, sink, moved=count, received=_close_output)
+            pump(channel, source, sink, linger=linger, moved=count, received=_close_output)
 
 
 def _close_output() -> None:

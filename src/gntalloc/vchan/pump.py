@@ -2,10 +2,12 @@
 
 Bytes are read into the ring and written from it, with no memory in between. The end of the source is the end of this
 direction only: of a peer of this package it is said (`finish`), and the other direction goes on. A libxenvchan can be
-told nothing but that all is over: it is, once it has read everything; but a source that was empty from the start ends
-nothing there, and the peer's close is waited for.
+told nothing but that all is over: it is, once it has read everything and has had a while to answer; but a source that
+was empty from the start ends nothing there, and the peer's close is waited for.
 
-It is over when both directions are, and the peer has read everything that it was sent; or when the peer has closed.
+It is over when both directions are, and the peer has read everything that it was sent; or when the peer has closed. A
+peer may close as soon as it has read the last byte, so that alone is no failure: what it left unread is, in the ring or
+in the source.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
-from gntalloc.errors import Closed, GntallocError, PeerClosed
+from gntalloc.errors import Closed, GntallocError, PeerClosed, PeerGone, TimedOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.vchan.channel import Channel
 
-__all__ = ["pump"]
+__all__ = ["LINGER", "pump"]
 
+LINGER = 1.0
+"""Seconds of silence after which a libxenvchan that has read everything is taken to have no answer."""
 _PIECE = 1 << 18  # bytes at most that are read from the source at once
 
 
@@ -32,6 +36,7 @@ def pump(
     source: int,
     sink: int,
     *,
+    linger: float = LINGER,
     moved: Callable[[int], None] = lambda _count: None,
     received: Callable[[], None] = lambda: None,
 ) -> None:
@@ -41,6 +46,7 @@ def pump(
         channel: connected, and then closed.
         source: a descriptor to read.
         sink: a descriptor to write.
+        linger: seconds that a libxenvchan is waited for, after it has read everything, and after each of its answers.
         moved: is told how many bytes went either way, from two threads.
         received: is called when nothing more will go to the sink.
 
@@ -52,11 +58,13 @@ def pump(
     sender = _Sender(channel, source, moved)
     sender.start()
     try:
-        _receive(channel, sink, moved, sender)
+        _receive(channel, sink, moved, sender, linger)
         received()
         _wait_for(sender, channel)
-        if sender.outcome is None and not sender.closed and channel.unread:
-            raise PeerClosed(f"domain {channel.peer} closed, and {channel.unread} bytes were not read by it")
+        sender.stop()
+        sender.join()  # or it could put more into the ring, after the look at what is unread
+        if sender.outcome is None and (unread := channel.unread):
+            raise PeerClosed(f"domain {channel.peer} closed, and {unread} bytes were not read by it")
     finally:
         sender.stop()
         channel.close()
@@ -66,29 +74,35 @@ def pump(
         raise sender.outcome
 
 
+def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: _Sender, linger: float) -> None:
+    """Until the peer writes no more; or, if it cannot say so, until it has been silent after it had read everything."""
+    while True:
+        drained = sender.drained
+        patience = None if channel.extended else linger if drained else LINGER
+        try:
+            view = channel.peek(timeout=patience)
+        except TimedOut:
+            if drained:
+                return
+            continue
+        if not view:
+            return
+        with view:
+            count = os.write(sink, view)
+        channel.release(count)
+        moved(count)
+
+
 def _wait_for(sender: _Sender, channel: Channel) -> None:
     """The peer writes no more, but may read: until all is sent, or the peer is gone."""
     poll = select.poll()
     poll.register(sender.done, select.POLLIN)
-    if not sender.closed:
-        poll.register(channel.fileno(), select.POLLIN)
-    while not sender.closed and channel.connected:
+    poll.register(channel.fileno(), select.POLLIN)
+    while channel.connected:
         for descriptor, _ in poll.poll():
             if descriptor == sender.done:
                 return
             channel.heard()
-
-
-def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: _Sender) -> None:
-    try:
-        while view := channel.peek():
-            with view:
-                count = os.write(sink, view)
-            channel.release(count)
-            moved(count)
-    except Closed:
-        if not sender.closed:  # it closes when all is over
-            raise
 
 
 class _Sender:
@@ -96,13 +110,13 @@ class _Sender:
 
     Attributes:
         outcome: what went wrong.
-        closed: everything was read by a libxenvchan, and the channel was closed.
+        drained: the source has ended, a libxenvchan has read everything, and cannot be told.
         done: readable when it has ended.
     """
 
     def __init__(self, channel: Channel, source: int, moved: Callable[[int], None]) -> None:
         self.outcome: Exception | None = None
-        self.closed = False
+        self.drained = False
         self._channel = channel
         self._source = source
         self._moved = moved
@@ -135,11 +149,9 @@ class _Sender:
                 return
             if channel.extended:
                 channel.finish()
+            if sent or channel.extended:
                 channel.drain()
-            elif sent:
-                channel.drain()
-                self.closed = True
-                channel.close()
+                self.drained = True
         except Closed:
             pass  # so somebody else has ended it
         except Exception as error:
@@ -148,7 +160,7 @@ class _Sender:
             os.eventfd_write(self.done, 1)
 
     def _send(self) -> int | None:
-        """How many bytes it was; None: stopped."""
+        """How many bytes it was, at the end of the source; None: stopped, with nothing to send just then."""
         channel = self._channel
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
@@ -158,10 +170,16 @@ class _Sender:
             raise GntallocError(error.errno or 0, f"the source cannot be read: {error.strerror}") from error
         sent = 0
         while True:
-            if any(descriptor == self._bell for descriptor, _ in poll.poll()):
+            ready = [descriptor for descriptor, _ in poll.poll(None if channel.connected else 0)]
+            if self._source not in ready:
                 return None
             # Only once there is something to read, so that nothing is reserved when the channel is to be closed.
-            view = channel.reserve()
+            try:
+                view = channel.reserve()
+            except PeerGone:
+                if os.read(self._source, 1):
+                    raise  # that, and what follows it, nobody will read
+                return sent
             try:
                 with view:
                     count = os.readv(self._source, [view[:_PIECE]])
