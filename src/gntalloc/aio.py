@@ -56,6 +56,7 @@ class Channel:
         self._waiters: set[asyncio.Future[None]] = set()
         self._reading = asyncio.Lock()
         self._writing = asyncio.Lock()
+        self._draining = asyncio.Lock()  # its waiters hold up nobody who writes
 
     async def read(self, size: int | None = None) -> bytes:
         """See `read` of the blocking channel."""
@@ -102,11 +103,13 @@ class Channel:
 
     async def drain(self) -> None:
         """See `drain` of the blocking channel."""
-        await self._when_written(lambda: self.blocking.drain(0))
+        async with self._draining:
+            await self._repeat(lambda: self.blocking.drain(0), NOTIFY_READ)
 
     async def wait_connected(self) -> None:
         """See `wait_connected` of the blocking channel."""
-        await self._when_written(lambda: self.blocking.wait_connected(0))
+        async with self._draining:
+            await self._repeat(lambda: self.blocking.wait_connected(0), NOTIFY_READ)
 
     async def finish(self) -> None:
         """See `finish` of the blocking channel."""

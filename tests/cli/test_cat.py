@@ -201,6 +201,7 @@ def test_a_peer_that_reads_what_there_is_and_closes(
         while left:
             left -= len(channel.read(timeout=PATIENCE))
         os.kill(server.pid, signal.SIGSTOP)  # so that it finds both at once
+        os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
         channel.write(b"!")
     server.stdin.write(more)
     server.stdin.close()

@@ -20,6 +20,8 @@ import threading
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from gntalloc.errors import Closed
+
 if TYPE_CHECKING:
     from gntalloc.guest.events import Port
 
@@ -207,7 +209,13 @@ class Bells:
                 self._sleep_no_more()
 
     def fileno(self) -> int:
-        """Readable while something rings."""
+        """Readable while something rings.
+
+        Raises:
+            Closed: after `close`.
+        """
+        if self._epoll.closed:
+            raise Closed("the channel is closed, and rings no more; connect again")
         return self._epoll.fileno()
 
     def close(self) -> None:

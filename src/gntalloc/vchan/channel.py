@@ -8,7 +8,8 @@
 Every call that may wait has a timeout in seconds; None waits for ever, 0 not at all. After a TimedOut nothing is lost
 and the call can be repeated; where part of the work was done, the error's `done` says how much.
 
-Threads: one may write while another reads, and several of either take turns.
+Threads: one may write while another reads, and several of either take turns. `ready`, `room`, `unread`, `commit`,
+`release` and all that tells of the channel wait for nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.errors import (
+    Busy,
     GntallocError,
     NotKnownHere,
     PeerBroke,
@@ -75,24 +77,20 @@ class Channel(Lending):
 
     @property
     def ready(self) -> int:
-        """How many bytes can be read without waiting."""
-        with self._reading:
-            self._end.check_open()
-            return 0 if self._end.waiting or self._peeked else self._end.look(self._in.refresh)
+        """How many bytes can be read without waiting. None, while something is peeked."""
+        there = self._look(self._in.unread)
+        return 0 if self._end.waiting or self._peeked else there
 
     @property
     def room(self) -> int:
-        """How many bytes can be written without waiting."""
-        with self._writing:
-            self._end.check_open()
-            return self._out.room if self._end.waiting or self._reserved else self._end.look(self._out.refresh)
+        """How many bytes can be written without waiting. None, while something is reserved, and after `finish`."""
+        unread = self._look(self._out.unread)
+        return 0 if self._reserved or self._end.finished else self._out.size - unread
 
     @property
     def unread(self) -> int:
         """How many bytes that were written the peer has not read."""
-        with self._writing:
-            self._end.check_open()
-            return self._end.look(self._out.unread)
+        return self._look(self._out.unread)
 
     @property
     def waiting(self) -> bool:
@@ -312,13 +310,16 @@ class Channel(Lending):
         """Write no more: the peer reads what there is, and then its end of file; it can still write. Can be repeated.
 
         Raises:
-            TimedOut: there is no client yet, who could be told.
+            TimedOut: there is no client yet, who could be told; or another thread still writes.
+            Busy: something that was reserved is not committed.
             NotKnownHere: the peer is a libxenvchan, which knows no such thing: `close` when it has read everything.
             Closed: this end is closed.
         """
-        with self._writing:
+        with Turn(self._writing, timeout) as turn:
             self._end.check_open()
-            self._end.await_peer(deadline_of(timeout))
+            if self._reserved is not None:
+                raise Busy(f"{self!r} cannot be finished: what was reserved is to be committed first")
+            self._end.await_peer(turn.deadline)
             if not self._end.extended:
                 raise NotKnownHere(
                     "the peer is a libxenvchan, which knows no end of one direction; `drain` waits until it has read "
@@ -335,7 +336,7 @@ class Channel(Lending):
             PeerGone: it will not.
             PeerBroke, Closed: as `write`.
         """
-        with Turn(self._writing, timeout) as turn:
+        with Turn(self._draining, timeout) as turn:  # a lock of its own: meanwhile others may write
             self._end.check_open()
             self._end.await_peer(turn.deadline)
             ring = self._out
@@ -371,7 +372,7 @@ class Channel(Lending):
             return
         self._end.closing = True
         self._end.bells.ring_own()
-        with self._reading, self._writing:
+        with self._reading, self._writing, self._draining:
             self._in.ready = self._out.room = 0
             self._end.leave()
             for lent in self._peeked, self._reserved:

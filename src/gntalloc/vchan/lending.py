@@ -52,11 +52,12 @@ class Lending(Waiting):
             ValueError: nothing was reserved, or less than `size`.
             Closed: this end is closed.
         """
-        with self._writing:
+        self._end.check_open()
+        lent = self._reserved
+        if lent is None:
+            raise ValueError("nothing was reserved that could be committed")
+        with self._writing:  # nobody waits in there, as long as something is reserved
             self._end.check_open()
-            lent = self._reserved
-            if lent is None:
-                raise ValueError("nothing was reserved that could be committed")
             count = lent.size if size is None else size
             if not 0 <= count <= lent.size:
                 raise ValueError(f"{count} bytes cannot be committed of {lent.size} that were reserved")
@@ -111,11 +112,12 @@ class Lending(Waiting):
             ValueError: nothing was peeked, or less; of a message all is released.
             Closed: this end is closed.
         """
-        with self._reading:
+        self._end.check_open()
+        lent = self._peeked
+        if lent is None:
+            raise ValueError("nothing was peeked that could be released")
+        with self._reading:  # nobody waits in there, as long as something is peeked
             self._end.check_open()
-            lent = self._peeked
-            if lent is None:
-                raise ValueError("nothing was peeked that could be released")
             count = lent.size if size is None else size
             if not 0 <= count <= lent.size or (lent.head and count != lent.size):
                 why = f"{count} bytes cannot be released of {lent.size} that were peeked; a message goes whole"

@@ -84,6 +84,14 @@ class _Ring:
         """Up to where bytes lie in a row."""
         return self._base + (2 * size if size == self._mirrored else size)
 
+    def _ahead(self) -> int:
+        """How far the peer's index is ahead of ours. For any thread: ours is another's to move, even meanwhile."""
+        while True:
+            mine = self.index
+            theirs = self._indexes[self._theirs]
+            if self.index == mine:
+                return (theirs - mine) & _WORD
+
     def _broken(self, known: str) -> PeerBroke:
         theirs = self._indexes[self._theirs]
         return PeerBroke(
@@ -115,12 +123,12 @@ class Writer(_Ring):
         return room
 
     def unread(self) -> int:
-        """How many bytes the reader has not read yet.
+        """How many bytes the reader has not read yet. Any thread may ask.
 
         Raises:
             PeerBroke: as `refresh`.
         """
-        unread = (self.index - self._indexes[self._theirs]) & _WORD
+        unread = -self._ahead() & _WORD
         if unread > self.size:
             raise self._broken(f"where {self.room} bytes were free")
         return unread
@@ -205,6 +213,17 @@ class Reader(_Ring):
         if not self._atomics.ordered:
             self._atomics.fence()
         return ready
+
+    def unread(self) -> int:
+        """How many bytes are there that have not been read. Any thread may ask.
+
+        Raises:
+            PeerBroke: as `refresh`.
+        """
+        unread = self._ahead()
+        if unread > self.size:
+            raise self._broken(f"where {self.ready} bytes were ready")
+        return unread
 
     def take(self, length: int) -> bytes:
         """Read bytes that are there."""

@@ -66,7 +66,8 @@ class Listener:
         self._spin = spin
         self._sizes = _sizes(size, extensions)
         self._nodes = Nodes(lambda: store or domain.store, self.path)
-        self._accepting = threading.Lock()
+        self._accepting = threading.Lock()  # held while a client is waited for
+        self._making = threading.Lock()  # held while the next offer is made, or taken
         self._offer: Channel | None = None
         self._closed = False
         self._owner = os.getpid()
@@ -75,13 +76,14 @@ class Listener:
     def offer(self) -> Channel:
         """The channel of the next client, who may not have come yet: what is written is there when it comes.
 
-        `accept` is this and `Channel.wait_connected`. The same channel, until somebody has come or it is closed. If the
-        machine or the domain has ended and is there again, it is another one.
+        `accept` is this and `Channel.wait_connected`; a thread that is in it does not hold this up. The same channel,
+        until somebody has come or it is closed. If the machine or the domain has ended and is there again, it is
+        another one.
 
         Raises:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does.
         """
-        with self._accepting:
+        with self._making:
             return self._next()
 
     def accept(self, timeout: float | None = None) -> Channel:
@@ -105,7 +107,7 @@ class Listener:
             raise TimedOut(f"another thread accepts at {self.path}, and had nobody within {timeout} s")
         try:
             while True:
-                channel = self._next()
+                channel = self.offer()
                 try:
                     channel.wait_connected(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 except PeerBroke:  # or a libxenvchan where none is wanted: it is no client
@@ -119,7 +121,8 @@ class Listener:
                     if not self._domain.devices.is_back():
                         raise
                     continue  # `_next` publishes another offer there
-                self._offer = None
+                with self._making:
+                    self._offer = None
                 return channel
         finally:
             self._accepting.release()
@@ -137,7 +140,8 @@ class Listener:
         if self._closed:
             return
         self._closed = True
-        offer = self._offer
+        with self._making:  # so that no offer is made after this
+            offer = self._offer
         if offer is not None and offer.waiting:
             self._withdraw()
             offer.close()

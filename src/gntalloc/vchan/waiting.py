@@ -1,6 +1,6 @@
 """What the calls of a channel have in common: its state, one turn after the other, and waiting for the peer.
 
-Everything here is called with the lock of its direction held.
+Everything here that waits is called with the lock of its direction held.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from gntalloc.vchan.end import flag_word
 from gntalloc.vchan.layout import CONNECTED, NOTIFY_READ, NOTIFY_WRITE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gntalloc.vchan.end import End
 
 __all__ = ["Lent", "Turn", "Waiting", "bytes_of", "deadline_of", "queue_up"]
@@ -31,7 +33,7 @@ class Lent(NamedTuple):
 
 
 class Waiting:
-    """One end, with a lock for each direction."""
+    """One end, with a lock for each direction, and one for those who wait until the peer has read everything."""
 
     def __init__(self, end: End) -> None:
         self.peer = end.peer
@@ -39,6 +41,7 @@ class Waiting:
         self._in, self._out = end.reader, end.writer
         self._reading = threading.Lock()
         self._writing = threading.Lock()
+        self._draining = threading.Lock()
         self._peeked: Lent | None = None
         self._reserved: Lent | None = None
         self._closed = False
@@ -50,6 +53,15 @@ class Waiting:
         self._live, self._connected = flag_word(role.peer_live, 0xFF), flag_word(role.peer_live, CONNECTED)
         self._quiet = self._connected if ordered else -1
         self._quiet_reading = 0 if ordered else -1
+
+    def _look(self, count: Callable[[], int]) -> int:
+        """Ask a ring for a number, beside whatever other threads do with it."""
+        self._end.check_open()
+        try:
+            return self._end.look(count)
+        except ValueError:  # another thread has closed this end meanwhile
+            self._end.check_open()
+            raise
 
     def _await_bytes(self, count: int, deadline: float | None) -> bool:
         """Until so many can be read. False: there will not be."""
