@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What a package would mend is a skip, which names it; and in CI, where all of them shall be, a failure."""
     report = yield
-    if report.skipped and os.environ.get("CI") and "apt install" in str(report.longrepr):
+    if report.skipped and os.environ.get("CI") and re.search("(apt|pip) install", str(report.longrepr)):
         report.outcome = "failed"
         report.longrepr = f"in CI no test is left out for want of a package: {report.longrepr}"
     return report

@@ -37,11 +37,11 @@ import fcntl
 import os
 import signal
 import struct
-import time
 from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from gntalloc import clock
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, Mapping
 
@@ -337,18 +337,18 @@ class Frames(Generic[Holder]):
     @property
     def restless(self) -> bool:
         """Whether `news` should be called before anything else is done, even if nothing has happened."""
-        return bool(self._fresh) or (bool(self._next_looks) and self._next_looks[0][0] <= time.monotonic())
+        return bool(self._fresh) or (bool(self._next_looks) and self._next_looks[0][0] <= clock.now())
 
     def patience(self) -> float | None:
         """Seconds until `news` should be called even if nothing happens. None: there is no need."""
         if not self._suspects:
             return None
-        return max(0.0, self._next_looks[0][0] - time.monotonic())
+        return max(0.0, self._next_looks[0][0] - clock.now())
 
     def _suspect(self, extent: Extent[Holder], looks: int) -> None:
         if extent in self._suspects and self._suspects[extent][0] == looks:
             return  # the time of its next look stands
-        due = time.monotonic() + _LOOKS[looks]
+        due = clock.now() + _LOOKS[looks]
         self._suspects[extent] = looks, due
         heappush(self._next_looks, (due, next(self._number), extent))
         if looks < _FRESH:
@@ -365,7 +365,7 @@ class Frames(Generic[Holder]):
         if not self._suspects:
             self._next_looks.clear()
             return {}
-        now = time.monotonic()
+        now = clock.now()
         found = {extent: self._suspects[extent][0] for extent in self._fresh}
         while self._next_looks and self._next_looks[0][0] <= now:
             due, _, extent = heappop(self._next_looks)

@@ -15,6 +15,7 @@ import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
 
 from gntalloc import PeerBroke, PeerClosed
+from gntalloc.clock import Deadline
 from gntalloc.frontend.blkback import Backend
 from gntalloc.frontend.blkif import (
     ENTRY,
@@ -66,7 +67,7 @@ class Raw:
 @contextmanager
 def raw_frontend(setting: Setting, **nodes: str) -> Iterator[Raw]:
     end = End(setting.guest.store, FRONT, DEVICE.front, DEVICE.back)
-    deadline = time.monotonic() + PATIENCE
+    deadline = Deadline(PATIENCE)
     recover(end, deadline)
     published = {"protocol": PROTOCOL, "feature-persistent": "1", **nodes}
     with setting.guest.share(0, pages=2, writable=True) as page:

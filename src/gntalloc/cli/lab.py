@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 import termios
-import time
 import tty
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gntalloc.clock import now
 from gntalloc.lab import Lab, LabError, Outcome
 from gntalloc.lab.apt import DEFAULT_KEYRING, Mirrors
 from gntalloc.lab.boot import GUEST_MEMORY, TIMEOUT
@@ -80,7 +80,7 @@ def build_command(
 ) -> None:
     """Make the images, once: some 100 MB to download."""
     mirrors = Mirrors(mirror.rstrip("/"), security_mirror or f"{mirror.rstrip('/')}-security") if mirror else None
-    started = time.monotonic()
+    started = now()
     with _progress() as report:
         images, made = build(report, release=release, mirrors=mirrors, keyring=keyring, extra=list(extra), force=force)
     if as_json:
@@ -88,7 +88,7 @@ def build_command(
         return
     versions = images.manifest
     print(f"Xen {versions.xen}, Linux {versions.linux}, Debian {versions.release}")
-    print(f"made in {time.monotonic() - started:.0f} s: {images.folder}" if made else f"already there: {images.folder}")
+    print(f"made in {now() - started:.0f} s: {images.folder}" if made else f"already there: {images.folder}")
 
 
 @command.command("info")
@@ -152,7 +152,7 @@ def run_command(
     commands = _commands(guest, pair, in_guest, in_dom0, arguments)
     labelled = Labelled(list(commands))
     show = _silent if as_json else labelled if pair else plain
-    started = time.monotonic()
+    started = now()
     try:
         lab = Lab.find()
         _announce(commands)
@@ -167,7 +167,7 @@ def run_command(
         _keep(outcome.files, into)
     failed = next((outcome.exit_status for outcome in outcomes.values() if outcome.exit_status), 0)
     if as_json:
-        print(json.dumps(_reported(outcomes, failed, time.monotonic() - started), indent=2))
+        print(json.dumps(_reported(outcomes, failed, now() - started), indent=2))
     # In a pair a file may come from either side.
     missing = set.intersection(*(set(outcome.missing) for outcome in outcomes.values()))
     if missing:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from gntalloc.clock import now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,14 +54,14 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     )
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
-        shown = time.monotonic()
+        shown = now()
 
         def update(done: int) -> None:
             nonlocal shown
-            now = time.monotonic()
-            if now - shown >= 0.1 or done == total:  # drawing costs more than moving
+            moment = now()
+            if moment - shown >= 0.1 or done == total:  # drawing costs more than moving
                 bar.update(task, completed=done)
-                shown = now
+                shown = moment
 
         yield update
 

@@ -13,6 +13,7 @@ import hashlib
 import sys
 import time
 
+from gntalloc.clock import Deadline
 from gntalloc.demo.stream import Sender, receive
 from gntalloc.errors import GntallocError, TimedOut
 from gntalloc.guest.domain import current_domain
@@ -51,12 +52,12 @@ def take(peer: int) -> None:
 
 
 def _told(store: Store, node: str) -> str:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = Deadline(_PATIENCE)
     while True:
         try:
             return store.read_text(node)
         except (NoNode, Denied):  # where nobody may list, a node that is not there is denied
-            if time.monotonic() > deadline:
+            if deadline.expired:
                 raise TimedOut(f"nobody has put grants into {node} within {_PATIENCE:.0f} s") from None
         time.sleep(0.05)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.clock import now
 from gntalloc.errors import DeviceError, TimedOut
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def _kill(machine: Machine, part: str) -> list[Line]:
             lines.append(Line("the granter waits for 50 ms", "released", False))
         except TimedOut:
             lines.append(Line("the granter waits for 50 ms", "TimedOut: still mapped", True))
-        started = time.perf_counter()
+        started = now()
         process.kill()
         shared.wait_released(timeout=5)
-        milliseconds = (time.perf_counter() - started) * 1000
+        milliseconds = (now() - started) * 1000
         lines.append(Line("kill -9, and wait_released", f"released after {milliseconds:.1f} ms", not shared.held))
     return lines
 

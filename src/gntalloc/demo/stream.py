@@ -22,6 +22,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from gntalloc.clock import Deadline, now
 from gntalloc.errors import GntallocError, PeerBroke, TimedOut
 from gntalloc.guest.grant import Grant
 from gntalloc.maps import PAGE_SIZE
@@ -115,7 +116,7 @@ class Sender:
         waiter.until(lambda: words[_STATE] != 0, "come")
         here()
         produced = 0
-        started = time.perf_counter()
+        started = now()
         while True:
             room = size - (produced - self._consumed(produced))
             if not room:
@@ -132,7 +133,7 @@ class Sender:
             moved(produced)
         words[_ENDED] = 1
         waiter.until(lambda: words[_STATE] == _DONE, "finish")
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         received = bytes(self._control.memory[_DIGEST]).hex()
         return Outcome(produced, seconds, digest.hexdigest(), received, words[_READ_BYTES])
 
@@ -237,14 +238,14 @@ class _Waiter:
             raise PeerBroke(f"the other side failed: {trouble}")
 
     def _nap_until(self, ready: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + self._timeout
+        deadline = Deadline(self._timeout)
         while not ready():
             time.sleep(_NAP)
             if self._trouble() is not None:
                 return
             if not self._alive() and not ready():
                 raise PeerBroke("the other side's process has ended in the middle")
-            if time.monotonic() > deadline:
+            if deadline.expired:
                 raise TimedOut(f"the other side did not {what} for {self._timeout:.0f} s; does it still run?")
 
 

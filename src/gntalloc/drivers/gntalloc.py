@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from struct import pack
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from gntalloc import clock
 from gntalloc.abi.gntalloc import (
     ALLOC_GREF,
     DEALLOC_GREF,
@@ -208,7 +208,7 @@ class GntallocDriver:
                 f"{asked.count} references were asked for, and the domain's grant table has {usage.live} of "
                 f"{usage.capacity} in use (this is not the limit of pages, which has room)",
             ) from None
-        now, state = time.monotonic(), _state(file)
+        now, state = clock.now(), _state(file)
         indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
         return [
             Gref(file, state, at, frame, asked.domid, readonly, ref, now)
@@ -425,7 +425,7 @@ class GntallocDriver:
 
     def grants(self) -> list[GrantInfo]:
         """Every granted page, released ones that linger too."""
-        now = time.monotonic()
+        now = clock.now()
         return [
             GrantInfo(
                 ref=gref.ref,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from typing import TYPE_CHECKING, Self
 
+from gntalloc.clock import Deadline, now
 from gntalloc.errors import Closed, GntallocError, TimedOut
 from gntalloc.frontend.blkif import SECTOR, Operation
 from gntalloc.frontend.session import PAGES, Described, Features, Session
@@ -184,7 +184,7 @@ class BlockDevice(Described):
         """
         if not all(flight.done for flight in flights):
             with self._changed:
-                self._until_landed(flights, _after(timeout), "a request")
+                self._until_landed(flights, Deadline(timeout), "a request")
         for flight in flights:
             self._session.judge(flight)
 
@@ -217,7 +217,9 @@ class BlockDevice(Described):
             self._closing = True
             with contextlib.suppress(GntallocError):
                 if self._session.failed is None:
-                    self._until(lambda: len(self._session.flights.in_flight), _after(timeout), "the requests in flight")
+                    self._until(
+                        lambda: len(self._session.flights.in_flight), Deadline(timeout), "the requests in flight"
+                    )
             self._session.closed = True
             self._wake_the_sleeper()
             self._session.close(timeout)
@@ -233,7 +235,7 @@ class BlockDevice(Described):
 
     def _transfer(self, operation: Operation, offset: int, view: memoryview, timeout: float | None) -> None:
         """Read or write whole sectors, with as many requests at a time as there is room for."""
-        deadline = _after(timeout)
+        deadline = Deadline(timeout)
         session = self._session
         flights: list[Flight] = []
         try:
@@ -256,7 +258,7 @@ class BlockDevice(Described):
             session.judge(flight)
 
     def _plain(self, operation: Operation, sector: int, length: int, timeout: float | None) -> None:
-        deadline = _after(timeout)
+        deadline = Deadline(timeout)
         session = self._session
         with self._changed:
             self._until_room(0, deadline)
@@ -269,7 +271,7 @@ class BlockDevice(Described):
                 raise
         session.judge(flight)
 
-    def _until_landed(self, flights: Sequence[Flight], deadline: float | None, what: str) -> None:
+    def _until_landed(self, flights: Sequence[Flight], deadline: Deadline, what: str) -> None:
         waiting = list(flights)
 
         def missing() -> int:
@@ -278,7 +280,7 @@ class BlockDevice(Described):
 
         self._until(missing, deadline, what)
 
-    def _until_room(self, length: int, deadline: float | None) -> None:
+    def _until_room(self, length: int, deadline: Deadline) -> None:
         """For a request of so many bytes, and by then for more, so that the backend always has something to do."""
         flights = self._session.flights
 
@@ -287,12 +289,12 @@ class BlockDevice(Described):
 
         self._until(missing, deadline, "room in the ring")
 
-    def _until(self, missing: Callable[[], int], deadline: float | None, what: str) -> None:
+    def _until(self, missing: Callable[[], int], deadline: Deadline, what: str) -> None:
         """Show what was put, and take in responses until nothing is missing; one thread sleeps, the others wait for it.
 
         Args:
             missing: at least so many responses are needed yet.
-            deadline: by time.monotonic().
+            deadline: for all of it.
             what: is waited for.
         """
         self._session.show()
@@ -300,8 +302,8 @@ class BlockDevice(Described):
             if not (count := self._collect(missing)):
                 return
             self._session.check_open()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = deadline.remaining
+            if left == 0:
                 raise TimedOut(f"{self!r} has waited in vain for {what}; wait again")
             if not self._asleep:
                 self._sleep(left, 1 if self._others else count)
@@ -321,9 +323,8 @@ class BlockDevice(Described):
                 self._changed.notify_all()
             if not (count := missing()):
                 return 0
-            now = time.monotonic()
-            until = until or now + _LOOK
-            if session.failed is not None or now >= until:
+            until = until or now() + _LOOK
+            if session.failed is not None or now() >= until:
                 return count
 
     def _sleep(self, left: float | None, more: int) -> None:
@@ -357,7 +358,3 @@ class BlockDevice(Described):
         while self._asleep and self._session.link is not None:
             self._session.link.wake()
             self._changed.wait()
-
-
-def _after(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import time
 from typing import TYPE_CHECKING
 
 from gntalloc.atomics import atomics
@@ -19,6 +18,7 @@ from gntalloc.frontend.xenbus import State, StepRefused
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gntalloc.clock import Deadline
     from gntalloc.frontend.nodes import Device
     from gntalloc.frontend.xenbus import End
     from gntalloc.guest.domain import Domain
@@ -28,7 +28,7 @@ __all__ = ["Link", "part", "recover"]
 _GONE = (State.UNKNOWN, State.CLOSING, State.CLOSED)
 
 
-def recover(end: End, deadline: float) -> None:
+def recover(end: End, deadline: Deadline) -> None:
     """Bring both ends to the beginning, whatever a predecessor left; until the backend waits for this frontend.
 
     Raises:
@@ -37,12 +37,12 @@ def recover(end: End, deadline: float) -> None:
     """
     if end.state not in {State.INITIALISING, State.CLOSED}:
         end.go(State.CLOSING)
-        end.wait({State.CLOSING, State.CLOSED, State.INIT_WAIT, State.INITIALISING}, _left(deadline))
+        end.wait({State.CLOSING, State.CLOSED, State.INIT_WAIT, State.INITIALISING}, deadline.remaining)
         end.go(State.CLOSED)
     if end.state == State.CLOSED and end.peer not in {State.INITIALISING, State.INIT_WAIT}:
-        end.wait({State.CLOSED}, _left(deadline))
+        end.wait({State.CLOSED}, deadline.remaining)
     end.go(State.INITIALISING)
-    end.wait({State.INIT_WAIT}, _left(deadline))
+    end.wait({State.INIT_WAIT}, deadline.remaining)
 
 
 def part(end: End, timeout: float, *, alone: bool = False) -> None:
@@ -73,7 +73,7 @@ class Link:
         end: recovered.
         entry: bytes of a slot.
         nodes: what else to publish, beside ring-ref and event-channel.
-        deadline: until when to wait, by time.monotonic().
+        deadline: for the backend to get there.
 
     Raises:
         PeerClosed: the backend does not want it; the text says why, if it does.
@@ -85,7 +85,7 @@ class Link:
     """
 
     def __init__(
-        self, domain: Domain, device: Device, end: End, entry: int, nodes: Mapping[str, str], deadline: float
+        self, domain: Domain, device: Device, end: End, entry: int, nodes: Mapping[str, str], deadline: Deadline
     ) -> None:
         self._end = end
         self._masked = False
@@ -99,7 +99,7 @@ class Link:
             where = {"ring-ref": str(self._pages.refs[0]), "event-channel": str(self._port.number)}
             try:
                 end.go(State.INITIALISED, {**where, **nodes})
-                end.wait({State.CONNECTED}, _left(deadline), unless=_GONE)
+                end.wait({State.CONNECTED}, deadline.remaining, unless=_GONE)
                 self._watch = undo.enter_context(domain.store.watch(f"{end.other}/state"))
                 self._released = self._released_descriptor()
             except BaseException:
@@ -190,7 +190,3 @@ class Link:
         return PeerDied(
             f"the backend {self._end.other} has let go of the ring without closing: it died; start it, and reconnect"
         )
-
-
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, DeviceError, GntallocError, PeerBroke, PeerDied
 from gntalloc.frontend.blkif import ENTRY, INFO_READ_ONLY, NOT_SUPPORTED, PROTOCOL, SECTOR, SEGMENTS, Operation
 from gntalloc.frontend.link import Link, part, recover
@@ -211,7 +211,7 @@ class Session:
 
     def _connect(self, timeout: float) -> Link:
         """From wherever both ends are to state 4. The link that was is gone already."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         nodes = {"protocol": PROTOCOL, "feature-persistent": "1"}
         with contextlib.ExitStack() as undo:
             try:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, PeerClosed, TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode, StoreError
 
@@ -178,7 +178,7 @@ class End:
             TimedOut: it was not; the text says where it is, and what it complains of.
             PeerClosed: it went to one of `unless`.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         with self.store.watch(f"{self.other}/state") as watch:
             while True:
                 state = self.peer
@@ -188,13 +188,12 @@ class End:
                 told = f"{self.other} {where}, where {' or '.join(map(str, wanted))} was waited for"
                 if state in unless:
                     raise PeerClosed(f"{told}{self._complaint()}")
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
+                if deadline.expired:
                     raise TimedOut(
                         f"{told} for {timeout} s{self._complaint()}; see that something serves it, or wait longer"
                     )
                 with contextlib.suppress(TimedOut):
-                    watch.wait(left)
+                    watch.wait(deadline.remaining)
 
     def read(self, name: str) -> str | None:
         """What the other end has published under a name; None: nothing, or not for this domain."""

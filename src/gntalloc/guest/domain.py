@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
+from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, MachineGone, NoMachine, TimedOut
 from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
 from gntalloc.guest.devices.machine import MachineDevices
@@ -254,12 +255,12 @@ class Domain:
         self, file: DeviceFile, index: int, count: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
     ) -> Mapping:
         """Try again until the granter is ready: the first try ended in `refusal`."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         nap = 0.0005
         while True:
             if refusal.errno != errno.EAGAIN:
                 raise refusal
-            if time.monotonic() >= deadline:
+            if deadline.expired:
                 raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)

@@ -22,7 +22,6 @@ import errno
 import os
 import select
 import threading
-import time
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -36,6 +35,7 @@ from gntalloc.abi.evtchn import (
     BindUnboundPort,
     Notify,
 )
+from gntalloc.clock import Deadline
 from gntalloc.errors import Busy, Closed, DeviceError, EventsLost, TimedOut
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Port:
             Closed: the port was closed.
             MachineGone: nobody will send events any more.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         if not self._waiting.acquire(blocking=False):
             raise Busy(f"{self!r} cannot be waited on: another thread does; one waiter a port")
         try:
@@ -132,8 +132,7 @@ class Port:
             if self._bell < 0 and not self._closed:  # before it is looked whether the port is closed
                 self._bell = os.eventfd(0, os.EFD_CLOEXEC)
             while not self._take():
-                left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-                if not self._sleep(left):
+                if not self._sleep(deadline.milliseconds):
                     raise TimedOut(f"no event came to {self!r} within {timeout} s; wait again")
         finally:
             self._waiting.release()

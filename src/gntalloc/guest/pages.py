@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import time
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -17,6 +16,7 @@ from gntalloc.abi.gntalloc import (
     UnmapNotify,
 )
 from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
+from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, MachineGone, TimedOut, ViewsStillExported
 from gntalloc.maps import PAGE_SIZE
 
@@ -171,13 +171,12 @@ class SharedPages(_Pages):
             NotKnownHere: on real Xen.
             MachineGone: the machine ended, and nobody counts any more.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while (released := self.released_descriptor()) is not None:
             try:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 poll = select.poll()
                 poll.register(released, select.POLLIN)
-                ended = poll.poll(None if left is None else left * 1000)
+                ended = poll.poll(deadline.milliseconds)
             finally:
                 os.close(released)
             if not ended:

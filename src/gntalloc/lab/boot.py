@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gntalloc.clock import Deadline
 from gntalloc.lab import machine_tools
 from gntalloc.lab.errors import LabError, explain
 from gntalloc.lab.images import Images
@@ -66,7 +66,7 @@ class Lab:
         for guest in guests:
             if guest not in GUESTS:
                 raise LabError(explain(f"boot a guest {guest!r}", "there is no such kind", "Take pv or pvh"))
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         folder = tempfile.TemporaryDirectory(prefix="gntalloc-lab-")
         qemu = Qemu(
             self.emulator,
@@ -152,12 +152,12 @@ class Lab:
 
         The other arguments are those of `run`; the order of the outcomes is that of `run_pair`.
         """
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         guests = [domain for domain in commands if domain != "dom0"]
         with self.boot(guests, files=files, timeout=timeout, memory=memory) as session:
             return session.run_together(
                 commands,
                 fetch=dict.fromkeys(commands, fetch),
-                timeout=deadline - time.monotonic(),
+                timeout=deadline.within(timeout),
                 on_output=on_output,
             )

@@ -6,11 +6,11 @@ import math
 import os
 import select
 import stat
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from gntalloc.clock import Deadline, now
 from gntalloc.lab.errors import Crashed, LabError, LabTimedOut, explain
 from gntalloc.lab.inside.messages import CHUNK, Message, StreamDecoder, to_stream
 from gntalloc.lab.payload import files_below
@@ -67,7 +67,7 @@ class _Job:
     on_output: OnOutput
     terminal: Terminal | None = None
     size: tuple[int, int] = (0, 0)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=now)
     streams: dict[int, bytearray] = field(default_factory=lambda: {1: bytearray(), 2: bytearray()})
     files: dict[str, bytearray] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Session:
 
     # Domains
 
-    def wait_up(self, domain: str, deadline: float) -> None:
+    def wait_up(self, domain: str, deadline: Deadline) -> None:
         """Wait until a domain's agent has reported."""
         self._pump(f"boot {domain}", lambda: domain in self._up, deadline, [domain])
 
@@ -146,7 +146,7 @@ class Session:
         Raises:
             LabError: A pattern fits no file.
         """
-        job = self._fetch(patterns, domain, time.monotonic() + timeout)
+        job = self._fetch(patterns, domain, Deadline(timeout))
         del self._jobs[job.number]
         if job.missing:
             raise LabError(
@@ -207,7 +207,7 @@ class Session:
         The outcomes come in the order in which the commands ended. Of two commands, each finds the
         other's domain in its environment, as PEER_DOMID.
         """
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         jobs = {}
         for domain, command in commands.items():
             peers = [str(self.domid(other)) for other in commands if other != domain]
@@ -268,7 +268,7 @@ class Session:
                 self._send({"to": domain, "do": "put", "path": name, "mode": mode, "first": first}, data)
                 first = False
 
-    def _fetch(self, patterns: Sequence[str], domain: str, deadline: float) -> _Job:
+    def _fetch(self, patterns: Sequence[str], domain: str, deadline: Deadline) -> _Job:
         job = self._new_job(domain, _ignore)
         self._send({"to": domain, "do": "get", "id": job.number, "paths": list(patterns)})
         self._pump(f"fetch files from {domain}", lambda: job.status is not None, deadline, [domain])
@@ -301,14 +301,13 @@ class Session:
         except OSError:
             raise self._crashed("talk to the lab") from None
 
-    def _pump(self, asked: str, done: Callable[[], bool], deadline: float, domains: list[str]) -> None:
+    def _pump(self, asked: str, done: Callable[[], bool], deadline: Deadline, domains: list[str]) -> None:
         """Take in what the lab sends until `done`, the deadline, or the end of a domain that is needed."""
         while not done():
             for domain in domains:
                 if domain in self._lost:
                     raise self._guest_crashed(asked, domain)
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if deadline.expired:
                 raise self._timed_out(asked, domains)
             typing = {
                 job.terminal.descriptor: job
@@ -316,7 +315,7 @@ class Session:
                 if job.terminal is not None and job.status is None
             }
             agent = self._qemu.socket.fileno()
-            ready, _, _ = select.select([agent, *typing], [], [], min(left, 1.0))
+            ready, _, _ = select.select([agent, *typing], [], [], deadline.within(1.0))
             if agent in ready:
                 data = self._qemu.socket.recv(_READ)
                 if not data:
@@ -359,7 +358,7 @@ class Session:
                 job = self._jobs[head["id"]]
                 job.status = head.get("status", 0)
                 job.missing = head.get("missing", [])
-                job.ended = time.monotonic()
+                job.ended = now()
 
     def _crashed(self, asked: str) -> Crashed:
         return Crashed(

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gntalloc import wire
+from gntalloc import clock, wire
 from gntalloc.machine import foreign
 
 if TYPE_CHECKING:
@@ -213,4 +212,4 @@ class Channel:
         if not self._outbox and (self.inbox or not self._decoder.in_the_middle):
             self._stalled_since = None
         elif self._stalled_since is None:
-            self._stalled_since = time.monotonic()
+            self._stalled_since = clock.now()

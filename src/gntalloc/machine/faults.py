@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import heapq
-import time
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc import clock
 from gntalloc.errors import GntallocError
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ class Faults:
 
     def patience(self) -> float | None:
         """Seconds until the next late event is due. None: none is late."""
-        return max(0.0, self.late[0].due - time.monotonic()) if self.late else None
+        return max(0.0, self.late[0].due - clock.now()) if self.late else None
 
     def serve(self) -> None:
         """Deliver what is due."""
-        now = time.monotonic()
+        now = clock.now()
         while self.late and self.late[0].due <= now:
             self._deliver(heapq.heappop(self.late))
 
@@ -143,7 +143,7 @@ class Faults:
                 ports.deliver(at, port)
                 return
             self._on_the_way.add(port)
-            heapq.heappush(self.late, _Late(time.monotonic() + delay, next(self._numbers), ports, at, port))
+            heapq.heappush(self.late, _Late(clock.now() + delay, next(self._numbers), ports, at, port))
 
         return postpone
 

@@ -14,11 +14,10 @@ import os
 import select
 import socket
 import struct
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gntalloc import wire
+from gntalloc import clock, wire
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.machine.connection import Connection
@@ -347,7 +346,7 @@ class Server:
             self.stopping = True
 
     def _drop_the_stalled(self) -> None:
-        now = time.monotonic()
+        now = clock.now()
         for channel in [channel for channel in self._slow if channel.stalled(now)]:
             self.drop(channel, "it left a message half sent, or a reply unread, for too long")
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.calls.serving import MMAP
 from gntalloc.calls.threads import leader_of
+from gntalloc.clock import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,8 +92,8 @@ class Swaps:
         self._away.add((inode, place.handle))
         self._listener.go_on(call)
         self._unfinished[process] = _Unfinished(call, inode, offset, before, placed)
-        deadline = time.monotonic() + _PATIENCE
-        while not self._see(process, call.thread, left=False) and time.monotonic() < deadline:
+        deadline = Deadline(_PATIENCE)
+        while not self._see(process, call.thread, left=False) and not deadline.expired:
             time.sleep(0.0002)  # nobody tells
 
     def find(self, thread: int, descriptor: int, inode: int) -> int | None:

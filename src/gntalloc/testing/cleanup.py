@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from gntalloc.clock import now
 from gntalloc.errors import MachineGone
 
 if TYPE_CHECKING:
@@ -113,12 +114,12 @@ def assert_cleaned_up(machine: Machine | None, before: Snapshot) -> None:
         AssertionError: something is; the text says what was left behind, and by whom.
     """
     __tracebackhide__ = True  # for pytest: the text says it all
-    begin = time.monotonic()
+    begin = now()
     while True:
         left = list(_differences(before, Snapshot.of(machine)))
         if not left:
             return
-        if time.monotonic() > begin + _patience(left):
+        if now() > begin + _patience(left):
             raise AssertionError("not everything was given back:\n  " + "\n  ".join(each.what for each in left))
         gc.collect()  # an exception that was caught may keep what is in its frames
         time.sleep(_NAP)

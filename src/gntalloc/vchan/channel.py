@@ -19,6 +19,7 @@ import errno
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import (
     Busy,
     GntallocError,
@@ -34,7 +35,7 @@ from gntalloc.vchan.extension import FINISHED
 from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 from gntalloc.vchan.lending import Lending
 from gntalloc.vchan.ring import HEADER
-from gntalloc.vchan.waiting import Turn, bytes_of, deadline_of, queue_up
+from gntalloc.vchan.waiting import Turn, bytes_of, queue_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,10 +129,10 @@ class Channel(Lending):
             raise ValueError(f"{size} bytes cannot be read")
         reading = self._reading
         if not reading.acquire(False):
-            queue_up(reading, timeout)
+            timeout = queue_up(reading, timeout)
         try:
             ring = self._in
-            if not (ring.ready or self._await_bytes(1, deadline_of(timeout))) or size == 0:
+            if not (ring.ready or self._await_bytes(1, Deadline(timeout))) or size == 0:
                 return b""
             ready = ring.ready if size is not None and ring.ready >= size else self._end.look(ring.refresh)
             data = ring.take(ready if size is None else min(size, ready))
@@ -153,10 +154,10 @@ class Channel(Lending):
         size = len(view)
         reading = self._reading
         if not reading.acquire(False):
-            queue_up(reading, timeout)
+            timeout = queue_up(reading, timeout)
         try:
             ring = self._in
-            if not (ring.ready or self._await_bytes(1, deadline_of(timeout))) or not size:
+            if not (ring.ready or self._await_bytes(1, Deadline(timeout))) or not size:
                 return 0
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
             done = min(piece, ring.ready, size)
@@ -184,7 +185,7 @@ class Channel(Lending):
         view = bytes_of(data)
         writing = self._writing
         if not writing.acquire(False):
-            queue_up(writing, timeout)
+            timeout = queue_up(writing, timeout)
         try:
             ring = self._out
             piece = max(_SMALLEST_PIECE, ring.size // _PIECES)
@@ -192,12 +193,12 @@ class Channel(Lending):
             if 0 < len(view) <= min(ring.room, piece) and self._flags[0] & self._live == self._connected:
                 ring.put(view)
             else:
-                self._write_in_pieces(view, piece, deadline_of(timeout))
+                self._write_in_pieces(view, piece, Deadline(timeout))
         finally:
             writing.release()
         self._has_written()
 
-    def _write_in_pieces(self, view: memoryview, piece: int, deadline: float | None) -> None:
+    def _write_in_pieces(self, view: memoryview, piece: int, deadline: Deadline) -> None:
         ring, size = self._out, len(view)
         done = 0
         try:
@@ -228,11 +229,11 @@ class Channel(Lending):
         length = len(message)
         writing = self._writing
         if not writing.acquire(False):
-            queue_up(writing, timeout)
+            timeout = queue_up(writing, timeout)
         try:
             ring = self._out
             if ring.room < length + HEADER:
-                self._await_room(length + HEADER, deadline_of(timeout))
+                self._await_room(length + HEADER, Deadline(timeout))
             ring.put_message(message, length)
         finally:
             writing.release()
@@ -253,11 +254,11 @@ class Channel(Lending):
         """
         reading = self._reading
         if not reading.acquire(False):
-            queue_up(reading, timeout)
+            timeout = queue_up(reading, timeout)
         try:
             message = self._in.take_message()
             if message is None:
-                deadline = deadline_of(timeout)
+                deadline = Deadline(timeout)
                 while message is None:
                     self._await_more(deadline)
                     message = self._in.take_message()
@@ -281,9 +282,9 @@ class Channel(Lending):
         view = bytes_of(buffer)
         reading = self._reading
         if not reading.acquire(False):
-            queue_up(reading, timeout)
+            timeout = queue_up(reading, timeout)
         try:
-            length = self._await_message(deadline_of(timeout))
+            length = self._await_message(Deadline(timeout))
             if length > len(view):
                 why = f"the message is {length} bytes long, and the buffer {len(view)}; take a larger one"
                 raise GntallocError(errno.EMSGSIZE, why)

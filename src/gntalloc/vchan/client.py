@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import time
 from typing import TYPE_CHECKING
 
 from gntalloc.atomics import atomics
+from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
@@ -47,7 +47,7 @@ def connect(
     domid = domain.domid
     if peer == domid:
         raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = Deadline(timeout)
     nodes = Nodes(lambda: store or domain.store, full_path(path, peer, domid, only_ours=extensions is True))
     reason: object = ""
     for address in nodes.attempts(deadline):

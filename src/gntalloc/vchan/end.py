@@ -11,9 +11,9 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from gntalloc.clock import now
 from gntalloc.errors import Closed, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone, TimedOut
 from gntalloc.vchan.extension import CLI_STATE, FINISHED, GOODBYE, SRV_STATE
 from gntalloc.vchan.layout import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.atomics import Atomics
+    from gntalloc.clock import Deadline
     from gntalloc.vchan.bells import Bells
     from gntalloc.vchan.pages import ChannelPages
 
@@ -123,7 +124,7 @@ class End:
         self._left = False  # the peer was told that this end goes
         self._owner = os.getpid()
 
-    def await_peer(self, deadline: float | None) -> None:
+    def await_peer(self, deadline: Deadline) -> None:
         """Until a server has its client, and both know what the other is."""
         while self._join is not None:
             seen = self.bells.news
@@ -138,8 +139,8 @@ class End:
                             self._join = None
                 return
             self.check_open()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = deadline.remaining
+            if left == 0:
                 raise TimedOut(f"{self} still has nobody at the other end; wait again")
             self.bells.sleep(seen, left)
 
@@ -149,7 +150,7 @@ class End:
         refresh: Callable[[], int],
         count: int,
         over: Callable[[], bool],
-        deadline: float | None,
+        deadline: Deadline,
         what: str,
     ) -> bool:
         """Until there are so many. False: it is `over`, and there are not.
@@ -161,7 +162,7 @@ class End:
             refresh: looks at the page, and says how many there are. If the peer lies there, that is the end.
             count: wanted.
             over: whether that will not change any more.
-            deadline: None waits for ever.
+            deadline: for all of it.
             what: is waited for, for the TimedOut.
         """
         bells = self.bells
@@ -178,8 +179,8 @@ class End:
                         return refresh() >= count
                     if self.closing or self._broken is not None:
                         self.check_open()
-                    left = None
-                    if deadline is not None and (left := deadline - time.monotonic()) <= 0:
+                    left = deadline.remaining
+                    if left == 0:
                         raise TimedOut(f"{self} has waited in vain for {what}; wait again")
                     bells.sleep(seen, left)
                     if refresh() >= count:
@@ -191,13 +192,11 @@ class End:
             raise self.give_up(broken) from None
 
     def _look_a_while(
-        self, refresh: Callable[[], int], count: int, over: Callable[[], bool], deadline: float | None
+        self, refresh: Callable[[], int], count: int, over: Callable[[], bool], deadline: Deadline
     ) -> bool:
         """Whether there were enough before `spin` had passed."""
-        until = time.monotonic() + self.spin
-        if deadline is not None:
-            until = min(until, deadline)
-        while time.monotonic() < until:
+        until = now() + deadline.within(self.spin)
+        while now() < until:
             for _ in range(_LOOKS):
                 if refresh() >= count:
                     return True

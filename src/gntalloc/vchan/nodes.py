@@ -13,7 +13,6 @@ Sources: libxenvchan's init.c, as it behaves; docs/misc/xenstore-paths of Xen fo
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gntalloc.errors import TimedOut
@@ -22,6 +21,8 @@ from gntalloc.xenstore.errors import Denied, NoNode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
+
+    from gntalloc.clock import Deadline
 
 __all__ = ["LONGEST", "Address", "Nodes", "Tree", "full_path"]
 
@@ -121,7 +122,7 @@ class Nodes:
         address = Address(int(before), int(port))
         return address if all(address) else None  # the C library takes no zeros either
 
-    def attempts(self, deadline: float | None) -> Iterable[Address]:
+    def attempts(self, deadline: Deadline) -> Iterable[Address]:
         """Each time that there may be a server, where it waits. Ends with the deadline; that may be past already.
 
         Raises:
@@ -130,12 +131,11 @@ class Nodes:
         found = self.read()
         if found:
             yield found
-        if deadline is None or time.monotonic() < deadline:
+        if not deadline.expired:
             with self._store.watch(self._port) as watch:
-                while deadline is None or time.monotonic() < deadline:
-                    left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, deadline - time.monotonic())
+                while not deadline.expired:
                     with contextlib.suppress(TimedOut):
-                        watch.wait(max(0.0, left))
+                        watch.wait(deadline.within(_LOOK_AGAIN))
                     address = self.read()
                     if address:
                         found = address

@@ -10,10 +10,10 @@ import contextlib
 import os
 import struct
 import threading
-import time
 from typing import TYPE_CHECKING, Self
 
 from gntalloc.atomics import atomics
+from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
@@ -102,14 +102,14 @@ class Listener:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does: accept
                 again.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._accepting.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+        deadline = Deadline(timeout)
+        if not deadline.acquire(self._accepting):
             raise TimedOut(f"another thread accepts at {self.path}, and had nobody within {timeout} s")
         try:
             while True:
                 channel = self.offer()
                 try:
-                    channel.wait_connected(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    channel.wait_connected(deadline.remaining)
                 except PeerBroke:  # or a libxenvchan where none is wanted: it is no client
                     channel.close()
                     continue

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 import threading
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import Busy, Closed, GntallocError, PeerBroke, TimedOut
 from gntalloc.vchan.end import flag_word
 from gntalloc.vchan.layout import CONNECTED, NOTIFY_READ, NOTIFY_WRITE
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gntalloc.vchan.end import End
 
-__all__ = ["Lent", "Turn", "Waiting", "bytes_of", "deadline_of", "queue_up"]
+__all__ = ["Lent", "Turn", "Waiting", "bytes_of", "queue_up"]
 
 
 class Lent(NamedTuple):
@@ -63,7 +63,7 @@ class Waiting:
             self._end.check_open()
             raise
 
-    def _await_bytes(self, count: int, deadline: float | None) -> bool:
+    def _await_bytes(self, count: int, deadline: Deadline) -> bool:
         """Until so many can be read. False: there will not be."""
         self._end.check_open()
         if self._peeked is not None:
@@ -80,7 +80,7 @@ class Waiting:
             raise self._end.gone()
         return False
 
-    def _await_message(self, deadline: float | None) -> int:
+    def _await_message(self, deadline: Deadline) -> int:
         """Until there is a whole message. How long it is."""
         try:
             while (length := self._in.message_length()) is None:
@@ -89,7 +89,7 @@ class Waiting:
             raise self._end.give_up(broken) from None
         return length
 
-    def _await_more(self, deadline: float | None) -> None:
+    def _await_more(self, deadline: Deadline) -> None:
         """Until there is more of a message that is not all there."""
         end, ring = self._end, self._in
         end.check_open()
@@ -102,7 +102,7 @@ class Waiting:
                 raise end.give_up(PeerBroke("the peer closed in the middle of a message"))
             raise end.gone()
 
-    def _await_room(self, count: int, deadline: float | None) -> None:
+    def _await_room(self, count: int, deadline: Deadline) -> None:
         """Until so many bytes can be written."""
         self._end.check_open()
         if self._reserved is not None:
@@ -161,7 +161,7 @@ class Turn:
     __slots__ = ("_lock", "deadline")
 
     def __init__(self, lock: threading.Lock, timeout: float | None) -> None:
-        self.deadline = deadline_of(timeout)
+        self.deadline = Deadline(timeout)
         self._lock = lock
         if not lock.acquire(blocking=False):
             queue_up(lock, timeout)
@@ -173,19 +173,16 @@ class Turn:
         self._lock.release()
 
 
-def queue_up(lock: threading.Lock, timeout: float | None) -> None:
-    """Wait for a lock that another thread has.
+def queue_up(lock: threading.Lock, timeout: float | None) -> float | None:
+    """Wait for a lock that another thread has. How much of the timeout is left.
 
     Raises:
         TimedOut: it kept it.
     """
-    if not lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+    deadline = Deadline(timeout)
+    if not deadline.acquire(lock):
         raise TimedOut(f"another thread has used this direction of the channel for {timeout} s; wait longer")
-
-
-def deadline_of(timeout: float | None) -> float | None:
-    """The time by time.monotonic(); None: never."""
-    return None if timeout is None else time.monotonic() + timeout
+    return deadline.remaining
 
 
 def bytes_of(data: Any) -> memoryview:

@@ -16,12 +16,12 @@ import errno
 import os
 import socket
 import stat
-import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import NoMachine, PeerBroke, TimedOut
 from gntalloc.xenstore import wire
-from gntalloc.xenstore.connection import Connection, deadline_after
+from gntalloc.xenstore.connection import Connection
 from gntalloc.xenstore.errors import Conflict, NoNode, StoreError, error_for
 from gntalloc.xenstore.path import ABSOLUTE_MAX, Permission, problem
 from gntalloc.xenstore.watch import Watch
@@ -128,7 +128,7 @@ class _Tree:
         if len(body) > wire.PAYLOAD_MAX:
             room = f"path and value are {len(body)} bytes together; {wire.PAYLOAD_MAX} are allowed"
             raise error_for(errno.E2BIG, operation, path, room)
-        deadline = deadline_after(self._timeout)
+        deadline = Deadline(self._timeout)
         answer = self._connection.request(kind, body, tx_id=self._tx_id, deadline=deadline)
         if answer.type == Type.ERROR:
             code = wire.error_code(answer.body)
@@ -202,7 +202,7 @@ class Store(_Tree):
         Raises:
             TimedOut: every attempt met a conflict.
         """
-        deadline = deadline_after(self._timeout if timeout is None else timeout)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
         attempts = 0
         while True:
             attempts += 1
@@ -210,7 +210,7 @@ class Store(_Tree):
                 with self.transaction() as transaction:
                     return work(transaction)
             except Conflict as conflict:
-                if deadline is not None and time.monotonic() >= deadline:
+                if deadline.expired:
                     raise TimedOut(f"{attempts} attempts at a transaction met a conflict; try later") from conflict
 
     @property

@@ -21,7 +21,6 @@ import errno
 import os
 import select
 import threading
-import time
 import warnings
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -32,7 +31,9 @@ from gntalloc.xenstore.wire import Message, Type
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Connection", "Watcher", "deadline_after"]
+    from gntalloc.clock import Deadline
+
+__all__ = ["Connection", "Watcher"]
 
 Found = TypeVar("Found")
 
@@ -48,15 +49,6 @@ class Watcher(Protocol):
 
     def end(self) -> None:
         """This end closed the connection."""
-
-
-def deadline_after(timeout: float | None) -> float | None:
-    """The moment, on the monotonic clock, `timeout` seconds from now. None is never."""
-    return None if timeout is None else time.monotonic() + timeout
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 class Connection:
@@ -84,7 +76,7 @@ class Connection:
         self._last_id = 0
         self._failure: GntallocError | None = None  # why this connection is of no use any more
 
-    def request(self, kind: Type, body: bytes, *, tx_id: int = 0, deadline: float | None = None) -> Message:
+    def request(self, kind: Type, body: bytes, *, deadline: Deadline, tx_id: int = 0) -> Message:
         """Send a request and wait for its answer, which may be an ERROR.
 
         Raises:
@@ -95,8 +87,7 @@ class Connection:
         """
         self._check_process()
         busy = f"{self.name} has not answered in time, neither {kind.name} nor what came before; try again"
-        left = _left(deadline)
-        if not self._asking.acquire(timeout=-1 if left is None else left):
+        if not deadline.acquire(self._asking):
             raise TimedOut(busy)
         try:
             if not self.wait(lambda: True if self._awaited is None else None, deadline):
@@ -115,7 +106,7 @@ class Connection:
             raise TimedOut(f"{self.name} has not answered {kind.name} in time; try again")
         return answer
 
-    def wait(self, look: Callable[[], Found | None], deadline: float | None) -> Found | None:
+    def wait(self, look: Callable[[], Found | None], deadline: Deadline) -> Found | None:
         """Read, or let another thread read, until `look()` finds something; None if the deadline comes first.
 
         `look` is called with the lock held. Even with a deadline in the past, what has arrived is read.
@@ -127,7 +118,7 @@ class Connection:
                 if (found := look()) is not None:
                     return found
                 self._check_alive()
-                left = _left(deadline)
+                left = deadline.remaining
                 if tried and left == 0:
                     return None
                 tried = True
@@ -210,7 +201,7 @@ class Connection:
         self._last_id = self._last_id % 0xFFFFFFFF + 1  # 1 to 2**32 - 1: 0 is the kernel's
         return self._last_id
 
-    def _write(self, data: bytes, deadline: float | None) -> int:
+    def _write(self, data: bytes, deadline: Deadline) -> int:
         """Write the awaited request. Returns 0, or the errno with which the device refused it."""
         cut_off = MachineGone(f"{self.name}: a request was cut off in the middle; open the store again and watch anew")
         sent = 0
@@ -232,12 +223,12 @@ class Connection:
             raise
         return 0
 
-    def _write_some(self, data: bytes, deadline: float | None) -> int:
+    def _write_some(self, data: bytes, deadline: Deadline) -> int:
         while True:
             try:
                 return os.write(self.fd, data)
             except BlockingIOError:
-                if not self._poll(select.POLLOUT, _left(deadline)):
+                if not self._poll(select.POLLOUT, deadline.remaining):
                     with self.changed:
                         self._check_alive()
                     raise TimedOut(f"{self.name} takes no requests; try again") from None

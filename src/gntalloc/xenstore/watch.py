@@ -11,9 +11,9 @@ import os
 import select
 from typing import TYPE_CHECKING, Self
 
+from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, TimedOut
 from gntalloc.xenstore import wire
-from gntalloc.xenstore.connection import deadline_after
 from gntalloc.xenstore.errors import error_for
 from gntalloc.xenstore.path import problem
 from gntalloc.xenstore.wire import Type
@@ -51,14 +51,14 @@ class Watch:
             Closed: the watch or its store was closed, by this or another thread.
             MachineGone: xenstored went away.
         """
-        path = self._connection.wait(self._take, deadline_after(timeout))
+        path = self._connection.wait(self._take, Deadline(timeout))
         if path is None:
             raise TimedOut(f"nothing changed at {self.path} within {timeout} seconds; wait again")
         return path
 
     def poll(self) -> str | None:
         """The path of a change that is here already, or None. For use after select."""
-        return self._connection.wait(self._take, deadline_after(0))
+        return self._connection.wait(self._take, Deadline(0))
 
     def fileno(self) -> int:
         """A descriptor that select and the like find readable when `poll` is worth calling.
@@ -100,7 +100,7 @@ class Watch:
 
     def _ask(self, kind: Type, operation: str) -> None:
         body = wire.join(self.path, self.token)
-        answer = self._connection.request(kind, body, deadline=deadline_after(self._timeout))
+        answer = self._connection.request(kind, body, deadline=Deadline(self._timeout))
         if answer.type == Type.ERROR:
             raise error_for(wire.error_code(answer.body), operation, self.path, problem(self.path, watch=True))
 

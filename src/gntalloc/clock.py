@@ -1,0 +1,59 @@
+"""Time: one clock, and one idiom for deadlines.
+
+    deadline = Deadline(timeout)                # seconds from now; None: never
+    while not there():
+        if deadline.expired:
+            raise TimedOut(...)
+        poll.poll(deadline.milliseconds)
+
+Tools that stop the time of a test (freezegun, time-machine) put their own functions in the place of `time.monotonic`
+and the like, in every module. A wait that asks them never ends. The clock here is asked by its number, which they leave
+alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from time import CLOCK_MONOTONIC, clock_gettime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+__all__ = ["Deadline", "now"]
+
+now: Callable[[], float] = partial(clock_gettime, CLOCK_MONOTONIC)
+"""Seconds since some moment. The machine and its programs, on one computer, agree on it."""
+
+
+class Deadline:
+    """A moment, `timeout` seconds from now, that a call does not wait beyond. None: it may wait for ever."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, timeout: float | None) -> None:
+        self._at = None if timeout is None else now() + timeout
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds; 0 once it has passed, and never less. None: no end."""
+        return None if self._at is None else max(0.0, self._at - now())
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The same, as poll(2) wants it."""
+        return None if self._at is None else max(0.0, self._at - now()) * 1000
+
+    @property
+    def expired(self) -> bool:
+        """Whether it has passed."""
+        return self._at is not None and now() >= self._at
+
+    def within(self, most: float) -> float:
+        """What remains, and `most` seconds at most."""
+        return most if self._at is None else max(0.0, min(most, self._at - now()))
+
+    def acquire(self, lock: threading.Lock) -> bool:
+        """Wait for a lock. False: it was not free in time."""
+        return lock.acquire(timeout=-1 if self._at is None else max(0.0, self._at - now()))
