@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import sys
 import warnings
 import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
+from gntalloc import waits
 from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
@@ -166,7 +166,7 @@ class Machine:
 
 def start_machine(
     folder: str, settings: dict[str, Any], *, quiet: bool = False
-) -> tuple[subprocess.Popen[bytes], socket.socket]:
+) -> tuple[subprocess.Popen[bytes], waits.Socket]:
     """Start a machine's process in `folder`, which is there and empty. Gives it, and its control channel.
 
     Args:
@@ -177,7 +177,7 @@ def start_machine(
     import json  # only who starts a machine pays for these
     import subprocess
 
-    ours, theirs = socket.socketpair()
+    ours, theirs = waits.socketpair()
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     arguments = [package, str(theirs.fileno()), folder, json.dumps(settings)]
     with theirs:

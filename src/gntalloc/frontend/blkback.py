@@ -17,10 +17,10 @@ import contextlib
 import ctypes
 import errno
 import os
-import select
 import stat
 from typing import TYPE_CHECKING, Self
 
+from gntalloc import waits
 from gntalloc.atomics import atomics
 from gntalloc.errors import DeviceError, EventsLost, GntallocError, PeerBroke
 from gntalloc.frontend.blkif import (
@@ -253,11 +253,11 @@ class Backend:
 
     def _work_until(self, *watches: int) -> bool:
         """Answer requests until the frontend's state may have changed. True: this backend is to stop."""
-        poll = select.poll()
+        poll = waits.poll()
         for number in (*watches, self._stop):
-            poll.register(number, select.POLLIN)
+            poll.register(number, waits.POLLIN)
         if self._ring is not None:
-            poll.register(self._port.fileno(), select.POLLIN)
+            poll.register(self._port.fileno(), waits.POLLIN)
         while True:
             more = False
             if self._ring is not None:

@@ -10,6 +10,7 @@ import os
 import select
 from typing import TYPE_CHECKING
 
+from gntalloc import waits
 from gntalloc.atomics import atomics
 from gntalloc.errors import EventsLost, GntallocError, NotKnownHere, PeerClosed, PeerDied
 from gntalloc.frontend.ring import Front
@@ -107,7 +108,7 @@ class Link:
                 raise
             if self._released >= 0:
                 undo.callback(os.close, self._released)
-            self._poll = undo.enter_context(select.epoll())
+            self._poll = undo.enter_context(waits.epoll())
             for number in (self._port.fileno(), self._watch.fileno(), self._bell, self._released):
                 if number >= 0:
                     self._poll.register(number, select.EPOLLIN)
@@ -120,7 +121,7 @@ class Link:
     def sleep(self, timeout: float | None) -> bool:
         """Until something may have happened; one thread at a time. Whether to ask for the `verdict`."""
         self._rearm()
-        ready = {number for number, _ in self._poll.poll(timeout)}
+        ready = {number for number, _ in waits.ready(self._poll, timeout)}
         if self._port.fileno() in ready:
             try:
                 self._masked = self._port.take()

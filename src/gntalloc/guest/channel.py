@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gntalloc import wire
+from gntalloc import waits, wire
 from gntalloc.errors import DeviceError, MachineGone, NoMachine
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Channel:
     `hears` is set, and else thrown away.
     """
 
-    def __init__(self, path: str, *, sock: socket.socket | None = None, hello: bool = True) -> None:
+    def __init__(self, path: str, *, sock: waits.Socket | None = None, hello: bool = True) -> None:
         self.path = path
         self.generation = 0
         self.lock = threading.RLock()
@@ -191,7 +191,7 @@ class Channel:
             return
         if self._once:
             raise MachineGone("the machine has ended, or this object was closed; start another machine")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = waits.Socket(socket.AF_UNIX, socket.SOCK_STREAM)
         _set_deadline(sock)
         try:
             sock.connect(self.path)
@@ -236,7 +236,8 @@ class Channel:
         self._number = (self._number + 1) & 0xFFFFFFFF
         message = wire.HEADER.pack(len(payload), kind, len(descriptors), self._number) + payload
         if descriptors:
-            sent = socket.send_fds(self._sock, [message], list(descriptors))
+            rights = (_SOCKET_LEVEL, _RIGHTS, array.array("i", descriptors))
+            sent = self._sock.sendmsg([message], [rights])
             self._sock.sendall(message[sent:])
         else:
             self._sock.sendall(message)
@@ -297,7 +298,7 @@ class Channel:
         self._unasked.clear()
 
 
-def _set_deadline(sock: socket.socket) -> None:
+def _set_deadline(sock: waits.Socket) -> None:
     # Not settimeout: that asks poll(2) before every call. When the time is over the call fails with EAGAIN.
     seconds, fraction = divmod(DEADLINE, 1)
     limit = _TIMEVAL.pack(int(seconds), int(fraction * 1_000_000))

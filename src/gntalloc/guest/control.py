@@ -9,7 +9,7 @@ from gntalloc.guest.channel import Channel
 from gntalloc.places import control_path
 
 if TYPE_CHECKING:
-    import socket
+    from gntalloc.waits import Socket
 
 __all__ = ["ControlClient"]
 
@@ -17,7 +17,7 @@ __all__ = ["ControlClient"]
 class ControlClient:
     """The control channel of the machine in `folder`, or at the other end of `sock`."""
 
-    def __init__(self, folder: str, *, sock: socket.socket | None = None) -> None:
+    def __init__(self, folder: str, *, sock: Socket | None = None) -> None:
         self._channel = Channel(control_path(folder), sock=sock, hello=False)
 
     def order(self, name: str, **arguments: int | None) -> Any:

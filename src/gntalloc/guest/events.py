@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import threading
 import warnings
 from typing import TYPE_CHECKING, Self
 
+from gntalloc import waits
 from gntalloc.abi.evtchn import (
     BIND_INTERDOMAIN,
     BIND_UNBOUND_PORT,
@@ -97,8 +97,8 @@ class Port:
         self._written = PORT.pack(number)
         self._masked = False
         self._waiting = threading.Lock()
-        self._poll = select.poll()  # of the file alone; used with the lock held
-        self._poll.register(file.fileno(), select.POLLIN)
+        self._poll = waits.poll()  # of the file alone; used with the lock held
+        self._poll.register(file.fileno(), waits.POLLIN)
         self._bell = -1  # an eventfd that wakes a waiter when the port is closed
         self._closed = False
 
@@ -200,9 +200,9 @@ class Port:
 
     def _sleep(self, milliseconds: float | None) -> bool:
         """Until there may be an event, or the port is closed. False: neither."""
-        poll = select.poll()
-        poll.register(self._file.fileno(), select.POLLIN)
-        poll.register(self._bell, select.POLLIN)
+        poll = waits.poll()
+        poll.register(self._file.fileno(), waits.POLLIN)
+        poll.register(self._bell, waits.POLLIN)
         return bool(poll.poll(milliseconds))
 
     def _take(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import select
 import warnings
 from typing import TYPE_CHECKING, Self
 
+from gntalloc import waits
 from gntalloc.abi.gntalloc import (
     DEALLOC_GREF,
     SET_UNMAP_NOTIFY,  # gntdev's is the same
@@ -174,8 +174,8 @@ class SharedPages(_Pages):
         deadline = Deadline(timeout)
         while (released := self.released_descriptor()) is not None:
             try:
-                poll = select.poll()
-                poll.register(released, select.POLLIN)
+                poll = waits.poll()
+                poll.register(released, waits.POLLIN)
                 ended = poll.poll(deadline.milliseconds)
             finally:
                 os.close(released)

@@ -12,12 +12,12 @@ All but the last are over when the block ends. They are done in the machine, so 
 from __future__ import annotations
 
 import os
-import select
 import signal
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from gntalloc import waits
 from gntalloc.errors import MachineGone, NoMachine, NotKnownHere, TimedOut
 from gntalloc.guest.control import ControlClient
 from gntalloc.testing.program import Program, ProgramFailed, last_words
@@ -136,8 +136,8 @@ def machine_dies(machine: Machine) -> None:
     process = os.pidfd_open(machine.pid)
     try:
         signal.pidfd_send_signal(process, signal.SIGKILL)
-        waiting = select.poll()
-        waiting.register(process, select.POLLIN)
+        waiting = waits.poll()
+        waiting.register(process, waits.POLLIN)
         waiting.poll()
     finally:
         os.close(process)

@@ -20,6 +20,7 @@ import threading
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from gntalloc import waits
 from gntalloc.errors import Closed
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ class Bells:
     def __init__(self, port: Port) -> None:
         self._port = port
         self._own = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._listening: socket.socket | None = None
-        self._direct: socket.socket | None = None
+        self._listening: waits.Socket | None = None
+        self._direct: waits.Socket | None = None
         self._direct_number = -1
         self._limit = 0  # microseconds that its recv waits
         self.hung_up = False  # the peer's process has closed its direct bell, or ended
-        self._epoll = select.epoll()
+        self._epoll = waits.epoll()
         self._epoll.register(self._own, select.EPOLLIN)
         self._epoll.register(port.fileno(), select.EPOLLIN)
         self._sleeping = threading.Lock()  # held by the thread that sleeps for all
@@ -92,8 +93,8 @@ class Bells:
                 direct.close()
         self._listening = None
 
-    def _socket(self) -> socket.socket | None:
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    def _socket(self) -> waits.Socket | None:
+        made = waits.Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             made.bind(b"")  # the kernel finds a name
         except OSError:
@@ -101,7 +102,7 @@ class Bells:
             return None
         return made
 
-    def _use(self, direct: socket.socket) -> None:
+    def _use(self, direct: waits.Socket) -> None:
         direct.setblocking(True)
         self._direct = direct
         self._direct_number = direct.fileno()
@@ -151,7 +152,7 @@ class Bells:
             self._sleep_no_more()  # and not just release: somebody may have begun to wait beside us meanwhile
         else:
             try:
-                if self._direct_number < 0 or left == 0:
+                if self._direct_number < 0 or left == 0 or waits.patched():
                     self._hear(left)
                 else:  # on the direct bell alone, in one system call: it also tells of the peer's end, as the port does
                     self._limit_to(left)
@@ -161,7 +162,7 @@ class Bells:
 
     def _hear(self, timeout: float | None) -> None:
         """Take what rings, or rings within `timeout` seconds. One thread at a time: who holds `_sleeping`."""
-        for descriptor, _ in self._epoll.poll(timeout):
+        for descriptor, _ in waits.ready(self._epoll, timeout):
             if descriptor == self._direct_number:
                 self._take_direct(socket.MSG_DONTWAIT)
             elif descriptor == self._own:

@@ -13,10 +13,10 @@ in the source.
 from __future__ import annotations
 
 import os
-import select
 import threading
 from typing import TYPE_CHECKING
 
+from gntalloc import waits
 from gntalloc.errors import Closed, GntallocError, PeerClosed, PeerGone, TimedOut
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: 
 
 def _wait_for(sender: _Sender, channel: Channel) -> None:
     """The peer writes no more, but may read: until all is sent, or the peer is gone."""
-    poll = select.poll()
-    poll.register(sender.done, select.POLLIN)
-    poll.register(channel.fileno(), select.POLLIN)
+    poll = waits.poll()
+    poll.register(sender.done, waits.POLLIN)
+    poll.register(channel.fileno(), waits.POLLIN)
     while channel.connected:
         for descriptor, _ in poll.poll():
             if descriptor == sender.done:
@@ -162,10 +162,10 @@ class _Sender:
     def _send(self) -> int | None:
         """How many bytes it was, at the end of the source; None: stopped, with nothing to send just then."""
         channel = self._channel
-        poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
+        poll = waits.poll()
+        poll.register(self._bell, waits.POLLIN)
         try:
-            poll.register(self._source, select.POLLIN)
+            poll.register(self._source, waits.POLLIN)
         except OSError as error:
             raise GntallocError(error.errno or 0, f"the source cannot be read: {error.strerror}") from error
         sent = 0

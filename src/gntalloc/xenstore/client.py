@@ -18,6 +18,7 @@ import socket
 import stat
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from gntalloc import waits
 from gntalloc.clock import Deadline
 from gntalloc.errors import NoMachine, PeerBroke, TimedOut
 from gntalloc.xenstore import wire
@@ -295,6 +296,6 @@ def _connect(path: str) -> int:
     """A descriptor connected to a Unix socket, or of an open device."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+    with waits.Socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
         connected.connect(path)
         return connected.detach()

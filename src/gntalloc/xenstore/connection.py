@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import threading
 import warnings
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from gntalloc import waits
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.wire import Message, Type
@@ -228,7 +228,7 @@ class Connection:
             try:
                 return os.write(self.fd, data)
             except BlockingIOError:
-                if not self._poll(select.POLLOUT, deadline.remaining):
+                if not self._poll(waits.POLLOUT, deadline.remaining):
                     with self.changed:
                         self._check_alive()
                     raise TimedOut(f"{self.name} takes no requests; try again") from None
@@ -240,7 +240,7 @@ class Connection:
 
     def _read(self, left: float | None) -> None:
         """Wait at most `left` seconds for something to read, and hand it out. Failures are kept."""
-        if not self._poll(select.POLLIN, left):
+        if not self._poll(waits.POLLIN, left):
             return
         try:
             data = os.read(self.fd, _READ_SIZE)
@@ -265,9 +265,9 @@ class Connection:
 
     def _poll(self, event: int, left: float | None) -> bool:
         """Whether the descriptor is ready; False at the deadline and while closing."""
-        poll = select.poll()
+        poll = waits.poll()
         poll.register(self.fd, event)
-        poll.register(self._wake, select.POLLIN)
+        poll.register(self._wake, waits.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if left is None else left * 1000)]
         return ready == [self.fd]
 

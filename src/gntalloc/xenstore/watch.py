@@ -11,6 +11,7 @@ import os
 import select
 from typing import TYPE_CHECKING, Self
 
+from gntalloc import waits
 from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, TimedOut
 from gntalloc.xenstore import wire
@@ -70,7 +71,7 @@ class Watch:
             self._check_open()
             if self._epoll is None:
                 self._bell = os.eventfd(bool(self._paths), os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._epoll = select.epoll()
+                self._epoll = waits.epoll()
                 self._epoll.register(self._bell, select.EPOLLIN)
                 self._epoll.register(self._connection.fd, select.EPOLLIN)
             return self._epoll.fileno()

@@ -11,7 +11,7 @@ import termios
 from struct import Struct
 from typing import TYPE_CHECKING
 
-from gntalloc import wire
+from gntalloc import waits, wire
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
 from gntalloc.errors import Closed, DeviceError, GntallocError, MachineGone
 from gntalloc.guest.channel import Answer, Channel, Descriptor
@@ -297,7 +297,7 @@ class MachineFile:
 
     def _empty(self) -> None:
         """Throw away the events on the home, which the machine cannot take back."""
-        with socket.socket(fileno=os.dup(self.fileno())) as home:
+        with waits.Socket(fileno=os.dup(self.fileno())) as home:
             while _waiting(home.fileno()):
                 try:
                     home.recv(PAGE_SIZE, socket.MSG_DONTWAIT)

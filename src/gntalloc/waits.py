@@ -1,0 +1,98 @@
+"""What waits are made of: sockets, epoll and poll, also in a program that gevent or eventlet has patched.
+
+They take epoll away, and give sockets that know neither MSG_DONTWAIT nor SO_RCVTIMEO. So `Socket` and `epoll` are
+Python's own here, whatever has been put in their places. What may wait for long waits in `poll` or `ready`, which are
+the program's: other greenlets run meanwhile. The machine is asked without letting them run: it answers at once.
+"""
+
+from __future__ import annotations
+
+import _socket
+import select
+import sys
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+__all__ = ["POLLIN", "POLLOUT", "Socket", "epoll", "patched", "poll", "ready", "socketpair"]
+
+POLLIN, POLLOUT = 1, 4  # as eventlet takes them away too
+
+
+class Socket(_socket.socket):
+    """The kernel's socket, as Python has it beneath socket.socket."""
+
+    def accept(self) -> tuple[Socket, Any]:
+        """The next connection, and its other end's name."""
+        descriptor, name = self._accept()  # type: ignore[attr-defined]
+        return Socket(fileno=descriptor), name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def socketpair() -> tuple[Socket, Socket]:
+    """Two that are connected, as socket.socketpair makes them."""
+    one, other = _socket.socketpair()
+    return Socket(fileno=one.detach()), Socket(fileno=other.detach())
+
+
+def patched() -> bool:
+    """Whether gevent or eventlet has been there."""
+    return not hasattr(select, "epoll")
+
+
+def _own_epoll() -> type[select.epoll]:
+    """That of another copy of the module, where it was taken from the one that all share."""
+    import importlib.util
+
+    spec = sys.modules["select"].__spec__
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: type[select.epoll] = module.epoll
+    return made
+
+
+epoll = _own_epoll() if patched() else select.epoll
+
+
+def ready(group: select.epoll, timeout: float | None) -> list[tuple[int, int]]:
+    """What `group.poll` gives, within `timeout` seconds."""
+    if not patched():
+        return group.poll(timeout)
+    waiting = poll()
+    waiting.register(group.fileno(), POLLIN)
+    waiting.poll(None if timeout is None else timeout * 1000)
+    return group.poll(0)
+
+
+def poll() -> select.poll | _Selected:
+    """An object like select.poll's. gevent has one that lets greenlets run; eventlet has none."""
+    make: Callable[[], select.poll] | None = getattr(select, "poll", None)
+    return _Selected() if make is None else make()
+
+
+class _Selected:
+    """What is needed of select.poll, made of select.select, which eventlet has."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[int, int] = {}
+
+    def register(self, descriptor: int | socket.socket, events: int) -> None:
+        """See select.poll."""
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        self._wanted[number] = events
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        """See select.poll; milliseconds."""
+        reads = [each for each, events in self._wanted.items() if events & POLLIN]
+        writes = [each for each, events in self._wanted.items() if events & POLLOUT]
+        readable, writable, _ = select.select(reads, writes, [], None if timeout is None else timeout / 1000)
+        return [(each, POLLIN) for each in readable] + [(each, POLLOUT) for each in writable if each not in readable]
