@@ -29,7 +29,7 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.guest.domain import Domain, current_domain
+from gntalloc.guest.domain import Domain, adopt, current_domain
 from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.maps import PAGE_SIZE
@@ -56,5 +56,6 @@ __all__ = [
     "SharedPages",
     "TimedOut",
     "ViewsStillExported",
+    "adopt",
     "current_domain",
 ]

@@ -25,7 +25,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from gntalloc.errors import PeerBroke, PeerClosed, TimedOut
+from gntalloc.errors import Busy, PeerBroke, PeerClosed, TimedOut
 from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from gntalloc.guest.pages import SharedPages
     from gntalloc.vchan import channel as blocking
     from gntalloc.vchan import server
+    from gntalloc.vchan.ticket import Ticket
 
-__all__ = ["Channel", "Listener", "connect", "disk", "listen", "wait", "wait_released"]
+__all__ = ["Channel", "Listener", "adopt", "connect", "disk", "listen", "wait", "wait_released"]
 
 Result = TypeVar("Result")
 
@@ -122,6 +123,16 @@ class Channel:
     def release(self, size: int | None = None) -> None:
         """See `release` of the blocking channel."""
         self.blocking.release(size)
+
+    def detach(self) -> Ticket:
+        """See `detach` of the blocking channel.
+
+        Raises:
+            Busy: a task is in a call of it; and as there.
+        """
+        if self._waiters:
+            raise Busy(f"{self.blocking!r} cannot be detached: a task is in a call of it")
+        return self.blocking.detach()
 
     def close(self) -> None:
         """See `close` of the blocking channel. Tasks that wait get Closed."""
@@ -253,6 +264,11 @@ async def connect(domain: Domain, peer: int | Domain, path: str, **settings: Any
         return Channel(await asyncio.to_thread(attempt))
     finally:
         wanted = False  # if this was cancelled, the thread finds out
+
+
+def adopt(domain: Domain, ticket: Ticket) -> Channel:
+    """Have a channel that another process has detached. See `Domain.adopt`; it waits for nobody."""
+    return Channel(domain.adopt(ticket))
 
 
 async def disk(domain: Domain, number: int | None = None, **settings: Any) -> Disk:

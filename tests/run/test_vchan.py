@@ -25,6 +25,45 @@ if TYPE_CHECKING:
     Build = Callable[..., str]
 
 PATH = "data/vchan/test"
+ECHO = """
+import multiprocessing, sys
+import gntalloc
+
+def echo(channel):
+    for _ in range(100):
+        message = b""
+        while len(message) < 700:
+            message += channel.read(700 - len(message), 20)
+        channel.write(message, 20)
+    print(100, end=" ", flush=True)
+
+def go_on(ticket, method, more):
+    with gntalloc.adopt(ticket) as channel:
+        echo(channel)
+        if more:
+            hand_over(channel, method, more - 1)
+        else:
+            assert channel.read(1, 20) == b""  # the program closes when it has all
+            print()
+
+def hand_over(channel, method, more):
+    with channel.detach() as ticket:
+        process = multiprocessing.get_context(method).Process(target=go_on, args=(ticket, method, more))
+        process.start()
+    process.join()
+
+if __name__ == "__main__":
+    _, path, how, method = sys.argv
+    domain = gntalloc.current_domain()
+    if how == "connect":
+        channel = domain.connect(1, path, timeout=20)
+    else:
+        with domain.listen(2, path, size=4096) as listener:
+            channel = listener.accept(20)
+    echo(channel)
+    hand_over(channel, method, 1)
+    domain.close()
+"""
 RINGS = [1000, 2000, 4096, 65536, 1 << 20]  # in the page beside each other, a page of its own, and many
 
 
@@ -93,6 +132,39 @@ def test_cat_and_a_program_that_drains_and_closes(
             assert receives.returncode == 0, said_by_it
             if alice.store.exists(path):  # a C server leaves its nodes
                 alice.store.remove(path)
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_program_whose_peer_is_handed_to_a_child(
+    machine: Machine, alice: Domain, build: Build, role: str, method: str, tmp_path: Path
+) -> None:
+    """Of ours, in the middle of the conversation, twice: the program's messages all come back."""
+    path = "/local/domain/1/data/vchan/handed"
+    ours = 2 if role == "server" else 1
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO)
+    program = [build("vchan", "-O2"), role, str(ours), path, "4096", "ask", "300", "700"]
+    run = [sys.executable, "-m", "gntalloc", "run", "--machine", os.path.basename(machine.folder)]
+    commands = {
+        3 - ours: [*run, "--domid", str(3 - ours), "--", *program],
+        ours: [sys.executable, "-W", "error", str(script), path, "connect" if role == "server" else "listen", method],
+    }
+    with ExitStack() as stack:
+        processes = {}
+        for domid in (1, 2):
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(commands[domid], env=machine.environ(domid), stdout=pipe, stderr=pipe, text=True)
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            processes[domid] = process
+            if domid == 1:
+                wait_for(lambda: alice.store.exists(f"{path}/event-channel"), "no server waits")
+        out, errors = processes[3 - ours].communicate(timeout=50)
+        assert (processes[3 - ours].returncode, errors) == (0, ""), out
+        assert processes[ours].communicate(timeout=50) == ("100 100 100 \n", "")
+    if alice.store.exists(path):
+        alice.store.remove(path)
 
 
 def test_a_peer_that_is_killed_is_seen(runs: Runs, build: Build) -> None:

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from gntalloc.maps import Mapping
     from gntalloc.vchan.channel import Channel
     from gntalloc.vchan.server import Listener
+    from gntalloc.vchan.ticket import Ticket
     from gntalloc.xenstore.client import Store
 
-__all__ = ["Domain", "current_domain"]
+__all__ = ["Domain", "adopt", "current_domain"]
 
 _LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
 
@@ -92,6 +93,7 @@ class Domain:
         size: int | None = None,
         writable: bool = False,
         mirrored: bool = False,
+        file: DeviceFile | None = None,
     ) -> SharedPages:
         """Allocate zeroed pages and grant them to `peer`.
 
@@ -101,6 +103,7 @@ class Domain:
             size: bytes instead, rounded up to whole pages.
             writable: whether the peer may write. This side always may.
             mirrored: have them in `memory` twice in a row, so that what lies in a ring never wraps.
+            file: of gntalloc, to do it with; they end with it. If not given: one that this process has for all.
 
         Raises:
             DeviceError: ENOSPC the limit or the grant table is exhausted (the text says which), ENOMEM no memory.
@@ -114,7 +117,7 @@ class Domain:
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
         argument[: len(head)] = head
         prot, times = PROT_READ | PROT_WRITE, 2 if mirrored else 1
-        file, mapping = self._make_and_map("gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
+        file, mapping = self._make_and_map(file or "gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
         index = AllocGref.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
@@ -132,6 +135,7 @@ class Domain:
         writable: bool | None = None,
         timeout: float = 1.0,
         mirrored: bool = False,
+        file: DeviceFile | None = None,
     ) -> MappedPages:
         """Map pages that `granter` granted to this domain, as one range.
 
@@ -141,6 +145,7 @@ class Domain:
             writable: whether to map for writing; if not said, as the Grant says, and read-only without one.
             timeout: seconds to go on trying while the granter of read-only pages has not mapped them itself.
             mirrored: have them in `memory` twice in a row, so that what lies in a ring never wraps.
+            file: of gntdev, to do it with. If not given: one that this process has for all.
 
         Raises:
             DeviceError: EINVAL there is no such grant, or not for this domain, or not for writing; the text says what.
@@ -152,7 +157,7 @@ class Domain:
         head = MapGrantRef(count, 0).pack()
         argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in wanted))
         prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
-        file, mapping = self._make_and_map("gntdev", MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
+        file, mapping = self._make_and_map(file or "gntdev", MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
         index = MapGrantRef.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             try:
@@ -227,6 +232,21 @@ class Domain:
         look = SPIN if spin is None else spin
         return connect(self, domid, path, timeout=timeout, extensions=extensions, spin=look)
 
+    def adopt(self, ticket: Ticket) -> Channel:
+        """Have a channel of this domain that another process has detached: it goes on where it was.
+
+        The ticket is closed. `gntalloc.adopt(ticket)` finds the domain by itself.
+
+        Raises:
+            Busy: somebody has adopted it already.
+            Closed: the ticket is closed in this process.
+            MachineGone: the domain is not there any more.
+            PeerBroke: the peer lies about what is in the rings.
+        """
+        from gntalloc.vchan.adopting import adopt
+
+        return adopt(self, ticket)
+
     def destroy(self) -> None:
         """End the domain: nobody enters it any more, its device files close. Only the machine's owner may.
 
@@ -270,17 +290,19 @@ class Domain:
                 refusal = again
 
     def _make_and_map(
-        self, name: str, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
+        self, which: DeviceFile | str, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
     ) -> tuple[DeviceFile, Mapping | DeviceError]:
-        """See `DeviceFile.ioctl_mmap`; on a new file, if the domain of the old one has ended and is there again."""
-        file = self._file(name)
+        """See `DeviceFile.ioctl_mmap`; of a file that is named, on a new one, if its domain ended and is there again."""
+        if not isinstance(which, str):
+            return which, which.ioctl_mmap(request, argument, length, prot=prot, times=times)
+        file = self._file(which)
         try:
             return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
         except MachineGone:
             if not (file.lost and self.devices.is_back()):
                 raise
-        del self._files[os.getpid(), name]  # and not closed: what was made with it says that it is gone
-        file = self._file(name)
+        del self._files[os.getpid(), which]  # and not closed: what was made with it says that it is gone
+        file = self._file(which)
         return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
 
     def _file(self, name: str) -> DeviceFile:
@@ -315,6 +337,16 @@ def current_domain(address: str | None = None) -> Domain:
     if name and "/" not in name and domid.isdigit():
         address = domain_path(machine_folder(name), int(domid))
     return Domain(MachineDevices(address))
+
+
+def adopt(ticket: Ticket) -> Channel:
+    """Have a channel that another process has detached. See `Domain.adopt` and docs/vchan.md.
+
+    Raises:
+        NoMachine: the domain is not there any more.
+        Busy, Closed, MachineGone, PeerBroke: as `Domain.adopt`.
+    """
+    return current_domain(ticket.tells.address).adopt(ticket)
 
 
 def _on_xen() -> bool:

@@ -71,6 +71,10 @@ class Events:
         """
         return self._open(peer, BIND_INTERDOMAIN, BindInterdomain(peer, number).pack())
 
+    def reopen(self, descriptor: int, number: int, peer: int) -> Port:
+        """A port that is there already, by the descriptor of its file that another process gave. It is owned then."""
+        return Port(self._devices.reopen("evtchn", descriptor), number, peer)
+
     def _open(self, peer: int, request: int, argument: bytes) -> Port:
         file = self._devices.open("evtchn")
         try:
@@ -183,6 +187,14 @@ class Port:
             if self._bell >= 0:
                 os.close(self._bell)
                 self._bell = -1
+
+    def let_go(self) -> None:
+        """Close this process's descriptor of it. The port is for another process, which has one too."""
+        self._closed = True
+        self._file.close()
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
 
     def __enter__(self) -> Self:
         return self

@@ -83,6 +83,21 @@ class _Pages:
         self._closed = True
         self._give_back()
 
+    @property
+    def index(self) -> int:
+        """What their device file knows them by."""
+        return self._index
+
+    def let_go(self) -> None:
+        """Unmap here, and give nothing back: the end of the device file does that, whichever process has it.
+
+        Raises:
+            ViewsStillExported: as `close`.
+        """
+        self._pid = -1
+        self._mapping.close()
+        self._closed = True
+
     def __enter__(self) -> Self:
         return self
 

@@ -42,7 +42,7 @@ class Bells:
         self._listening: waits.Socket | None = None
         self._direct: waits.Socket | None = None
         self._direct_number = -1
-        self._limit = 0  # microseconds that its recv waits
+        self._limit = -1  # microseconds that its recv waits; not known yet
         self.hung_up = False  # the peer's process has closed its direct bell, or ended
         self._epoll = waits.epoll()
         self._epoll.register(self._own, select.EPOLLIN)
@@ -76,7 +76,7 @@ class Bells:
         except OSError:  # in another network namespace, or on another computer
             direct.close()
             return b""
-        self._use(direct)
+        self.use(direct)
         return bytes(direct.getsockname())
 
     def accept_direct(self, name: bytes) -> None:
@@ -88,7 +88,7 @@ class Bells:
             for _ in range(_STRANGERS):
                 direct, whose = listening.accept()
                 if name and whose == name:
-                    self._use(direct)
+                    self.use(direct)
                     break
                 direct.close()
         self._listening = None
@@ -102,7 +102,8 @@ class Bells:
             return None
         return made
 
-    def _use(self, direct: waits.Socket) -> None:
+    def use(self, direct: waits.Socket) -> None:
+        """Have a direct bell, which is connected."""
         direct.setblocking(True)
         self._direct = direct
         self._direct_number = direct.fileno()
@@ -209,6 +210,21 @@ class Bells:
             finally:
                 self._sleep_no_more()
 
+    @property
+    def port(self) -> Port:
+        """The port whose bells they are."""
+        return self._port
+
+    @property
+    def direct(self) -> waits.Socket | None:
+        """The direct bell, if there is one."""
+        return self._direct
+
+    def let_go(self) -> None:
+        """Close this process's descriptors. Bells and port are for another process, which has them too."""
+        self._close_own()
+        self._port.let_go()
+
     def fileno(self) -> int:
         """Readable while something rings.
 
@@ -221,6 +237,10 @@ class Bells:
 
     def close(self) -> None:
         """Take them down. Who slept has been woken before, and is gone."""
+        self._close_own()
+        self._port.close()
+
+    def _close_own(self) -> None:
         self._epoll.close()
         if self._own >= 0:
             os.close(self._own)
@@ -229,4 +249,3 @@ class Bells:
             if each is not None:
                 each.close()
         self._direct = self._listening = None
-        self._port.close()

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.clock import Deadline
@@ -30,11 +32,12 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.vchan.end import Asking
+from gntalloc.vchan.end import Asking, End
 from gntalloc.vchan.extension import FINISHED
 from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 from gntalloc.vchan.lending import Lending
 from gntalloc.vchan.ring import HEADER
+from gntalloc.vchan.ticket import Ticket
 from gntalloc.vchan.waiting import Turn, bytes_of, queue_up
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Channel"]
 
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _PIECES = 4  # of a ring: how much is written, or read, before the peer sees it, so that both work at once
 _SMALLEST_PIECE = 4096
 
@@ -53,6 +57,10 @@ class Channel(Lending):
     Attributes:
         peer: the domid at the other end.
     """
+
+    def __init__(self, end: End, address: str) -> None:
+        super().__init__(end, address)
+        _channels.add(self)
 
     # What it is.
 
@@ -385,6 +393,42 @@ class Channel(Lending):
             self._closed = True
             self._end.bells.close()
 
+    def detach(self) -> Ticket:
+        """Give this end away: the ticket is for `gntalloc.adopt`, in whatever process of this domain it gets to.
+
+        The channel is closed here, and the peer notices nothing. See docs/vchan.md.
+
+        Raises:
+            Busy: another thread is in a call; something is peeked or reserved; nobody has come yet.
+            PeerBroke, Closed: it is of no more use.
+        """
+        with contextlib.ExitStack() as held:
+            for lock in self._reading, self._writing, self._draining:
+                if not lock.acquire(blocking=False):
+                    raise Busy(f"{self!r} cannot be detached: another thread is in a call of it")
+                held.callback(lock.release)
+            self._end.check_open()
+            if self._end.waiting:
+                raise Busy(f"{self!r} cannot be detached: nobody has come yet")
+            if self._peeked is not None or self._reserved is not None:
+                raise Busy(f"{self!r} cannot be detached: what was peeked or reserved is to be given back first")
+            ticket = Ticket.of(self._end, self._address)
+            self._end.give_away("was given away; adopt its ticket")
+            self._closed = True
+        return ticket
+
+    def forget_in_child(self) -> None:
+        """A child made by fork has a copy of this, which is not the channel: let go of it, and say why."""
+        if not self._closed:
+            self._make_locks()
+            owner = self._end.owner
+            self._end.give_away(f"is process {owner}'s, which forked this one; `detach` it there, and `adopt` it here")
+            self._closed = True
+            with contextlib.suppress(GntallocError):  # what is looked at stays mapped, until this process ends
+                self._end.pages.close_rings()
+                self._end.pages.close_page()
+            self._end.bells.let_go()
+
     def __enter__(self) -> Self:
         return self
 
@@ -407,3 +451,11 @@ class Channel(Lending):
     def __repr__(self) -> str:
         state = "closed" if self._end.closing else "waiting" if self._end.waiting else "open"
         return f"<{state} Channel with domain {self.peer}>"
+
+
+def _after_fork_in_child() -> None:
+    for channel in list(_channels):
+        channel.forget_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

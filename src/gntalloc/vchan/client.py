@@ -63,7 +63,9 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
     with contextlib.ExitStack() as undo:
         try:
             port = undo.enter_context(domain.events.connect(peer, address.port))
-            header = undo.enter_context(domain.map(peer, address.reference, writable=True))
+            file = domain.devices.open("gntdev")
+            undo.callback(file.close)
+            header = undo.enter_context(domain.map(peer, address.reference, writable=True, file=file))
         except DeviceError as refusal:
             raise _NotNow(f"its server is gone, or has another client ({refusal})") from None
         bells = Bells(port)
@@ -88,15 +90,15 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
                 references = struct.unpack_from(f"={count}I", directory.memory, 0)
         try:
             split = pages_of(sizes.left)
-            left = domain.map(peer, references[:split], writable=True, mirrored=True) if split else None
+            left = domain.map(peer, references[:split], writable=True, mirrored=True, file=file) if split else None
             if left is not None:
                 undo.enter_context(left)
-            right = domain.map(peer, references[split:], mirrored=True) if references[split:] else None
+            right = domain.map(peer, references[split:], mirrored=True, file=file) if references[split:] else None
             if right is not None:
                 undo.enter_context(right)
         except DeviceError as refusal:
             raise _NotNow(f"its server is gone, or went just now ({refusal})") from None
-        pages = ChannelPages(header, orders, left, right)
+        pages = ChannelPages(header, orders, left, right, file=file)
         undo.callback(pages.release)
         end = End(CLIENT, peer, pages, bells, barriers, spin=spin)
         if offer is not None:
@@ -111,4 +113,4 @@ def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None
         barriers.fence()
         port.notify()
         undo.pop_all()
-        return Channel(end)
+        return Channel(end, domain.address)

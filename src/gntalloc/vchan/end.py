@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gntalloc.vchan.bells import Bells
     from gntalloc.vchan.pages import ChannelPages
 
-__all__ = ["CLIENT", "SERVER", "SPIN", "Asking", "End", "Role", "flag_word"]
+__all__ = ["CLIENT", "SERVER", "SPIN", "Asking", "End", "Progress", "Role", "flag_word"]
 
 SPIN = 50e-6
 """Seconds to look before sleeping, if not told otherwise: about what a wake-up costs."""
@@ -84,6 +84,15 @@ CLIENT = Role(
 )
 
 
+class Progress(NamedTuple):
+    """What an end knows by itself: its indexes, and what the extension says of it."""
+
+    read: int
+    written: int
+    state_at: int | None
+    state: int
+
+
 class End:
     """One end of a channel.
 
@@ -99,6 +108,7 @@ class End:
         reader: the ring that this end reads.
         writer: the one it writes.
         closing: `close` has begun.
+        closed_because: what Closed says of it.
     """
 
     def __init__(
@@ -112,6 +122,7 @@ class End:
         self.spin = spin
         self.reader, self.writer = pages.rings(role, atomics)
         self.closing = False
+        self.closed_because = "cannot be used any more; connect again"
         self._page: Any = pages.raw
         self._asking = threading.Lock()
         self._askers = {NOTIFY_WRITE: 0, NOTIFY_READ: 0}
@@ -122,7 +133,7 @@ class End:
         self._state = 0  # what this end's says
         self._broken: PeerBroke | None = None
         self._left = False  # the peer was told that this end goes
-        self._owner = os.getpid()
+        self.owner = os.getpid()
 
     def await_peer(self, deadline: Deadline) -> None:
         """Until a server has its client, and both know what the other is."""
@@ -261,6 +272,16 @@ class End:
         """The peer is an end of this package; the extension's states are at this byte of the page."""
         self._state_at = state_at
 
+    def progress(self) -> Progress:
+        """How far this end has got, for another process to go on."""
+        return Progress(self.reader.index, self.writer.index, self._state_at, self._state)
+
+    def resume(self, progress: Progress) -> None:
+        """Go on where another process was."""
+        self.reader.resume(progress.read)
+        self.writer.resume(progress.written)
+        self._state_at, self._state = progress.state_at, progress.state
+
     def enlarge(self, left: int, right: int) -> None:
         """Both ends have agreed on rings of so many bytes."""
         self.reader.enlarge(left if self.role.reads_left else right)
@@ -315,7 +336,7 @@ class End:
     def check_open(self) -> None:
         """Raise Closed or PeerBroke, if this end is."""
         if self.closing:
-            raise Closed(f"{self} cannot be used any more; connect again")
+            raise Closed(f"{self} {self.closed_because}")
         if self._broken is not None:
             raise PeerBroke(str(self._broken)) from None
 
@@ -332,10 +353,16 @@ class End:
         self.reader.ready = self.writer.room = 0
         return broken
 
+    def give_away(self, why: str) -> None:
+        """This end is another process's; the peer is told nothing."""
+        self.closed_because = why
+        self.closing = True
+        self.reader.ready = self.writer.room = 0
+
     def leave(self) -> None:
         """Tell the peer that this end closes."""
-        if os.getpid() != self._owner or self._left:
-            return  # a child made by fork, or said already
+        if self._left:
+            return  # said already
         self._left = True
         with contextlib.suppress(MachineGone):
             self.say(GOODBYE)

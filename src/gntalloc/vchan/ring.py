@@ -133,6 +133,10 @@ class Writer(_Ring):
             raise self._broken(f"where {self.room} bytes were free")
         return unread
 
+    def resume(self, index: int) -> None:
+        """Go on where another process was; what it knew is to be looked for anew."""
+        self.index, self.room = index, 0
+
     def put(self, data: memoryview) -> None:
         """Write bytes that fit. They are seen at once."""
         self._copy(self.index, data)
@@ -235,6 +239,10 @@ class Reader(_Ring):
         """Read as many bytes as the buffer has room for; they are there."""
         self._copy(self.index, buffer)
         self.advance(len(buffer))
+
+    def resume(self, index: int) -> None:
+        """Go on where another process was; what it knew is to be looked for anew."""
+        self.index, self.ready = index, 0
 
     def message_length(self) -> int | None:
         """How long the next message is; None: it is not there, or not all of it.

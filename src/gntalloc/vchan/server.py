@@ -27,6 +27,7 @@ from gntalloc.vchan.pages import ChannelPages
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from gntalloc.guest.devices import DeviceFile
     from gntalloc.guest.domain import Domain
     from gntalloc.guest.pages import SharedPages
     from gntalloc.vchan.nodes import Tree
@@ -83,6 +84,7 @@ class Listener:
         Raises:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does.
         """
+        self._check_owner()
         with self._making:
             return self._next()
 
@@ -102,6 +104,7 @@ class Listener:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does: accept
                 again.
         """
+        self._check_owner()
         deadline = Deadline(timeout)
         if not deadline.acquire(self._accepting):
             raise TimedOut(f"another thread accepts at {self.path}, and had nobody within {timeout} s")
@@ -140,6 +143,8 @@ class Listener:
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._owner:
+            return
         with self._making:  # so that no offer is made after this
             offer = self._offer
         if offer is not None and offer.waiting:
@@ -169,6 +174,14 @@ class Listener:
                 raise
         return self._offer
 
+    def _check_owner(self) -> None:
+        """Before any lock: one may be held by a thread that a child made by fork does not have."""
+        if os.getpid() != self._owner:
+            raise Closed(
+                f"nobody can be accepted at {self.path}: this listener is process {self._owner}'s, which forked this "
+                "one; accept there, `detach` the channel, and `adopt` it here"
+            )
+
     def _withdraw(self) -> None:
         if os.getpid() == self._owner:
             with contextlib.suppress(GntallocError):  # of a store that is gone, or a path that somebody removed
@@ -183,14 +196,18 @@ class Listener:
             port = self._port = undo.enter_context(domain.events.bind(peer))
             bells = Bells(port)
             undo.callback(bells.close)
-            header = undo.enter_context(domain.share(peer, pages=1, writable=True))
+            file = domain.devices.open("gntalloc")
+            undo.callback(file.close)
+            header = undo.enter_context(domain.share(peer, pages=1, writable=True, file=file))
             header.notify_when_unmapped(clear=layout.SRV_LIVE, port=port.number)
             page = header.memory
             orders.write(page)
             page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
             page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
             left, right = rings = [
-                undo.enter_context(domain.share(peer, pages=count, writable=True, mirrored=True)) if count else None
+                undo.enter_context(domain.share(peer, pages=count, writable=True, mirrored=True, file=file))
+                if count
+                else None
                 for count in map(pages_of, large)
             ]
             at = layout.REFERENCES
@@ -199,20 +216,20 @@ class Listener:
                     listed = ring.refs[: pages_of(order)]
                     struct.pack_into(f"={len(listed)}I", page, at, *listed)
                     at += 4 * len(listed)
-            directory = self._directory(large, rings) if large != orders else None
+            directory = self._directory(rings, file) if large != orders else None
             if directory is not None:
                 undo.enter_context(directory)
-            pages = ChannelPages(header, orders, left, right, directory)
+            pages = ChannelPages(header, orders, left, right, directory, file=file)
             undo.callback(pages.release)
             offer = self._extend(pages, large, bells, directory)
             end = End(SERVER, peer, pages, bells, barriers, spin=self._spin)
             end.wait_with(lambda end: self._join(end, offer))
             undo.pop_all()
-        return Channel(end), Address(header.refs[0], port.number)
+        return Channel(end, domain.address), Address(header.refs[0], port.number)
 
-    def _directory(self, large: Orders, rings: list[SharedPages | None]) -> SharedPages:
+    def _directory(self, rings: list[SharedPages | None], file: DeviceFile) -> SharedPages:
         refs = [ref for ring in rings if ring is not None for ref in ring.refs]
-        directory = self._domain.share(self.peer, size=4 * len(refs), writable=True)
+        directory = self._domain.share(self.peer, size=4 * len(refs), writable=True, file=file)
         struct.pack_into(f"={len(refs)}I", directory.memory, 0, *refs)
         return directory
 

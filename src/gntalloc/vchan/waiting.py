@@ -33,15 +33,19 @@ class Lent(NamedTuple):
 
 
 class Waiting:
-    """One end, with a lock for each direction, and one for those who wait until the peer has read everything."""
+    """One end, with a lock for each direction, and one for those who wait until the peer has read everything.
 
-    def __init__(self, end: End) -> None:
+    Args:
+        end: with its pages and bells.
+        address: of the domain that it is in.
+    """
+
+    def __init__(self, end: End, address: str) -> None:
         self.peer = end.peer
         self._end = end
+        self._address = address
         self._in, self._out = end.reader, end.writer
-        self._reading = threading.Lock()
-        self._writing = threading.Lock()
-        self._draining = threading.Lock()
+        self._make_locks()
         self._peeked: Lent | None = None
         self._reserved: Lent | None = None
         self._closed = False
@@ -53,6 +57,11 @@ class Waiting:
         self._live, self._connected = flag_word(role.peer_live, 0xFF), flag_word(role.peer_live, CONNECTED)
         self._quiet = self._connected if ordered else -1
         self._quiet_reading = 0 if ordered else -1
+
+    def _make_locks(self) -> None:
+        self._reading = threading.Lock()
+        self._writing = threading.Lock()
+        self._draining = threading.Lock()
 
     def _look(self, count: Callable[[], int]) -> int:
         """Ask a ring for a number, beside whatever other threads do with it."""

@@ -67,8 +67,8 @@ class DeviceFile(Protocol):
         It comes before whatever is asked after it, here or by anybody who was told of it.
         """
 
-    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
-        """Map `length` bytes at the driver's `offset` (an index).
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
+        """Map `length` bytes at the driver's `offset` (an index), several `times` in a row.
 
         Raises:
             DeviceError: the driver's errno, or mmap(2)'s.
@@ -119,3 +119,6 @@ class Devices(Protocol):
 
     def is_back(self) -> bool:
         """Tell after MachineGone whether the domain can be talked with again."""
+
+    def reopen(self, name: str, descriptor: int) -> DeviceFile:
+        """A file of that device which is open already, by a descriptor that another process gave. It is owned then."""

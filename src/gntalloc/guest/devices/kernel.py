@@ -97,6 +97,10 @@ class KernelDevices:
             todo = "load the module xen-" + name if error.errno == errno.ENOENT else "run as root"
             raise NoMachine(error.errno, f"{path} cannot be opened: {error.strerror}; {todo}") from error
 
+    def reopen(self, name: str, descriptor: int) -> KernelFile:
+        """See `Devices`."""
+        return KernelFile(name, descriptor)
+
 
 class KernelFile:
     """An open device file of the kernel."""
@@ -136,9 +140,9 @@ class KernelFile:
         """See `DeviceFile`. A kernel answers at once."""
         self.ioctl(request, argument)
 
-    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""
-        return self._mmap(offset, length, prot, shared=shared)
+        return self._mmap(offset, length, prot, shared=shared, times=times)
 
     def _mmap(self, offset: int, length: int, prot: int, *, shared: bool = True, times: int = 1) -> Mapping:
         mapping = Mapping(length * times, prot=prot, name=f"the map of {self.name} at index {offset:#x}")

@@ -87,6 +87,10 @@ class MachineDevices:
                 return False
         return True
 
+    def reopen(self, name: str, descriptor: int) -> MachineFile:
+        """See `Devices`: its home is shown with the first call."""
+        return MachineFile(self._channel, name, descriptor=descriptor)
+
     def close(self) -> None:
         """Hang up. The next call connects again."""
         self._channel.close()
@@ -106,12 +110,18 @@ class MachineDevices:
 
 
 class MachineFile:
-    """An open device file: its *home*, a descriptor whose last copy's end is the driver's release."""
+    """An open device file: its *home*, a descriptor whose last copy's end is the driver's release.
 
-    def __init__(self, channel: Channel, name: str, flags: int) -> None:
+    One that is given as a `descriptor` is open already.
+    """
+
+    def __init__(self, channel: Channel, name: str, flags: int = os.O_RDWR, *, descriptor: int = -1) -> None:
         self.name = name
         self._channel = channel
         self._home: Descriptor | None = None
+        if descriptor >= 0:
+            self._home, self._handle, self._generation = Descriptor(descriptor), 0, -1
+            return
         with channel.lock:
             answer = channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags) + name.encode())
             self._home = answer.descriptors[0]
@@ -185,16 +195,16 @@ class MachineFile:
                     return
             self.ioctl(request, argument)
 
-    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True) -> Mapping:
+    def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""
         answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset & _MASK, length & _MASK)
         (confirm,) = wire.CONFIRM.unpack_from(answer.body)
         name = f"the map of {self.name} at index {offset:#x}"
         try:
-            mapping = Mapping(length, prot=prot, name=name)
+            mapping = Mapping(length * times, prot=prot, name=name)
         except OSError as error:
             raise DeviceError(error.errno, f"{name} could not be made: {error.strerror}") from error
-        refusal = self._place(mapping, answer.body[wire.CONFIRM.size :], answer.descriptors, shared=shared)
+        refusal = self._place(mapping, answer.body[wire.CONFIRM.size :] * times, answer.descriptors, shared=shared)
         if refusal is not None:
             raise refusal
         if confirm:
