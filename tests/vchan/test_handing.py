@@ -202,8 +202,8 @@ def test_with_asyncio(roomy: tuple[Domain, Domain]) -> None:
             client = await aio.connect(roomy[1], 1, "test")
             server = await listener.accept()
         waiting = asyncio.create_task(server.recv())
-        while not server._waiters:
-            await asyncio.sleep(0)  # noqa: ASYNC110  no event tells of it
+        while not server._waiters:  # noqa: ASYNC110  no event tells of it
+            await asyncio.sleep(0)
         with pytest.raises(Busy, match="a task"):
             server.detach()
         await client.send(b"one")

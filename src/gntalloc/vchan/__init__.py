@@ -8,4 +8,6 @@ bells       how one end wakes the other
 channel     Channel: read, write, send, recv, reserve, peek, with deadlines
 server      listen: a page for each client
 client      connect: wait for a server, map its page
+ticket      Ticket: an end on its way to another process
+adopting    adopt: go on with it there
 """
