@@ -158,6 +158,14 @@ def test_an_epoll_of_ones_own() -> None:
         os.close(writes)
 
 
+def test_who_has_hung_up() -> None:
+    ours, theirs = waits.socketpair()
+    with ours:
+        with theirs:
+            assert not waits.hung_up(ours.fileno())
+        assert waits.hung_up(ours.fileno())
+
+
 def test_numbers() -> None:
     assert (waits.POLLIN, waits.POLLOUT) == (select.POLLIN, select.POLLOUT)
     assert not waits.patched()

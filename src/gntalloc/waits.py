@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-__all__ = ["POLLIN", "POLLOUT", "Socket", "epoll", "patched", "poll", "ready", "socketpair"]
+__all__ = ["POLLIN", "POLLOUT", "Socket", "epoll", "hung_up", "patched", "poll", "ready", "socketpair"]
 
 POLLIN, POLLOUT = 1, 4  # as eventlet takes them away too
+_HANGUP = 0x10
 
 
 class Socket(_socket.socket):
@@ -71,6 +72,13 @@ def ready(group: select.epoll, timeout: float | None) -> list[tuple[int, int]]:
     waiting.register(group.fileno(), POLLIN)
     waiting.poll(None if timeout is None else timeout * 1000)
     return group.poll(0)
+
+
+def hung_up(descriptor: int) -> bool:
+    """Whether nobody is at the other end any more."""
+    with epoll() as group:
+        group.register(descriptor, 0)
+        return any(events & _HANGUP for _, events in group.poll(0))
 
 
 def poll() -> select.poll | _Selected:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gntalloc import wire
+from gntalloc import waits, wire
 from gntalloc.calls.listener import CallerGone
 from gntalloc.errors import MachineGone
 from gntalloc.guest.channel import Channel
@@ -182,7 +182,8 @@ def unasked(text: bytes, descriptors: int = 0) -> bytes:
 @contextmanager
 def answering(*before: bytes, then: bytes = b"") -> Iterator[Channel]:
     """A channel to a machine that says all of this before it answers one call, with a descriptor for each."""
-    ours, theirs = socket.socketpair()
+    near, theirs = socket.socketpair()
+    ours = waits.Socket(fileno=near.detach())
 
     def answer() -> None:
         *_, number = wire.HEADER.unpack(theirs.recv(4096)[: wire.HEADER.size])

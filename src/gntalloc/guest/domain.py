@@ -117,7 +117,9 @@ class Domain:
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
         argument[: len(head)] = head
         prot, times = PROT_READ | PROT_WRITE, 2 if mirrored else 1
-        file, mapping = self._make_and_map(file or "gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times)
+        file, mapping = self._make_and_map(
+            file or "gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times
+        )
         index = AllocGref.unpack_from(argument).index
         if isinstance(mapping, DeviceError):
             file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
@@ -292,7 +294,7 @@ class Domain:
     def _make_and_map(
         self, which: DeviceFile | str, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
     ) -> tuple[DeviceFile, Mapping | DeviceError]:
-        """See `DeviceFile.ioctl_mmap`; of a file that is named, on a new one, if its domain ended and is there again."""
+        """See `DeviceFile.ioctl_mmap`; of a device by name on a new file, if the old one's domain ended and is back."""
         if not isinstance(which, str):
             return which, which.ioctl_mmap(request, argument, length, prot=prot, times=times)
         file = self._file(which)

@@ -136,12 +136,7 @@ class Connection:
     @property
     def failed(self) -> bool:
         """Whether it is closed, or broken for good, or the daemon has hung up."""
-        return self.fd < 0 or self._failure is not None or self._has_hung_up()
-
-    def _has_hung_up(self) -> bool:
-        poll = select.poll()
-        poll.register(self.fd, 0)
-        return any(events & select.POLLHUP for _, events in poll.poll(0))
+        return self.fd < 0 or self._failure is not None or waits.hung_up(self.fd)
 
     def add_watcher(self, watcher: Watcher) -> str:
         """Give events to this watcher, and get the token that says so. No token is used twice."""
