@@ -154,12 +154,13 @@ class Server:
                     wanted = await _Handshake(reader, writer, self._name, self._describe()).agree()
                 if wanted:
                     await self._transmit(reader, writer)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()  # for as long as the client takes its answers
         except asyncio.CancelledError:
             pass  # the server closes
         finally:
-            writer.close()
-            with contextlib.suppress(OSError, asyncio.CancelledError):
-                await writer.wait_closed()
+            writer.transport.abort()
 
     def _describe(self) -> _Description:
         disk = self._disk
