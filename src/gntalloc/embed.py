@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import warnings
 import weakref
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
@@ -15,10 +14,12 @@ from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.domain import Domain
-from gntalloc.places import domain_path, lock_path, machine_folder, make_top_folder, store_path
+from gntalloc.places import clear_folder, domain_path, lock_path, machine_folder, make_top_folder, store_path
+from gntalloc.unclosed import warn_unclosed
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
 __all__ = ["Machine"]
 
@@ -144,16 +145,12 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _warn: Callable[[object, int], bool] = warn_unclosed) -> None:
         if not getattr(self, "_closed", True):
-            if os.getpid() == self._owner:
-                warnings.warn(
-                    f"{self!r} was never closed; use it in a `with`",
-                    ResourceWarning,
-                    source=self,
-                    stacklevel=2,
-                )
-            self.close()
+            if _warn(self, self._owner):
+                self.close()
+            else:  # it ends by itself when our socket is closed
+                self._process.returncode = 0  # so that Popen has no warning of its own
 
     def __repr__(self) -> str:
         return f"<Machine {'closed' if self._closed else f'pid {self.pid}'} in {self.folder}>"
@@ -193,9 +190,10 @@ def start_machine(
 
 
 def _remove(folder: str) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        clear_folder(folder)
+    except GntallocError:
+        pass
     try:
         os.unlink(lock_path(folder))  # of a `gntalloc run` that joined
     except FileNotFoundError:

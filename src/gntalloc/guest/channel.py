@@ -21,7 +21,7 @@ from gntalloc import waits, wire
 from gntalloc.errors import DeviceError, MachineGone, NoMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Answer", "Channel", "Descriptor"]
 
@@ -58,8 +58,9 @@ class Descriptor:
         if number >= 0:
             os.close(number)
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        if self._number >= 0:  # `os` may be gone, where the interpreter ends
+            _close(self.detach())
 
 
 class Answer:

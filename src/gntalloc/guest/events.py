@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import warnings
 from typing import TYPE_CHECKING, Self
 
 from gntalloc import waits
@@ -37,8 +36,11 @@ from gntalloc.abi.evtchn import (
 )
 from gntalloc.clock import Deadline
 from gntalloc.errors import Busy, Closed, DeviceError, EventsLost, TimedOut
+from gntalloc.unclosed import warn_unclosed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gntalloc.guest.devices import DeviceFile, Devices
 
 __all__ = ["Events", "Port"]
@@ -202,9 +204,8 @@ class Port:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
+    def __del__(self, _warn: Callable[[object], bool] = warn_unclosed) -> None:
+        if not getattr(self, "_closed", True) and _warn(self):
             self.close()
 
     def __repr__(self) -> str:

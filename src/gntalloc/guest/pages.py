@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING, Self
 
 from gntalloc import waits
@@ -19,8 +18,10 @@ from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
 from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, MachineGone, TimedOut, ViewsStillExported
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.unclosed import warn_unclosed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from gntalloc.guest.devices import DeviceFile
@@ -111,15 +112,12 @@ class _Pages:
                 raise
             error.add_note(str(still))  # the body's own exception is the one to tell
 
-    def __del__(self) -> None:
+    def __del__(self, _warn: Callable[[object, int], bool] = warn_unclosed) -> None:
         if getattr(self, "_closed", True):
             return
         self._closed = True
-        if os.getpid() != self._pid:
-            return
-        warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
-        # A view may still be alive. The map goes with it; the grant goes now.
-        self._give_back()
+        if _warn(self, self._pid):
+            self._give_back()  # a view may still be alive. The map goes with it; the grant goes now
 
     def _give_back(self) -> None:
         if os.getpid() == self._pid:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,6 +31,7 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
+from gntalloc.unclosed import warn_unclosed
 from gntalloc.vchan.end import Asking, End
 from gntalloc.vchan.extension import FINISHED
 from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
@@ -41,7 +41,7 @@ from gntalloc.vchan.ticket import Ticket
 from gntalloc.vchan.waiting import Turn, bytes_of, queue_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
 __all__ = ["Channel"]
@@ -442,9 +442,8 @@ class Channel(Lending):
                 raise
             error.add_note(str(still))  # the body's own exception is the one to tell
 
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and warnings is not None:  # None: the interpreter is ending
-            warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
+    def __del__(self, _warn: Callable[[object], bool] = warn_unclosed) -> None:
+        if not getattr(self, "_closed", True) and _warn(self):
             with contextlib.suppress(Exception):
                 self.close()
 

@@ -20,11 +20,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import warnings
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from gntalloc import waits
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
+from gntalloc.unclosed import warn_unclosed
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.wire import Message, Type
 
@@ -168,17 +168,18 @@ class Connection:
         with self._asking:
             self._close_descriptors()
 
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
-            if os.getpid() == self._process and not self.others:
-                warnings.warn(f"unclosed {self.name}", ResourceWarning, source=self, stacklevel=2)
+    def __del__(self, _warn: Callable[[object, int], bool] = warn_unclosed) -> None:
+        if getattr(self, "fd", -1) >= 0 and (self.others or _warn(self, self._process)):
             self._close_descriptors()
 
-    def _close_descriptors(self) -> None:
+    def __repr__(self) -> str:
+        return f"<connection to {self.name}>"
+
+    def _close_descriptors(self, _close: Callable[[int], None] = os.close) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
-            os.close(self._wake)
+            _close(fd)
+            _close(self._wake)
 
     def _check_process(self) -> None:
         # Before any lock: after a fork, a lock may be held by a thread that does not exist here.

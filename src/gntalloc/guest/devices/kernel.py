@@ -12,7 +12,7 @@ from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
 from gntalloc.maps import Mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gntalloc.guest.devices import Buffer, Holders
     from gntalloc.xenstore.client import Store
@@ -193,5 +193,6 @@ class KernelFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        if self._descriptor >= 0:  # `os` may be gone, where the interpreter ends
+            _close(self._descriptor)
