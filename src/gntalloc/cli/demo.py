@@ -14,6 +14,7 @@ import click
 from gntalloc.cli.show import bytes_text, progress, table
 from gntalloc.demo.scenes import GRANTEE, GRANTER, Scene, grantee, play
 from gntalloc.demo.stream import Outcome, Sender
+from gntalloc.descriptors import open_files
 from gntalloc.embed import Machine
 
 if TYPE_CHECKING:
@@ -114,19 +115,8 @@ def _source(file: str | None, stack: ExitStack) -> tuple[Callable[[memoryview], 
 
 
 def _in_common(pid: int) -> list[str]:
-    """Pipes, sockets and files that this process and that one both have open: other ways for bytes to go."""
-    return sorted(_open_things(os.getpid()) & _open_things(pid))
-
-
-def _open_things(pid: int) -> set[str]:
-    folder = f"/proc/{pid}/fd"
-    things = set()
-    for descriptor in os.listdir(folder):
-        try:
-            things.add(os.readlink(f"{folder}/{descriptor}"))
-        except FileNotFoundError:
-            continue  # the listing's own
-    return {thing for thing in things if thing != "/dev/null"}
+    """List pipes, sockets and files that this process and that one both have open: other ways for bytes to go."""
+    return sorted(set(open_files()) & set(open_files(pid)) - {"/dev/null"})
 
 
 def _as_json(outcome: Outcome, scenes: list[Scene]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gntalloc.clock import now
+from gntalloc.descriptors import open_files
 from gntalloc.errors import MachineGone
 
 if TYPE_CHECKING:
@@ -203,11 +204,7 @@ def _process(pid: int) -> str:
 
 def _descriptors() -> dict[str, int]:
     found: dict[str, int] = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:  # the one that listed the others
-            continue
+    for target in open_files():
         kind = target if target.startswith("/") else _NUMBER.sub("", target)
         found[kind] = found.get(kind, 0) + 1
     return found
