@@ -40,6 +40,9 @@ def call(file, request, layout, *values):
 def free(file, index): call(file, DEALLOC, '=QI4x', index, 1)
 def place(file, index, count=1, prot=3): return mmap.mmap(file, 4096 * count, mmap.MAP_SHARED, prot, offset=index)
 def say(*what): print(*what, flush=True)
+def descriptors():  # less the one that libffi keeps (3.8)
+    there = {name: os.path.realpath('/proc/self/fd/' + name) for name in os.listdir('/proc/self/fd')}
+    return [name for name, file in there.items() if '/libffi.so' not in file]
 """
 
 

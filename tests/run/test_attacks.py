@@ -173,7 +173,7 @@ def test_read_only_pages(users: UserRuns, python: Command, peer: int) -> None:
 SIZE = (
     SEAL.replace("1, 1)", "1, 3)").split("tried(\n    protect")[0]
     + """
-had = len(os.listdir('/proc/self/fd'))
+had = len(descriptors())
 tried(
     shrink=lambda: os.ftruncate(again(victim, at, os.O_RDWR), 0),
     cut=lambda: again(victim, at, os.O_RDWR | os.O_TRUNC),
@@ -229,7 +229,7 @@ def test_doors_that_no_filter_sees(users: UserRuns, python: Command) -> None:
     code = """
 libc = ctypes.CDLL(None, use_errno=True)
 for number in (425, 437): say(libc.syscall(number, 0, 0, 0, 0), errno.errorcode[ctypes.get_errno()])
-say([name for name in os.listdir('/proc/self/fd') if name not in '012' and os.path.exists('/proc/self/fd/' + name)])
+say([name for name in descriptors() if name not in '012' and os.path.exists('/proc/self/fd/' + name)])
 """
     assert users(2, *python(code)).stdout.splitlines() == ["-1 ENOSYS", "-1 ENOSYS", "[]"]
 
