@@ -13,6 +13,7 @@ Sources: Linux's gntdev.c as of 6.1 (order of checks, batches), Xen's common/gra
 from __future__ import annotations
 
 import errno
+import logging
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from gntalloc.hypervisor.domains import Hypervisor
 
 __all__ = ["MAX_SEGMENTS", "Copier"]
+
+log = logging.getLogger("gntalloc.machine")
 
 MAX_SEGMENTS = 4096  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
 BATCH = 16
@@ -149,6 +152,7 @@ class Copier:
             try:
                 self._copy_one(operation, caller)
             except MapRefused as refusal:
+                log.debug("domain %d, a segment of GRANT_COPY: %s", self._domid, refusal.why)
                 if _STATUS.unpack(caller.read(operation.status, _STATUS.size))[0] == OKAY:
                     caller.write(operation.status, _STATUS.pack(refusal.status))
 

@@ -239,6 +239,7 @@ class Connection(Channel):
             plan = file.mmap(index, length, prot=prot, shared=bool(shared))
             loans = self._server.machine.carry_out(plan)
         except DeviceError as refusal:
+            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
             error, why = refusal.errno or errno.EIO, str(refusal).encode()
         else:
             plan.record.place(self.pid, place)

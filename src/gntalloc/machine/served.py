@@ -21,7 +21,7 @@ import mmap
 import os
 import select
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.abi import privcmd
@@ -36,6 +36,7 @@ from gntalloc.errors import DeviceError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterator
 
     from gntalloc.calls.listener import Call
     from gntalloc.drivers.chardev import Caller
@@ -157,11 +158,13 @@ class Served:
 
     def open(self, process: int, name: str, flags: int) -> socket.socket:
         """See `Files`."""
-        return self._server.homes.open(self._guest, name, flags, opener=process)[1]
+        with self._told(process):
+            return self._server.homes.open(self._guest, name, flags, opener=process)[1]
 
     def open_store(self) -> socket.socket:
         """See `Files`."""
-        return self._server.open_store(self._guest)
+        with self._told(self.connection.pid):
+            return self._server.open_store(self._guest)
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> File | None:
         """See `Files`."""
@@ -211,8 +214,19 @@ class Served:
         if self._serving.is_traced(call.thread):
             raise Denied
         _address, length, prot, flags, _descriptor, offset = call.arguments
-        plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
-        self.connection.have_placed(call, plan, process)
+        with self._told(process):
+            plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
+            self.connection.have_placed(call, plan, process)
+
+    @contextmanager
+    def _told(self, process: int) -> Iterator[None]:
+        """Log in full what the program gets as an errno alone; not that a device is none of ours."""
+        try:
+            yield
+        except DeviceError as refusal:
+            if refusal.errno != errno.ENOENT:
+                log.debug("domain %d, pid %d: %s", self._guest.domid, process, refusal)
+            raise
 
 
 class _Program:

@@ -20,6 +20,7 @@ from gntalloc.errors import DeviceError, PeerBroke
 from gntalloc.machine import foreign
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
+from gntalloc.xenstore.errors import error_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,10 @@ class StoreFront:
         for _ in range(min(len(line.inbox), _MESSAGES_A_TURN)):
             if line.session.closed or not line.may_speak(self._daemon.quotas.outstanding):
                 break
-            self._daemon.handle(line.session, line.inbox.popleft())
+            message = line.inbox.popleft()
+            refused = self._daemon.handle(line.session, message)
+            if refused is not None and message.type != wire.WHY and log.isEnabledFor(logging.DEBUG):
+                log.debug("xenstore, domain %d: %s", line.session.domain.domid, _said(message, refused))
         if line.broken and not line.inbox:
             self._daemon.talking.add(line.session)
 
@@ -165,6 +169,13 @@ class StoreFront:
                 os.eventfd_write(self._bell, 1)
             else:
                 os.eventfd_read(self._bell)
+
+
+def _said(message: Message, refused: Refused) -> str:
+    """The refusal of a request, for the log: what was asked, and why not."""
+    first, end, _rest = message.body.partition(b"\0")
+    path = first.decode("latin-1").encode("unicode_escape").decode() if end and first else None
+    return str(error_for(refused.code, wire.type_name(message.type), path, refused.reason or None))
 
 
 class _Line:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import socket
 import stat
+import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from gntalloc import waits
@@ -38,6 +40,9 @@ Result = TypeVar("Result")
 
 SOCKETS = ("/run/xenstored/socket", "/var/run/xenstored/socket")
 DEVICES = ("/dev/xen/xenbus", "/proc/xen/xenbus")
+
+_ALL_ARE_OPEN = frozenset((errno.ENOSPC, errno.EBUSY))  # the C daemon's word, and that of the one in OCaml
+_FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.05  # seconds between two attempts to begin a transaction
 
 
 class _Tree:
@@ -134,7 +139,7 @@ class _Tree:
         if answer.type == Type.ERROR:
             code = wire.error_code(answer.body)
             reason = problem(path) if path is not None and code == errno.EINVAL else None
-            raise error_for(code, operation, path, reason)
+            raise error_for(code, operation, path, answer.reason or reason)
         return answer.body
 
 
@@ -196,23 +201,41 @@ class Store(_Tree):
     def transact(self, work: Callable[[Transaction], Result], *, timeout: float | None = None) -> Result:
         """Call `work` with a transaction and commit, again and again until there is no conflict.
 
+        A domain may have so many transactions open at once, whichever of its programs began them: while all of them
+        are, this waits for one to end.
+
         Args:
             work: reads and writes through the transaction, maybe more than once. Its result is returned.
             timeout: seconds after which no new attempt is made; None: those of the store.
 
         Raises:
-            TimedOut: every attempt met a conflict.
+            TimedOut: every attempt met a conflict, or no transaction could be begun; the text says which quota it was.
         """
         deadline = Deadline(self._timeout if timeout is None else timeout)
         attempts = 0
         while True:
+            transaction = self._begin_by(deadline)
             attempts += 1
             try:
-                with self.transaction() as transaction:
+                with transaction:
                     return work(transaction)
             except Conflict as conflict:
                 if deadline.expired:
                     raise TimedOut(f"{attempts} attempts at a transaction met a conflict; try later") from conflict
+
+    def _begin_by(self, deadline: Deadline) -> Transaction:
+        """Begin a transaction as soon as the domain's quota lets us: the daemon does not tell when one ends."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return self.transaction()
+            except StoreError as refused:
+                if refused.errno not in _ALL_ARE_OPEN:
+                    raise
+                if deadline.expired:
+                    raise TimedOut(f"no transaction could be begun in time; try later: {refused}") from refused
+            time.sleep(deadline.within(pause * random.uniform(0.5, 1)))  # not all come back at once
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     @property
     def closed(self) -> bool:

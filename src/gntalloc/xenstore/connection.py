@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from gntalloc import waits
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
@@ -33,12 +34,21 @@ if TYPE_CHECKING:
 
     from gntalloc.clock import Deadline
 
-__all__ = ["Connection", "Watcher"]
+__all__ = ["Answer", "Connection", "Watcher"]
 
 Found = TypeVar("Found")
 
 _READ_SIZE = 8192
+_MAY_HAVE_A_REASON = frozenset((errno.ENOSPC, errno.E2BIG, errno.EIO, errno.ENOMEM, errno.EBUSY, errno.EINVAL))
 _MAY_LACK_AN_ID = (Type.WATCH, Type.UNWATCH)
+
+
+class Answer(NamedTuple):
+    """An answer. `reason`: what our own daemon has said of an ERROR, when asked WHY; empty if nothing."""
+
+    type: int
+    body: bytes
+    reason: str
 
 
 class Watcher(Protocol):
@@ -49,6 +59,17 @@ class Watcher(Protocol):
 
     def end(self) -> None:
         """This end closed the connection."""
+
+
+def _is_worth_asking(kind: int, answer: Message) -> bool:
+    """Whether the answer is a refusal that may have a quota for its reason.
+
+    A list that is too long for one message is no matter of quotas: it is asked for in parts then.
+    """
+    if answer.type != Type.ERROR:
+        return False
+    code = wire.error_code(answer.body)
+    return code in _MAY_HAVE_A_REASON and (kind, code) != (Type.DIRECTORY, errno.E2BIG)
 
 
 class Connection:
@@ -70,13 +91,14 @@ class Connection:
         self._asking = threading.Lock()  # held by the thread whose request it is
         self._reading = False
         self._decoder = wire.Decoder()
-        self._awaited: tuple[int, Type] | None = None  # id and type of the request that has no answer yet
+        self._awaited: tuple[int, int] | None = None  # id and type of the request that has no answer yet
         self._answer: Message | None = None
         self._watchers: dict[str, Watcher] = {}
         self._last_id = 0
+        self._explains = stat.S_ISSOCK(os.fstat(fd).st_mode)  # the kernel's device knows no requests of our own
         self._failure: GntallocError | None = None  # why this connection is of no use any more
 
-    def request(self, kind: Type, body: bytes, *, deadline: Deadline, tx_id: int = 0) -> Message:
+    def request(self, kind: Type, body: bytes, *, deadline: Deadline, tx_id: int = 0) -> Answer:
         """Send a request and wait for its answer, which may be an ERROR.
 
         Raises:
@@ -92,19 +114,36 @@ class Connection:
         try:
             if not self.wait(lambda: True if self._awaited is None else None, deadline):
                 raise TimedOut(busy)
-            with self.changed:
-                self._check_alive()
-                req_id = self._new_id()
-                data = wire.encode(Message(kind, req_id, tx_id, body))
-                self._awaited, self._answer = (req_id, kind), None
-            if refusal := self._write(data, deadline):
-                return Message(Type.ERROR, req_id, tx_id, wire.join(wire.error_name(refusal)))
-            answer = self.wait(lambda: self._answer, deadline)
+            answer = self._exchange(kind, body, tx_id, deadline)
+            asks = self._explains and _is_worth_asking(kind, answer)
+            return Answer(answer.type, answer.body, self._why(deadline) if asks else "")
         finally:
             self._asking.release()
+
+    def _exchange(self, kind: int, body: bytes, tx_id: int, deadline: Deadline) -> Message:
+        """One request and its answer. The caller holds `_asking`."""
+        with self.changed:
+            self._check_alive()
+            req_id = self._new_id()
+            data = wire.encode(Message(kind, req_id, tx_id, body))
+            self._awaited, self._answer = (req_id, kind), None
+        if refusal := self._write(data, deadline):
+            return Message(Type.ERROR, req_id, tx_id, wire.join(wire.error_name(refusal)))
+        answer = self.wait(lambda: self._answer, deadline)
         if answer is None:
-            raise TimedOut(f"{self.name} has not answered {kind.name} in time; try again")
+            raise TimedOut(f"{self.name} has not answered {wire.type_name(kind)} in time; try again")
         return answer
+
+    def _why(self, deadline: Deadline) -> str:
+        """The daemon's reason for what it has just refused; empty if it gives none, as every daemon but ours."""
+        try:
+            answer = self._exchange(wire.WHY, b"\0", 0, deadline)
+        except GntallocError:
+            return ""  # the refusal itself is what matters
+        if answer.type == Type.ERROR:
+            self._explains = wire.error_code(answer.body) == errno.ENOENT
+            return ""
+        return answer.body.decode("utf-8", "replace")
 
     def wait(self, look: Callable[[], Found | None], deadline: Deadline) -> Found | None:
         """Read, or let another thread read, until `look()` finds something; None if the deadline comes first.
@@ -279,8 +318,9 @@ class Connection:
         if self._awaited is None:
             raise PeerBroke(f"{self.name} sent an answer ({wire.type_name(message.type)}) that nobody asked for")
         req_id, kind = self._awaited
+        asked = wire.type_name(kind)
         if message.req_id != req_id and not (message.req_id == 0 and kind in _MAY_LACK_AN_ID):
-            raise PeerBroke(f"{self.name} answered request {message.req_id} instead of {req_id} ({kind.name})")
+            raise PeerBroke(f"{self.name} answered request {message.req_id} instead of {req_id} ({asked})")
         if message.type not in (kind, Type.ERROR):
-            raise PeerBroke(f"{self.name} answered {kind.name} with {wire.type_name(message.type)}")
+            raise PeerBroke(f"{self.name} answered {asked} with {wire.type_name(message.type)}")
         self._awaited, self._answer = None, message

@@ -47,7 +47,7 @@ _REASONS = {
     errno.EACCES: "the node's permissions do not let this domain do that; its owner can change them",
     errno.EPERM: "only a privileged domain may ask that",
     errno.EAGAIN: "somebody changed the same nodes meanwhile; run the transaction again",
-    errno.ENOSPC: "this domain's quota is used up; remove nodes, or close watches or transactions",
+    errno.ENOSPC: "a quota of this domain is used up: of nodes, a node's size, or open transactions",
     errno.E2BIG: "too much for one message or one node",
     errno.EINVAL: "xenstored does not accept it",
     errno.EEXIST: "it exists already",

@@ -103,7 +103,8 @@ class Watch:
         body = wire.join(self.path, self.token)
         answer = self._connection.request(kind, body, deadline=Deadline(self._timeout))
         if answer.type == Type.ERROR:
-            raise error_for(wire.error_code(answer.body), operation, self.path, problem(self.path, watch=True))
+            reason = answer.reason or problem(self.path, watch=True)
+            raise error_for(wire.error_code(answer.body), operation, self.path, reason)
 
     # What follows runs with the connection's lock held.
 

@@ -19,6 +19,7 @@ __all__ = [
     "ERROR_CODES",
     "HEADER",
     "PAYLOAD_MAX",
+    "WHY",
     "Decoder",
     "Message",
     "Type",
@@ -65,6 +66,13 @@ class Type(IntEnum):
     GET_QUOTA = 25
     SET_QUOTA = 26
 
+
+WHY = 0x676E7401
+"""A request of our own: why was the last request of this connection refused? Every other daemon answers ENOSYS.
+
+The body is one zero. The answer is text without a zero, such as "transactions 10: domain 1 has 11 open", or the error
+ENOENT if there is nothing more to say. An ERROR itself stays as stock clients know it: the errno's name, nothing more.
+"""
 
 ERROR_CODES: dict[str, int] = {
     name: getattr(errno, name)
@@ -137,6 +145,8 @@ class Decoder:
 
 def type_name(kind: int) -> str:
     """What to call a message type in an error."""
+    if kind == WHY:
+        return "WHY"
     try:
         return Type(kind).name
     except ValueError:

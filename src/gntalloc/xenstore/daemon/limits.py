@@ -11,11 +11,15 @@ __all__ = ["Quotas", "Refused"]
 
 
 class Refused(Exception):
-    """The answer to a request is this errno."""
+    """The answer to a request is this errno. `reason` says what the errno does not; it may be empty.
 
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
+    Of a quota: its name, its value, and what is in use or was asked for.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code, reason)
         self.code = code
+        self.reason = reason
 
 
 @dataclass

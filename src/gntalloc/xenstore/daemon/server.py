@@ -17,7 +17,7 @@ from gntalloc.xenstore.daemon.limits import Quotas, Refused
 from gntalloc.xenstore.daemon.permissions import OWNER, READ, WRITE, Entry, pack, parse
 from gntalloc.xenstore.daemon.session import Session
 from gntalloc.xenstore.daemon.transactions import Transaction
-from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, parent
+from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, parent, too_long
 from gntalloc.xenstore.daemon.view import Keeper, View
 from gntalloc.xenstore.daemon.watches import Watches
 from gntalloc.xenstore.wire import Message, Type
@@ -93,6 +93,7 @@ class Server:
             Type.SET_TARGET: Kind(self._set_target, privileged=True),
             Type.RESET_WATCHES: Kind(self._reset_watches),
             Type.DIRECTORY_PART: Kind(self._directory_part),
+            wire.WHY: Kind(self._why, outside=True),
         }
         self.tree["/"] = Node(0, (Entry(0, 0),))
         self.introduce(0)
@@ -174,31 +175,34 @@ class Server:
         """The tree for the daemon itself: it may do everything, and nothing counts."""
         return View(self._keeper, None)
 
-    def handle(self, session: Session, message: Message) -> None:
-        """Serve one request: its answer and what it causes are in the sessions' outboxes then."""
+    def handle(self, session: Session, message: Message) -> Refused | None:
+        """Serve one request: its answer and what it causes are in the sessions' outboxes then. Why it was refused."""
+        refused: Refused | None = None
         events: list[Callable[[], None]] = []
         self._afterwards = events
         try:
             kind, body = message.type, self._serve(session, message)
             if len(body) > wire.PAYLOAD_MAX:
-                raise Refused(errno.E2BIG)
+                raise Refused(errno.E2BIG, f"the answer has {len(body)} bytes, and a message {wire.PAYLOAD_MAX}")
         except Refused as refusal:
             kind, body = Type.ERROR, wire.join(wire.error_name(refusal.code))
+            refused = session.refused = refusal
         session.answer(Message(kind, message.req_id, message.tx_id, body))
         for event in events:
             event()
+        return refused
 
     def _serve(self, session: Session, message: Message) -> bytes:
         kind = self._kinds.get(message.type)
         if kind is None:
             raise Refused(errno.ENOSYS)
         if kind.privileged and not session.privileged:
-            raise Refused(errno.EACCES)
+            raise Refused(errno.EACCES, "only domain 0 may ask that")
         transaction = None
         if message.tx_id and not kind.outside:
             transaction = session.transactions.get(message.tx_id)
             if transaction is None:
-                raise Refused(errno.ENOENT)
+                raise Refused(errno.ENOENT, f"there is no transaction {message.tx_id}")
         view = View(self._keeper, session, transaction)
         return kind.serve(Request(session, transaction, view, message.body))
 
@@ -302,7 +306,7 @@ class Server:
         first, *texts = arguments.strings(request.body, 2)
         view = request.view
         if view.limited and len(texts) > self.quotas.permissions:
-            raise Refused(errno.ENOSPC)
+            raise Refused(errno.ENOSPC, f"permissions {self.quotas.permissions}: {len(texts)} were given")
         entries = self.domains.meant(parse(texts))
         if self.domains.know(entries[0].domid) is None:
             raise Refused(errno.ENOENT)
@@ -341,15 +345,15 @@ class Server:
         path, token, relative = self._watch_arguments(request)
         special = path.startswith("@")
         if len(path) > _LONGEST_SPECIAL if special else not is_name(path, self.quotas.path_max):
-            raise Refused(errno.EINVAL)
+            raise Refused(errno.EINVAL, "" if special else too_long(path, self.quotas.path_max))
         if (path, token) in session.watches:
             raise Refused(errno.EEXIST)
         domain = session.domain
         if not session.privileged:
             if domain.watches > domain.quotas.watches:
-                raise Refused(errno.E2BIG)
+                raise Refused(errno.E2BIG, f"watches {domain.quotas.watches}: {_used(domain, domain.watches)}")
             if domain.memory + len(path) + len(token) >= domain.quotas.memory:
-                raise Refused(errno.ENOMEM)
+                raise Refused(errno.ENOMEM, f"memory {domain.quotas.memory}: {_used(domain, domain.memory)} bytes")
         watch = self._watches.add(session, path, token, relative)
         self._afterwards.append(lambda: self._watches.tell(watch, path))
         return OK
@@ -377,10 +381,11 @@ class Server:
 
     def _transaction_start(self, request: Request) -> bytes:
         if request.transaction is not None:
-            raise Refused(errno.EBUSY)
+            raise Refused(errno.EBUSY, "it was asked for in a transaction")
         session = request.session
         if not session.privileged and session.domain.transactions > session.domain.quotas.transactions:
-            raise Refused(errno.ENOSPC)
+            used = _used(session.domain, session.domain.transactions)
+            raise Refused(errno.ENOSPC, f"transactions {session.domain.quotas.transactions}: {used} open")
         number = session.last_transaction
         while True:
             number = (number + 1) % _NUMBERS
@@ -405,6 +410,15 @@ class Server:
         finally:
             self._forget(request.session, transaction)
         return OK
+
+    # Of our own.
+
+    def _why(self, request: Request) -> bytes:
+        """The reason of the connection's last refusal, if there is more to say than its errno did."""
+        refused, request.session.refused = request.session.refused, None
+        if refused is None or not refused.reason:
+            raise Refused(errno.ENOENT)
+        return refused.reason.encode("latin-1", "replace")[: wire.PAYLOAD_MAX]
 
     # Domains, for domain 0.
 
@@ -457,6 +471,10 @@ def _split(body: bytes) -> tuple[bytes, bytes]:
     if not end:
         raise Refused(errno.EINVAL)
     return path, rest
+
+
+def _used(domain: Domain, number: int) -> str:
+    return f"domain {domain.domid} has {number}"
 
 
 def _whole(session: Session, name: bytes) -> str:

@@ -11,6 +11,7 @@ from gntalloc.xenstore.wire import Message, Type
 
 if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.domains import Domain
+    from gntalloc.xenstore.daemon.limits import Refused
     from gntalloc.xenstore.daemon.permissions import Entry
     from gntalloc.xenstore.daemon.transactions import Transaction
 
@@ -45,6 +46,8 @@ class Session:
         """Bytes in the outbox."""
         self.closed = False
         """Whether the daemon has ended it: nobody sends to it or reads from it any more."""
+        self.refused: Refused | None = None
+        """The last refusal that nobody has asked about."""
         self._events: set[bytes] = set()
         self._talking = talking
 

@@ -46,14 +46,14 @@ class Transaction:
     """By how many nodes each domain will own more."""
     created: bool = False
     """Whether it has made nodes, so that the quota must be looked at."""
-    failed: bool = False
-    """Whether it has met an error that cannot be undone: it cannot be committed any more."""
+    failure: str | None = None
+    """The error that it has met and that cannot be undone: it cannot be committed any more."""
 
     def tell(self, path: str, *, exactly: bool) -> None:
         """Let watches fire for this node in the end."""
         seen = self.seen.get(path)
         if seen is None:
-            self.failed = True
+            self.failure = f"it has lost sight of {path}"
         elif not seen.tells:
             seen.tells, seen.exactly = True, exactly
         elif not exactly:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.permissions import Entry
 
-__all__ = ["Node", "Tree", "above", "home", "is_name", "last", "parent"]
+__all__ = ["Node", "Tree", "above", "home", "is_name", "last", "parent", "too_long"]
 
 _NAME = re.compile(r"/|(?:/[A-Za-z0-9_@-]+)+")
 _HOME = re.compile(r"/local/domain/(?:-[0-9]{1,4}|[0-9]{1,5})/")
@@ -67,10 +67,18 @@ class Tree(dict[str, Node]):
 
 def is_name(path: str, longest: int) -> bool:
     """Whether a node can be called that. What is below a domain's home may be `longest` from there on."""
-    if not _NAME.fullmatch(path):
-        return False
+    return bool(_NAME.fullmatch(path)) and _counted(path) <= longest
+
+
+def too_long(path: str, longest: int) -> str:
+    """The reason why a node cannot be called that, if it is the quota; empty otherwise."""
+    length = _counted(path)
+    return f"path-max {longest}: the path has {length} bytes" if length > longest else ""
+
+
+def _counted(path: str) -> int:
     found = _HOME.match(path)
-    return len(path) <= longest + (found.end() if found else 0)
+    return len(path) - (found.end() if found else 0)
 
 
 def home(domid: int) -> str:

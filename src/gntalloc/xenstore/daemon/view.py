@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.daemon.permissions import ALL
 from gntalloc.xenstore.daemon.transactions import Seen, Transaction
-from gntalloc.xenstore.daemon.tree import Node, is_name, last, parent
+from gntalloc.xenstore.daemon.tree import Node, is_name, last, parent, too_long
 
 if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.domains import Domains
@@ -84,7 +84,7 @@ class View:
                 where the node above would not let the asker know.
         """
         if not is_name(path, self._quotas.path_max):
-            raise Refused(errno.EINVAL)
+            raise Refused(errno.EINVAL, too_long(path, self._quotas.path_max))
         node = self.find(path)
         if node is not None and self.rights(node.permissions) & wanted == wanted:
             return node
@@ -115,8 +115,7 @@ class View:
         limit = self.limited and not free
         transaction = self._transaction
         if transaction is None:
-            if limit and node.size >= self._quotas.node_size:
-                raise Refused(errno.ENOSPC)
+            self._check_size(path, node, limit=limit)
             old = self._tree.get(path)
             freed = 0 if old is None or old.permissions[0].domid != node.permissions[0].domid else _cost(path, old)
             self._afford(node.permissions[0].domid, _cost(path, node) - freed, limit=limit)
@@ -127,11 +126,10 @@ class View:
             return node
         seen = self._change(transaction, path)
         try:
-            if limit and node.size >= self._quotas.node_size:
-                raise Refused(errno.ENOSPC)
+            self._check_size(path, node, limit=limit)
             self._charge(seen, _cost(path, node), limit=limit)
-        except Refused:
-            transaction.failed = True
+        except Refused as refusal:
+            transaction.failure = refusal.reason
             raise
         seen.node = node
         return node
@@ -159,8 +157,7 @@ class View:
         new = Node(0, entries, value)
         try:
             for below, name in zip(("", *lacking), lacking, strict=False):  # from the last one up
-                if self._session is not None and self.limited and self._owned() >= self._session.domain.quotas.nodes:
-                    raise Refused(errno.ENOSPC)
+                self._check_count()
                 if below:
                     self.put(name, Node(0, entries).with_child(last(below)))
                 else:
@@ -186,10 +183,10 @@ class View:
             raise Refused(errno.EINVAL)
         try:
             self._remove_below(path)
-        except Refused:
-            raise Refused(errno.EIO) from None
+        except Refused as refusal:
+            raise Refused(errno.EIO, refusal.reason) from None
         if last(path) not in over.children:
-            raise Refused(errno.EIO)
+            raise Refused(errno.EIO, f"{path} was removed from outside of the transaction")
         self.put(parent(path), over.without_child(last(path)), free=True)
 
     def tell(self, path: str, node: Node, *, exactly: bool = False, before: tuple[Entry, ...] | None = None) -> None:
@@ -214,15 +211,16 @@ class View:
             Refused: ENOMEM it has failed before, ENOSPC a domain would have too many nodes, EAGAIN somebody changed
                 what it has seen. Nothing was done.
         """
-        if transaction.failed:
-            raise Refused(errno.ENOMEM)
+        if transaction.failure is not None:
+            raise Refused(errno.ENOMEM, f"the transaction has failed before: {transaction.failure}")
         for domid, more in transaction.owned.items():
             owner = self._domains.know(domid)
             if owner is None:
                 raise Refused(errno.ENOMEM)
             judged = transaction.created and self.limited and not owner.privileged
             if judged and max(0, owner.nodes + more) >= owner.quotas.nodes:
-                raise Refused(errno.ENOSPC)
+                used = f"domain {domid} has {owner.nodes}, and the transaction makes {more} more"
+                raise Refused(errno.ENOSPC, f"nodes {owner.quotas.nodes}: {used}")
         for path, seen in transaction.seen.items():
             now = self._tree.get(path)
             if seen.generation != (None if now is None else now.generation):
@@ -255,8 +253,9 @@ class View:
 
     def _meet(self, transaction: Transaction, path: str) -> Seen:
         if self.limited and len(transaction.seen) >= self._quotas.transaction_nodes:
-            transaction.failed = True
-            raise Refused(errno.ENOSPC)
+            limit = self._quotas.transaction_nodes
+            transaction.failure = f"transaction-nodes {limit}: it has seen {len(transaction.seen)}"
+            raise Refused(errno.ENOSPC, transaction.failure)
         node = self._tree.get(path)
         if node is None:
             seen = Seen(None, None, None)
@@ -322,7 +321,7 @@ class View:
             self._erase(path)
             self._count(owner, -1)
             if self._transaction is not None:
-                self._transaction.failed = True
+                self._transaction.failure = self._transaction.failure or f"{path} could not be made"
 
     def _count(self, domid: int, by: int) -> bool:
         if self._transaction is not None:
@@ -330,8 +329,26 @@ class View:
             return True
         return self._domains.count_node(domid, by)
 
-    def _owned(self) -> int:
-        return 0 if self._session is None else self._session.domain.nodes
+    def _check_count(self) -> None:
+        """One more node of whoever asks.
+
+        Raises:
+            Refused: ENOSPC.
+        """
+        if self._session is None or not self.limited:
+            return
+        domain = self._session.domain
+        if domain.nodes >= domain.quotas.nodes:
+            raise Refused(errno.ENOSPC, f"nodes {domain.quotas.nodes}: domain {domain.domid} has {domain.nodes}")
+
+    def _check_size(self, path: str, node: Node, *, limit: bool) -> None:
+        most = self._quotas.node_size
+        if not limit or node.size < most:
+            return
+        part = f"the value has {len(node.value)} bytes"
+        if node.names > len(node.value):
+            part = f"the names of the children of {path} have {node.names} bytes"
+        raise Refused(errno.ENOSPC, f"node-size {most}: {part}, and all of the node {node.size}")
 
     def _charge(self, seen: Seen, cost: int, *, limit: bool) -> None:
         """A change in a transaction takes memory of whoever makes it."""
@@ -345,7 +362,8 @@ class View:
     def _afford(self, domid: int, more: int, *, limit: bool) -> None:
         domain = self._domains.get(domid)
         if limit and domain is not None and not domain.privileged and domain.memory + more >= self._quotas.memory:
-            raise Refused(errno.EIO)
+            used = f"domain {domid} uses {domain.memory} bytes, and {more} more are asked for"
+            raise Refused(errno.EIO, f"memory {self._quotas.memory}: {used}")
 
 
 class _Removal:
