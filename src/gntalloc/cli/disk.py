@@ -22,6 +22,7 @@ from gntalloc.cli.show import bytes_text, progress, table
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frontend.blkback import WAYS, Backend
 from gntalloc.frontend.blkfront import BlockDevice
+from gntalloc.frontend.image import FORMATS
 from gntalloc.frontend.nodes import Device, attach, detach, disk_number
 from gntalloc.guest.domain import current_domain
 
@@ -179,6 +180,8 @@ def write_command(
 )
 @click.option("--read-only", is_flag=True, help="It cannot be written.")
 @click.option("--attached", is_flag=True, help="A toolstack has attached it, and will detach it: only serve.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="auto", show_default=True, help="Insist on raw.")
+@click.option("--pad", is_flag=True, help="If FILE ends within a sector, serve zeros after its end.")
 @click.option("--way", type=click.Choice(WAYS), default="map", show_default=True, help="How to get at its pages.")
 @click.option("--sector-size", type=click.Choice(["512", "1024", "2048", "4096"]), default="512", show_default=True)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
@@ -188,6 +191,8 @@ def serve_command(
     number: int,
     read_only: bool,
     attached: bool,
+    form: str,
+    pad: bool,
     way: str,
     sector_size: str,
     file: str,
@@ -195,6 +200,9 @@ def serve_command(
     """Be the backend: serve FILE, or a block device, as a disk of domain DOMID, until Ctrl-C.
 
     Attaches the disk first, as a toolstack does, and detaches it afterwards. That is for domain 0.
+
+    FILE is a raw image, of whole sectors. It is locked as QEMU locks images: many may read it, or one may write it.
+    When it grows, its frontend is told.
     """
     here = current_domain(domain)
     device = Device("vbd", number, frontend, here.domid)
@@ -208,6 +216,7 @@ def serve_command(
             attach(here.store, device, nodes, {"mode": "r" if read_only else "w"})
             stack.callback(detach, here.store, device)
         settings: dict[str, Any] = {"read_only": read_only, "way": way, "sector_size": int(sector_size)}
+        settings |= {"form": form, "pad": pad}
         with _telling_of(file):
             backend = stack.enter_context(Backend(here, device, file, **settings))
         came = stack.enter_context(_stopped_by_signals(backend))

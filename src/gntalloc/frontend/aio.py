@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Self
 
 from gntalloc.errors import Closed, DeviceError, GntallocError
 from gntalloc.frontend.blkif import SECTOR, Operation
+from gntalloc.frontend.extents import Extent, parse
 from gntalloc.frontend.session import PAGES, Described, Session
+from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +98,19 @@ class Disk(Described):
         self._session.check_discard()
         if length:
             await self._plain(Operation.DISCARD, offset // SECTOR, length)
+
+    async def extents(self, offset: int, length: int) -> tuple[Extent, ...]:
+        """What is data from byte `offset` on, and what is a hole. See `BlockDevice.extents`."""
+        before = self._session.before_extents(offset, length)
+        if not self.features.extents:
+            return (Extent(length, hole=False),)
+        page = bytearray(PAGE_SIZE)
+        try:
+            await self._transfer(Operation.EXTENTS, offset - before, memoryview(page))
+        except DeviceError as refused:
+            if refused.errno != errno.EOPNOTSUPP:  # as there
+                raise
+        return parse(page, before, length)
 
     async def reconnect(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  it bounds what a thread does
         """Begin anew with a backend that has returned. See `BlockDevice.reconnect`; calls that wait have failed."""
@@ -266,6 +281,8 @@ class Disk(Described):
         if verdict is not None:
             self._session.collect()  # what it had answered before
             self._session.failed = verdict
+        elif link is not None:
+            self._session.refresh()
 
     def _run(self, work: Callable[[], None]) -> None:
         self._deafen()

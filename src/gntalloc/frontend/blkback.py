@@ -14,10 +14,8 @@ Sources: Xen's public io/blkif.h for nodes and requests; Linux's xen-blkback for
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import stat
 from typing import TYPE_CHECKING, Self
 
 from gntalloc import waits
@@ -27,12 +25,14 @@ from gntalloc.frontend.blkif import (
     ENTRY,
     ERROR,
     INFO_READ_ONLY,
+    NO_SPACE,
     NOT_SUPPORTED,
     OKAY,
     PROTOCOL,
     SECTOR,
     SECTORS_OF_A_PAGE,
     SEGMENTS_OF_A_PAGE,
+    TELLS_FULL,
     Malformed,
     Operation,
     Request,
@@ -40,9 +40,11 @@ from gntalloc.frontend.blkif import (
     Segment,
     parse_segments,
 )
+from gntalloc.frontend.extents import DISCARD_ZEROES, NODE, pack
 from gntalloc.frontend.grantio import Access, Copied, Kept, Mapped
+from gntalloc.frontend.image import Full, Image
 from gntalloc.frontend.ring import Back
-from gntalloc.frontend.xenbus import BACK, End, State
+from gntalloc.frontend.xenbus import BACK, End, State, StepRefused
 
 if TYPE_CHECKING:
     from gntalloc.frontend.nodes import Device
@@ -53,7 +55,7 @@ __all__ = ["WAYS", "Backend"]
 WAYS = ("map", "copy")
 """How a backend gets at a frontend's pages; see `gntalloc.frontend.grantio`."""
 _INDIRECT = 256  # segments of one request, as xen-blkback
-_PUNCH_HOLE_KEEP_SIZE = 3
+_LOOK_AGAIN = 1000  # milliseconds until the image's size is looked at, when nothing else happens
 
 
 class Backend:
@@ -63,16 +65,17 @@ class Backend:
         domain: the one that this program is in, where the backend's folder is.
         device: which, as it was attached.
         path: the file, or a block device.
+        form: "auto" refuses an image of another format, "raw" takes it for what it is not.
+        pad: serve a file that ends within a sector as if zeros followed.
         read_only: whether it is served so; the node `mode` of the toolstack, if it is "r", does too.
         way: "map" the frontend's pages (for good, if it offers feature-persistent), or "copy" them.
         sector_size: bytes, 512 to 4096.
         indirect: segments of an indirect request; 0 offers none.
 
     Raises:
-        OSError: the file cannot be opened.
+        DeviceError, Busy, OSError: the file cannot be served; see `gntalloc.frontend.image`.
 
     Attributes:
-        size: bytes served.
         requests: how many were answered.
         refused: how many of them with an error.
     """
@@ -83,6 +86,8 @@ class Backend:
         device: Device,
         path: str | os.PathLike[str],
         *,
+        form: str = "auto",
+        pad: bool = False,
         read_only: bool = False,
         way: str = "map",
         sector_size: int = SECTOR,
@@ -99,15 +104,19 @@ class Backend:
         self.sector_size = sector_size
         self._end = End(domain.store, BACK, device.back, device.front)
         self.read_only = read_only or domain.store.read_text(f"{device.back}/mode") == "r"
-        self._file = os.open(path, (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self._image = Image(path, read_only=self.read_only, unit=sector_size, pad=pad, form=form)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._discards = stat.S_ISREG(os.fstat(self._file).st_mode)
-        self.size = os.lseek(self._file, 0, os.SEEK_END) // sector_size * sector_size
+        self._tells_full = False
         self._link: contextlib.ExitStack | None = None
         self._ring: Back | None = None
         self._closed = False
         self.requests = 0
         self.refused = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes served. It follows the image's."""
+        return self._image.size
 
     def serve(self) -> None:
         """Serve whoever comes, until `stop` or until the device is detached.
@@ -144,7 +153,7 @@ class Backend:
             return
         self._closed = True
         self._disconnect()
-        os.close(self._file)
+        self._image.close()
         os.close(self._stop)
 
     def __enter__(self) -> Self:
@@ -202,6 +211,7 @@ class Backend:
         number = end.number("event-channel", -1, 0xFFFF_FFFF)
         if ref < 0 or number < 0:
             raise ValueError("the frontend's ring-ref or event-channel is missing, or no number")
+        self._tells_full = end.number(TELLS_FULL) == 1
         persistent = self._way == "map" and end.number("feature-persistent") == 1
         with contextlib.ExitStack() as link:
             port = link.enter_context(domain.events.connect(frontend, number))
@@ -215,12 +225,16 @@ class Backend:
             self._ring, self._port, self._access = ring, port, access
             self._link = link.pop_all()
         self._masked = False
+        self._image.look()
+        sparse = self._image.sparse
         info = INFO_READ_ONLY if self.read_only else 0
         nodes = {
             "feature-flush-cache": 1,
             "feature-barrier": 0,
             "feature-persistent": int(self._way == "map"),
-            "feature-discard": int(self._discards and not self.read_only),
+            "feature-discard": int(sparse and not self.read_only),
+            DISCARD_ZEROES: int(sparse),
+            NODE: int(sparse),
             "discard-granularity": self.sector_size,
             "discard-alignment": 0,
             "sectors": self.size // SECTOR,
@@ -249,6 +263,12 @@ class Backend:
             self._part()
         self._disconnect()  # also if xenstore did not answer
 
+    def _tell_size(self) -> None:
+        """Tell the frontend when the image has grown: as Linux's backend, by the sectors and our state once more."""
+        if self._image.look():
+            with contextlib.suppress(StepRefused):  # somebody else has moved our state: it is told when we connect
+                self._end.go(State.CONNECTED, {"sectors": self.size // SECTOR})
+
     # Serving.
 
     def _work_until(self, *watches: int) -> bool:
@@ -266,10 +286,12 @@ class Backend:
                 except PeerBroke as broken:
                     self._give_up(str(broken))
                     return False
+                self._tell_size()
                 if not more and self._masked:
                     self._port.rearm()
                     self._masked = False
-            ready = {number for number, _ in poll.poll(0 if more else None)}
+            idle = _LOOK_AGAIN if self._ring is not None else None
+            ready = {number for number, _ in poll.poll(0 if more else idle)}
             if self._ring is not None and self._port.fileno() in ready:
                 try:
                     self._masked = self._port.take()
@@ -295,6 +317,8 @@ class Backend:
             request = Request.parse(raw, self._indirect)
             operation = request.operation
             status = self._carry_out(request)
+        except Full:
+            status = NO_SPACE if self._tells_full else ERROR
         except (Malformed, OSError):  # a GntallocError is one
             status = ERROR
         self.requests += 1
@@ -302,16 +326,31 @@ class Backend:
         return Response(id_, operation, status)
 
     def _carry_out(self, request: Request) -> int:
+        image = self._image
         if request.operation in {Operation.READ, Operation.WRITE}:
             return self._move(request)
         if request.operation == Operation.FLUSH and not request.segments:
-            os.fdatasync(self._file)
+            image.flush()
             return OKAY
-        if request.operation == Operation.DISCARD and self._discards:
+        if request.operation == Operation.DISCARD and image.sparse:
             self._check(request.sector, request.sectors, writing=True)
-            _punch(self._file, request.sector * SECTOR, request.sectors * SECTOR)
+            try:
+                image.discard(request.sector * SECTOR, request.sectors * SECTOR)
+            except OSError as error:
+                return NOT_SUPPORTED if error.errno == errno.EOPNOTSUPP else ERROR
             return OKAY
+        if request.operation == Operation.EXTENTS and image.sparse:
+            return self._tell_extents(request)
         return NOT_SUPPORTED
+
+    def _tell_extents(self, request: Request) -> int:
+        self._check(request.sector, self.sector_size // SECTOR, writing=False)
+        if [segment[1:] for segment in request.segments] != [(0, SECTORS_OF_A_PAGE - 1)]:
+            raise Malformed("extents go into one whole page")
+        told = pack(self._image.extents(request.sector * SECTOR))
+        with self._access.borrow(request.segments, writable=True) as (page,):
+            page[:] = told
+        return OKAY
 
     def _move(self, request: Request) -> int:
         writing = request.operation == Operation.WRITE
@@ -322,9 +361,10 @@ class Backend:
         self._check(request.sector, length // SECTOR, writing=writing)
         offset = request.sector * SECTOR
         with self._access.borrow(segments, writable=not writing) as views:
-            moved = os.pwritev(self._file, views, offset) if writing else os.preadv(self._file, views, offset)
-            if moved != length:
-                raise DeviceError(errno.EIO, f"{moved} of {length} bytes were moved")
+            if writing:
+                self._image.write(views, offset)
+            else:
+                self._image.read(views, offset)
         return OKAY
 
     def _segments(self, request: Request) -> tuple[Segment, ...]:
@@ -341,11 +381,3 @@ class Backend:
             raise Malformed("not whole sectors, or beyond the end")
         if writing and self.read_only:
             raise DeviceError(errno.EROFS, "the disk is read-only")
-
-
-def _punch(file: int, offset: int, length: int) -> None:
-    """Give a piece of a file back to its file system; it reads as zeros."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate64(file, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -11,13 +11,16 @@ One thread sleeps for all that wait; the others are told by it. `gntalloc.fronte
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from typing import TYPE_CHECKING, Self
 
 from gntalloc.clock import Deadline, now
-from gntalloc.errors import Closed, GntallocError, TimedOut
+from gntalloc.errors import Closed, DeviceError, GntallocError, TimedOut
 from gntalloc.frontend.blkif import SECTOR, Operation
+from gntalloc.frontend.extents import Extent, parse
 from gntalloc.frontend.session import PAGES, Described, Features, Session
+from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,6 +66,12 @@ class BlockDevice(Described):
         self._closing = False
         super().__init__(Session(domain, number, pages=pages, timeout=timeout))
 
+    @property
+    def size(self) -> int:
+        """Bytes. It follows the backend's, whose disk may grow."""
+        self._catch_up()
+        return self._session.offer.size
+
     # Reading and writing.
 
     def read(self, offset: int, length: int, *, timeout: float | None = None) -> bytes:
@@ -90,6 +99,7 @@ class BlockDevice(Described):
             TimedOut: the deadline passed first; the buffer may be filled in part.
         """
         view = memoryview(buffer).cast("B")
+        self._catch_up(offset + len(view))
         before, after = self._session.around(offset, len(view))
         if not len(view):
             return 0
@@ -110,6 +120,7 @@ class BlockDevice(Described):
             PeerClosed, PeerDied, PeerBroke, TimedOut: as `readinto`; some of it may have been written.
         """
         view = memoryview(data).cast("B")
+        self._catch_up(offset + len(view))
         self._session.check_range(offset, len(view), whole=True)
         self._session.check_writable()
         if len(view):
@@ -134,10 +145,34 @@ class BlockDevice(Described):
             ValueError: not whole sectors, or beyond the end.
             PeerClosed, PeerDied, PeerBroke, TimedOut: as `readinto`.
         """
+        self._catch_up(offset + length)
         self._session.check_range(offset, length, whole=True)
         self._session.check_discard()
         if length:
             self._plain(Operation.DISCARD, offset // SECTOR, length, timeout)
+
+    def extents(self, offset: int, length: int, *, timeout: float | None = None) -> tuple[Extent, ...]:
+        """What is data from byte `offset` on, and what is a hole, which reads as zeros.
+
+        Returns:
+            At least one extent. Together they may be less than `length`: ask again from there. A backend that does not
+            tell (`features.extents`) has data everywhere.
+
+        Raises:
+            ValueError: it goes beyond the end, or `length` is 0.
+            DeviceError, PeerClosed, PeerDied, PeerBroke, TimedOut: as `readinto`.
+        """
+        self._catch_up(offset + length)
+        before = self._session.before_extents(offset, length)
+        if not self.features.extents:
+            return (Extent(length, hole=False),)
+        page = bytearray(PAGE_SIZE)
+        try:
+            self._transfer(Operation.EXTENTS, offset - before, memoryview(page), timeout)
+        except DeviceError as refused:
+            if refused.errno != errno.EOPNOTSUPP:  # another backend has taken over meanwhile, which cannot tell
+                raise
+        return parse(page, before, length)
 
     # Many requests in flight.
 
@@ -165,6 +200,7 @@ class BlockDevice(Described):
         """
         view = memoryview(buffer).cast("B")
         session = self._session
+        self._catch_up(offset + len(view))
         session.check_request(operation, offset, len(view))
         with self._changed:
             session.check_open()
@@ -230,6 +266,16 @@ class BlockDevice(Described):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _catch_up(self, end: int | None = None) -> None:
+        """See whether the disk has grown, if a call ends beyond its end. Whoever has the lock does so instead."""
+        if end is not None and end <= self._session.offer.size:
+            return
+        if self._changed.acquire(blocking=False):
+            try:
+                self._session.catch_up()
+            finally:
+                self._changed.release()
 
     # What follows runs with the lock held.
 
@@ -341,8 +387,12 @@ class BlockDevice(Described):
             self._changed.acquire()
             self._asleep = False
             self._changed.notify_all()
-        if look and (failed := link.verdict()) is not None:
+        if not look:
+            return
+        if (failed := link.verdict()) is not None:
             self._lose(failed)
+        else:
+            self._session.refresh()
 
     def _lose(self, failed: GntallocError) -> None:
         """The backend is gone. Everybody is told; or, with patience, another is waited for."""

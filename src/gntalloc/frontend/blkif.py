@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "ENTRY", "ERROR", "INFO_READ_ONLY", "NOT_SUPPORTED", "OKAY", "PROTOCOL", "RESPONSE", "SECTOR", "SEGMENT",
-    "SEGMENTS", "SEGMENTS_OF_A_PAGE", "Malformed", "Operation", "Request", "Response", "Segment", "pack_direct",
-    "pack_indirect", "pack_segments", "parse_segments",
+    "ENTRY", "ERROR", "INFO_READ_ONLY", "NOT_SUPPORTED", "NO_SPACE", "OKAY", "PROTOCOL", "RESPONSE", "SECTOR",
+    "SEGMENT", "SEGMENTS", "SEGMENTS_OF_A_PAGE", "TELLS_FULL", "Malformed", "Operation", "Request", "Response",
+    "Segment", "pack_direct", "pack_indirect", "pack_segments", "parse_segments",
 ]  # fmt: skip
 
 ENTRY = 112
@@ -34,6 +34,9 @@ SEGMENTS_OF_A_PAGE = 512
 """That fit a page of an indirect request."""
 _INDIRECT_PAGES = 8
 OKAY, ERROR, NOT_SUPPORTED = 0, -1, -2
+NO_SPACE = -28
+"""Of our own: a backend of ours answers it to a frontend that has published TELLS_FULL; others get ERROR."""
+TELLS_FULL = "feature-gntalloc-no-space"
 INFO_READ_ONLY = 4
 PROTOCOL = "arm-abi" if platform.machine() in {"aarch64", "arm64"} else "x86_64-abi"
 """What a frontend calls this layout."""
@@ -56,6 +59,7 @@ class Operation(IntEnum):
     FLUSH = 3
     DISCARD = 5
     INDIRECT = 6
+    EXTENTS = 103  # of our own: see gntalloc.frontend.extents
 
 
 class Malformed(ValueError):

@@ -90,6 +90,7 @@ class Link:
     ) -> None:
         self._end = end
         self._masked = False
+        self._unjudged = False  # news was taken that may be the backend's end
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._bell)
@@ -129,7 +130,8 @@ class Link:
                 pass  # all is looked at anyway
         if self._bell in ready:
             os.eventfd_read(self._bell)
-        return self._watch.fileno() in ready or self._released in ready
+        unjudged, self._unjudged = self._unjudged, False
+        return unjudged or self._watch.fileno() in ready or self._released in ready
 
     def fileno(self) -> int:
         """For an event loop: readable when there is something for `heard`."""
@@ -155,6 +157,15 @@ class Link:
             complaint = self._end.complaint()
             return PeerClosed(f"the backend {self._end.other} {why}" + (f"; it says: {complaint}" if complaint else ""))
         return None if held else self._died()
+
+    def has_news(self) -> bool:
+        """Whether the backend has written its state since somebody looked last. Who sleeps is told of it as well."""
+        with contextlib.suppress(GntallocError):  # closed: there will be none
+            if self._watch.poll() is not None:
+                self._unjudged = True
+                self.wake()
+                return True
+        return False
 
     def give_up(self) -> None:
         """Tell the backend that nothing comes of it, if it can be told."""

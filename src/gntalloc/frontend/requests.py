@@ -109,9 +109,9 @@ class Flights:
         pages = -(-length // PAGE_SIZE)
         return self.ring.room > 0 and pages + (pages > SEGMENTS) <= len(self._free)
 
-    def read(self, sector: int, buffer: memoryview) -> Flight:
+    def read(self, sector: int, buffer: memoryview, operation: Operation = Operation.READ) -> Flight:
         """Ask for as many bytes as the buffer has room for; they are there when the flight is done."""
-        return self._put_data(Flight(Operation.READ, sector, len(buffer), buffer))
+        return self._put_data(Flight(operation, sector, len(buffer), buffer))
 
     def write(self, sector: int, data: memoryview) -> Flight:
         """Write bytes; they were copied when this returns."""

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, DeviceError, GntallocError, PeerBroke, PeerDied
-from gntalloc.frontend.blkif import ENTRY, INFO_READ_ONLY, NOT_SUPPORTED, PROTOCOL, SECTOR, SEGMENTS, Operation
+from gntalloc.frontend.blkif import (
+    ENTRY,
+    INFO_READ_ONLY,
+    NO_SPACE,
+    NOT_SUPPORTED,
+    PROTOCOL,
+    SECTOR,
+    SEGMENTS,
+    TELLS_FULL,
+    Operation,
+)
+from gntalloc.frontend.extents import DISCARD_ZEROES, NODE
 from gntalloc.frontend.link import Link, part, recover
 from gntalloc.frontend.nodes import Device, devices
 from gntalloc.frontend.requests import Flight, Flights
@@ -28,6 +39,7 @@ __all__ = ["PAGES", "Described", "Features", "Offer", "Session"]
 
 PAGES = 352
 """For data, if not told otherwise: 32 requests of 11 pages."""
+_MOST_SECTORS = 1 << 54
 _MOST_SEGMENTS = 32  # of an indirect request: 128 KiB, as xen-blkfront
 
 
@@ -40,6 +52,8 @@ class Features(NamedTuple):
     discard_granularity: int
     discard_alignment: int
     indirect_segments: int
+    extents: bool
+    discard_zeroes: bool
 
 
 class Offer(NamedTuple):
@@ -103,9 +117,10 @@ class Session:
     # Requests.
 
     def put(self, operation: Operation, offset: int, view: memoryview) -> Flight:
-        """Put a READ or WRITE of whole sectors, for which there is room. `show` shows it."""
-        put = self.flights.read if operation == Operation.READ else self.flights.write
-        return put(offset // SECTOR, view)
+        """Put a READ or WRITE of whole sectors, or EXTENTS, for which there is room. `show` shows it."""
+        if operation == Operation.WRITE:
+            return self.flights.write(offset // SECTOR, view)
+        return self.flights.read(offset // SECTOR, view, operation)
 
     def show(self) -> None:
         """Let the backend see what was put."""
@@ -166,10 +181,29 @@ class Session:
         if operation == Operation.WRITE:
             self.check_writable()
 
+    def catch_up(self) -> None:
+        """See whether the backend has said that its disk has grown. It waits for xenstore."""
+        if self.link is not None and self.failed is None and self.link.has_news():
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read the disk's size again. What else a backend offers holds for as long as we are connected."""
+        with contextlib.suppress(GntallocError):  # the backend is gone: who asks it something is told
+            sectors, unit = self._end.number("sectors", -1, _MOST_SECTORS), self.offer.sector_size
+            if sectors >= 0:
+                self.offer = self.offer._replace(size=sectors * SECTOR // unit * unit)
+
     def around(self, offset: int, length: int) -> tuple[int, int]:
         """How many bytes before and after must be read too, so that they are whole sectors. ValueError as above."""
         self.check_range(offset, length)
         return offset % self.offer.sector_size, -(offset + length) % self.offer.sector_size
+
+    def before_extents(self, offset: int, length: int) -> int:
+        """How many bytes before a range its first sector begins. ValueError as above, or there is none."""
+        self.check_range(offset, length)
+        if not length:
+            raise ValueError(f"an extent has at least one byte; ask for some from {offset} on")
+        return offset % self.offer.sector_size
 
     def judge(self, flight: Flight) -> None:
         """DeviceError: EIO the backend could not do it; EOPNOTSUPP it does not know how."""
@@ -178,6 +212,8 @@ class Session:
         what = f"{flight.operation.name} of {flight.length} bytes at {flight.sector * SECTOR}"
         if flight.status == NOT_SUPPORTED:
             raise DeviceError(errno.EOPNOTSUPP, f"{self}: the backend does not support {what}")
+        if flight.status == NO_SPACE:
+            raise DeviceError(errno.ENOSPC, f"{self}: there is no room left at the backend for {what}; make some there")
         raise DeviceError(errno.EIO, f"{self}: the backend failed at {what} (status {flight.status}); see its log")
 
     # Coming and going.
@@ -212,7 +248,7 @@ class Session:
     def _connect(self, timeout: float) -> Link:
         """From wherever both ends are to state 4. The link that was is gone already."""
         deadline = Deadline(timeout)
-        nodes = {"protocol": PROTOCOL, "feature-persistent": "1"}
+        nodes = {"protocol": PROTOCOL, "feature-persistent": "1", TELLS_FULL: "1"}
         with contextlib.ExitStack() as undo:
             try:
                 recover(self._end, deadline)
@@ -229,7 +265,7 @@ class Session:
 
     def _read_offer(self) -> Offer:
         end = self._end
-        sectors, size = end.number("sectors", most=1 << 54), end.number("sector-size", SECTOR, 1 << 16)
+        sectors, size = end.number("sectors", most=_MOST_SECTORS), end.number("sector-size", SECTOR, 1 << 16)
         physical = end.number("physical-sector-size", size, 1 << 30)
         if size < SECTOR or size & (size - 1) or size > PAGE_SIZE:
             raise PeerBroke(f"{end.other} says that a sector has {size} bytes; that is 512 to {PAGE_SIZE}")
@@ -240,6 +276,8 @@ class Session:
             discard_granularity=end.number("discard-granularity", size),
             discard_alignment=end.number("discard-alignment"),
             indirect_segments=end.number("feature-max-indirect-segments", most=0xFFFF),
+            extents=end.number(NODE) == 1,
+            discard_zeroes=end.number(DISCARD_ZEROES) == 1,
         )
         read_only = bool(end.number("info", most=0xFFFF_FFFF) & INFO_READ_ONLY) or end.read("mode") == "r"
         return Offer(sectors * SECTOR // size * size, size, max(physical, size), read_only, features)
@@ -261,7 +299,7 @@ class Described:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes. It follows the backend's, whose disk may grow."""
         return self._session.offer.size
 
     @property
