@@ -205,7 +205,7 @@ def test_options(setting: Setting) -> None:
 
         assert await option(3, b"") == [(2, b"\0\0\0\2it"), (1, b"")]
         assert await option(3, b"x") == [(0x80000003, b"")]
-        assert await option(8, b"") == [(0x80000001, b"")]  # structured replies
+        assert await option(5, b"") == [(0x80000001, b"")]  # TLS
         for wrong in (b"", b"\0" * 5, pack(">I", 900) + b"\0\0", b"\0\0\0\0\0\1", b"\xff" * 6):
             assert await option(7, wrong) == [(0x80000003, b"")]
         assert await option(7, b"\0\0\0\5other\0\0") == [(0x80000006, b"")]

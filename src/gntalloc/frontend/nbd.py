@@ -4,8 +4,8 @@
         await server.listen(listener)          # a bound socket; several are fine
         await server.failed                    # for ever, or until the disk's backend has gone
 
-The fixed newstyle handshake (EXPORT_NAME, GO, INFO, LIST, ABORT), then READ, WRITE, FLUSH, TRIM, DISC, and FUA. No
-structured replies and no TLS: this is for a Unix socket, or a port of this computer.
+The handshake is `gntalloc.frontend.handshake`'s. Then READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, BLOCK_STATUS, DISC, and
+FUA; with structured replies for those who ask for them. No TLS: this is for a Unix socket, or a port of this computer.
 
 A client is not believed. What it asks that cannot be gets an error; what breaks the protocol ends its connection. It
 has so many bytes and requests in flight at most, and then it is not read from before an answer has gone.
@@ -18,11 +18,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from enum import IntEnum
-from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.frontend.handshake import ALLOCATION, Agreed, Broken, Description, agree
+from gntalloc.frontend.nbdif import (
+    BLOCK_STATUS_HEAD,
+    CHUNK,
+    DONE,
+    ERROR_HEAD,
+    EXTENT,
+    HOLE_HEAD,
+    LARGEST,
+    OFFSET,
+    READS_AS_ZEROS,
+    REPLY,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_MAGIC,
+    STRUCTURED_MAGIC,
+    Chunk,
+    Command,
+    Error,
+    Flag,
+    Transmission,
+    error_of,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -32,54 +53,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST", "Server"]
 
-LARGEST = 32 << 20
-"""Bytes of one request; what a client may count on that was told nothing."""
 _BYTES, _REQUESTS = 64 << 20, 128  # of one connection, in flight
 _CLIENTS = 64
 _PATIENCE = 30.0  # seconds for a handshake
-_LONGEST_OPTION = 8192
-
-_GREETING = Struct(">QQH")
-_OPTION = Struct(">QII")  # magic, option, length
-_OPTION_REPLY = Struct(">QIII")  # magic, option, type, length
-_EXPORT = Struct(">QH")  # size, flags
-_INFO_EXPORT, _INFO_BLOCKS = Struct(">HQH"), Struct(">HIII")
-_REQUEST = Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
-_REPLY = Struct(">IIQ")  # magic, error, cookie
-_U32 = Struct(">I")
-_NBDMAGIC, _IHAVEOPT, _REPLY_MAGIC = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
-_REQUEST_MAGIC, _SIMPLE_REPLY = 0x25609513, 0x67446698
-_FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
-_ACK, _SERVER, _INFO = 1, 2, 3
-_UNSUPPORTED, _INVALID, _UNKNOWN = 0x80000001, 0x80000003, 0x80000006
-_HAS_FLAGS, _READ_ONLY, _FLUSH, _FUA, _TRIM, _MULTI_CONN = 1, 2, 4, 8, 32, 256
-_FUA_COMMAND = 1
-_ERRORS = {errno.EROFS: 1, errno.EOPNOTSUPP: 95}  # NBD has numbers of its own; EIO if not here
-_IO, _WRONG, _NO_SPACE = 5, 22, 28
-
-
-class Option(IntEnum):
-    """What a client asks for before it transmits."""
-
-    EXPORT_NAME = 1
-    ABORT = 2
-    LIST = 3
-    INFO = 6
-    GO = 7
-
-
-class Command(IntEnum):
-    """What it asks for then."""
-
-    READ = 0
-    WRITE = 1
-    DISC = 2
-    FLUSH = 3
-    TRIM = 4
-
-
-class _Broken(Exception):
-    """The client does not keep to the protocol."""
+_ZEROS = 1 << 20  # bytes that are written at a time where the backend cannot make zeros itself
+_LONGEST_TEXT = 1024  # of an error
 
 
 class _Request(NamedTuple):
@@ -94,6 +72,15 @@ class _Request(NamedTuple):
     def weight(self) -> int:
         """Bytes of memory that it takes, or will take."""
         return self.length if self.command in {Command.READ, Command.WRITE} and self.length <= LARGEST else 0
+
+
+class _Refused(Exception):
+    """The answer is this error, and for whoever can be told, why."""
+
+    def __init__(self, error: Error, why: str) -> None:
+        super().__init__(error, why)
+        self.error = error
+        self.why = why
 
 
 class Server:
@@ -149,11 +136,11 @@ class Server:
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         """One client, from its first byte to its last."""
         try:
-            with contextlib.suppress(_Broken, asyncio.IncompleteReadError, OSError, TimeoutError):
+            with contextlib.suppress(Broken, asyncio.IncompleteReadError, OSError, TimeoutError):
                 async with asyncio.timeout(_PATIENCE):
-                    wanted = await _Handshake(reader, writer, self._name, self._describe()).agree()
-                if wanted:
-                    await self._transmit(reader, writer)
+                    agreed = await agree(reader, writer, self._describe())
+                if agreed is not None:
+                    await self._transmit(reader, writer, agreed)
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()  # for as long as the client takes its answers
@@ -162,16 +149,19 @@ class Server:
         finally:
             writer.transport.abort()
 
-    def _describe(self) -> _Description:
+    def _describe(self) -> Description:
+        """The export as it is now: a disk that has grown is larger for whoever connects from then on."""
         disk = self._disk
-        flags = _HAS_FLAGS | _FLUSH | _FUA | _MULTI_CONN  # a flush over one connection is for all
+        flags = Transmission.HAS_FLAGS | Transmission.FLUSH | Transmission.FUA
+        flags |= Transmission.MULTI_CONN  # a flush over one connection is for all
         if self.read_only:
-            flags |= _READ_ONLY
-        elif disk.features.discard:
-            flags |= _TRIM
-        return _Description(disk.size, flags, disk.sector_size, max(4096, disk.physical_sector_size))
+            flags |= Transmission.READ_ONLY
+        else:
+            flags |= Transmission.WRITE_ZEROES | Transmission.FAST_ZERO
+            flags |= Transmission.TRIM if disk.features.discard else 0
+        return Description(self._name, disk.size, flags, disk.sector_size, max(4096, disk.physical_sector_size))
 
-    async def _transmit(self, reader: StreamReader, writer: StreamWriter) -> None:
+    async def _transmit(self, reader: StreamReader, writer: StreamWriter, agreed: Agreed) -> None:
         """Requests, as they come; answers, as they are ready."""
         tasks: dict[asyncio.Task[None], int] = {}  # and how many bytes each carries
         try:
@@ -181,7 +171,7 @@ class Server:
                     break
                 while len(tasks) >= _REQUESTS or (tasks and sum(tasks.values()) + request.weight > _BYTES):
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                task = asyncio.get_running_loop().create_task(self._answer(request, writer))
+                task = asyncio.get_running_loop().create_task(self._answer(request, writer, agreed))
                 tasks[task] = request.weight
                 task.add_done_callback(tasks.pop)
         except asyncio.CancelledError:
@@ -192,140 +182,138 @@ class Server:
             if tasks:
                 await asyncio.wait(list(tasks))
 
-    async def _answer(self, request: _Request, writer: StreamWriter) -> None:
-        error = 0
-        data: bytes | bytearray = b""
+    async def _answer(self, request: _Request, writer: StreamWriter, agreed: Agreed) -> None:
         try:
-            data = await self._carry_out(request)
-        except ValueError:
-            beyond = request.offset + request.length > self._disk.size
-            error = _NO_SPACE if beyond and request.command == Command.WRITE else _WRONG
-        except DeviceError as refused:
-            error = _ERRORS.get(refused.errno or 0, _IO)
-        except GntallocError as gone:
-            error = _IO
-            if not self.failed.done():
-                self.failed.set_exception(gone)
+            parts = _reply(request, await self._carry_out(request, agreed), agreed)
+        except _Refused as refused:
+            parts = _refusal(request, refused, agreed)
         with contextlib.suppress(OSError):  # the client has left
-            writer.write(_REPLY.pack(_SIMPLE_REPLY, error, request.cookie))
-            if data:
-                writer.write(data)
+            for part in parts:
+                writer.write(part)
             await writer.drain()
 
-    async def _carry_out(self, request: _Request) -> bytes | bytearray:
-        disk, command, offset, length = self._disk, request.command, request.offset, request.length
-        if command == Command.READ:
-            if length > LARGEST:
-                raise ValueError(f"{length} bytes at once")
-            data = bytearray(length)
-            await disk.readinto(offset, data)
-            return data
-        if command == Command.FLUSH:
-            await disk.flush()
-        elif command in {Command.WRITE, Command.TRIM}:
-            if self.read_only:
-                raise DeviceError(errno.EROFS, "this export is read-only")
-            if command == Command.WRITE:
-                await disk.write(offset, request.data)
+    async def _carry_out(self, request: _Request, agreed: Agreed) -> bytes | bytearray:
+        """Do what was asked. What a reply has for it: data, or the extents of BLOCK_STATUS.
+
+        Raises:
+            _Refused: it cannot be done.
+        """
+        try:
+            if request.command == Command.BLOCK_STATUS:
+                return await self._block_status(request, agreed)
+            if request.command == Command.READ:
+                return await self._read(request)
+            if request.command == Command.FLUSH:
+                await self._disk.flush()
             else:
-                await disk.discard(offset, length)
-            if request.flags & _FUA_COMMAND:
-                await disk.flush()
-        else:
-            raise ValueError(f"there is no command {command}")
+                await self._change(request)
+        except ValueError as wrong:
+            beyond = request.offset + request.length > self._disk.size
+            full = beyond and request.command in {Command.WRITE, Command.WRITE_ZEROES}
+            raise _Refused(Error.NO_SPACE if full else Error.INVALID, str(wrong)) from None
+        except DeviceError as refused:
+            raise _Refused(error_of(refused.errno), str(refused)) from None
+        except GntallocError as gone:
+            if not self.failed.done():
+                self.failed.set_exception(gone)
+            raise _Refused(Error.IO, str(gone)) from None
         return b""
 
+    async def _read(self, request: _Request) -> bytearray:
+        if request.length > LARGEST:
+            raise ValueError(f"{request.length} bytes at once; ask for {LARGEST} at most")
+        data = bytearray(request.length)
+        await self._disk.readinto(request.offset, data)
+        return data
 
-class _Description(NamedTuple):
-    """An export."""
+    async def _block_status(self, request: _Request, agreed: Agreed) -> bytes:
+        if not agreed.allocation:
+            raise ValueError("BLOCK_STATUS needs SET_META_CONTEXT with base:allocation before")
+        extents = await self._disk.extents(request.offset, request.length)
+        if request.flags & Flag.REQ_ONE:
+            extents = extents[:1]
+        return b"".join(EXTENT.pack(length, READS_AS_ZEROS if hole else 0) for length, hole in extents)
 
-    size: int
-    flags: int
-    sector: int
-    preferred: int
+    async def _change(self, request: _Request) -> None:
+        disk, command = self._disk, request.command
+        if command not in {Command.WRITE, Command.TRIM, Command.WRITE_ZEROES}:
+            raise ValueError(f"there is no command {command}")
+        if self.read_only:
+            raise DeviceError(errno.EROFS, "this export is read-only")
+        if command == Command.WRITE:
+            await disk.write(request.offset, request.data)
+        elif command == Command.TRIM:
+            await disk.discard(request.offset, request.length)
+        else:
+            await self._write_zeroes(request)
+        if request.flags & Flag.FUA:
+            await disk.flush()
 
-
-class _Handshake:
-    """What comes before the first request."""
-
-    def __init__(self, reader: StreamReader, writer: StreamWriter, name: bytes, export: _Description) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._name = name
-        self._export = export
-
-    async def agree(self) -> bool:
-        """Answer options until the client goes over to transmission. False: it does not want to."""
-        self._writer.write(_GREETING.pack(_NBDMAGIC, _IHAVEOPT, _FIXED_NEWSTYLE | _NO_ZEROES))
-        (flags,) = _U32.unpack(await self._reader.readexactly(_U32.size))
-        if flags & ~(_FIXED_NEWSTYLE | _NO_ZEROES):
-            raise _Broken(f"flags {flags:#x}")
-        while True:
-            magic, option, length = _OPTION.unpack(await self._reader.readexactly(_OPTION.size))
-            if magic != _IHAVEOPT or length > _LONGEST_OPTION:
-                raise _Broken(f"an option of {length} bytes, with the magic number {magic:#x}")
-            data = await self._reader.readexactly(length)
-            if option == Option.EXPORT_NAME:
-                if data not in {b"", self._name}:
-                    raise _Broken(f"no export {data!r}")  # there is no way to say so
-                self._writer.write(_EXPORT.pack(self._export.size, self._export.flags))
-                self._writer.write(b"" if flags & _NO_ZEROES else bytes(124))
-                return True
-            if option == Option.ABORT:
-                self._reply(option, _ACK)
-                return False
-            if option in {Option.GO, Option.INFO}:
-                if self._inform(option, data) and option == Option.GO:
-                    return True
-            elif option == Option.LIST:
-                self._list(data)
+    async def _write_zeroes(self, request: _Request) -> None:
+        """By a hole, where the backend says that one reads as zeros and the client does not mind; or by writing."""
+        disk, flags = self._disk, request.flags
+        offset, end = request.offset, request.offset + request.length
+        if end > disk.size or offset % disk.sector_size or end % disk.sector_size:
+            raise ValueError(f"{request.length} bytes at {offset} are no whole sectors of a disk of {disk.size}")
+        features = disk.features
+        if features.discard and features.discard_zeroes and not flags & Flag.NO_HOLE:
+            try:
+                await disk.discard(offset, request.length)
+            except DeviceError as refused:
+                if refused.errno != errno.EOPNOTSUPP:  # not with the file system that the image is in
+                    raise
             else:
-                self._reply(option, _UNSUPPORTED)
-            await self._writer.drain()
+                return
+        if flags & Flag.FAST_ZERO:
+            raise DeviceError(errno.EOPNOTSUPP, "zeros would be written here, which is not fast")
+        zeros = bytes(min(_ZEROS, request.length))
+        for at in range(offset, end, _ZEROS):
+            await disk.write(at, memoryview(zeros)[: end - at])
 
-    def _list(self, data: bytes) -> None:
-        if data:
-            self._reply(Option.LIST, _INVALID)
-            return
-        self._reply(Option.LIST, _SERVER, _U32.pack(len(self._name)) + self._name)
-        self._reply(Option.LIST, _ACK)
 
-    def _inform(self, option: int, data: bytes) -> bool:
-        """Say all there is to be said of an export, whatever was asked for. Whether there is such an export."""
-        if len(data) < 6:
-            self._reply(option, _INVALID)
-            return False
-        size = _U32.unpack_from(data)[0]
-        asked = int.from_bytes(data[4 + size : 6 + size], "big")
-        if len(data) != 6 + size + 2 * asked:
-            self._reply(option, _INVALID)
-            return False
-        if data[4 : 4 + size] not in {b"", self._name}:
-            self._reply(option, _UNKNOWN)
-            return False
-        export = self._export
-        self._reply(option, _INFO, _INFO_EXPORT.pack(0, export.size, export.flags))
-        self._reply(option, _INFO, _INFO_BLOCKS.pack(3, export.sector, export.preferred, LARGEST))
-        self._reply(option, _ACK)
-        return True
+def _reply(request: _Request, data: bytes | bytearray, agreed: Agreed) -> list[bytes | bytearray]:
+    """What a request has brought, as it goes to the client."""
+    if not agreed.structured or request.command not in {Command.READ, Command.BLOCK_STATUS}:
+        return [REPLY.pack(SIMPLE_MAGIC, 0, request.cookie), data]
+    if request.command == Command.BLOCK_STATUS:
+        return _chunk(request, Chunk.BLOCK_STATUS, BLOCK_STATUS_HEAD.pack(ALLOCATION), data)
+    if not data:
+        return _chunk(request, Chunk.NONE)
+    if _is_zero(data):
+        return _chunk(request, Chunk.OFFSET_HOLE, HOLE_HEAD.pack(request.offset, len(data)))
+    return _chunk(request, Chunk.OFFSET_DATA, OFFSET.pack(request.offset), data)
 
-    def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
-        self._writer.write(_OPTION_REPLY.pack(_REPLY_MAGIC, option, kind, len(data)) + data)
+
+def _refusal(request: _Request, refused: _Refused, agreed: Agreed) -> list[bytes | bytearray]:
+    if not agreed.structured:
+        return [REPLY.pack(SIMPLE_MAGIC, refused.error, request.cookie)]
+    why = refused.why.encode()[:_LONGEST_TEXT]
+    return _chunk(request, Chunk.ERROR, ERROR_HEAD.pack(refused.error, len(why)), why)
+
+
+def _chunk(request: _Request, kind: Chunk, head: bytes = b"", data: bytes | bytearray = b"") -> list[bytes | bytearray]:
+    """A reply that is one chunk."""
+    length = len(head) + len(data)
+    return [CHUNK.pack(STRUCTURED_MAGIC, DONE, kind, request.cookie, length), head, data]
+
+
+def _is_zero(data: bytes | bytearray) -> bool:
+    return not data[0] and not data[-1] and data == bytes(len(data))
 
 
 async def _receive(reader: StreamReader) -> _Request:
     """The next request, with its data.
 
     Raises:
-        _Broken: it is none, or has more data than may be.
+        Broken: it is none, or has more data than may be.
         IncompleteReadError: the client has left.
     """
-    magic, flags, command, cookie, offset, length = _REQUEST.unpack(await reader.readexactly(_REQUEST.size))
-    if magic != _REQUEST_MAGIC:
-        raise _Broken(f"a request with the magic number {magic:#x}")
+    magic, flags, command, cookie, offset, length = REQUEST.unpack(await reader.readexactly(REQUEST.size))
+    if magic != REQUEST_MAGIC:
+        raise Broken(f"a request with the magic number {magic:#x}")
     data = b""
     if command == Command.WRITE:
         if length > LARGEST:
-            raise _Broken(f"a write of {length} bytes")
+            raise Broken(f"a write of {length} bytes")
         data = await reader.readexactly(length)
     return _Request(command, flags, cookie, offset, length, data)
