@@ -130,6 +130,25 @@ def test_a_sparse_disk_is_read_without_its_holes(disk: Shell) -> None:
     assert answered < 500  # a disk without holes to tell of takes 4096 for one copy
 
 
+@pytest.mark.parametrize("to", ["file", "pipe"])
+def test_holes_are_not_read_by_read(disk: Shell, to: str) -> None:
+    make_sparse(disk)
+    serving = disk.served()
+    where = ["--offset", str(AT - 4096), "--length", "64M"]
+    if to == "file":
+        assert disk("read", *where, "part.img").returncode == 0
+        assert (disk.folder / "part.img").stat().st_blocks * 512 < 16 << 20
+        copied = (disk.folder / "part.img").read_bytes()
+    else:
+        copied = disk("read", *where).stdout
+    assert copied == (bytes(4096) + DATA).ljust(64 << 20, b"\0")
+    assert disk("read", "--length", "1M", "end.img").returncode == 0
+    assert (disk.folder / "end.img").read_bytes() == bytes(1 << 20)  # it ends with a hole, and has its length
+    end(serving, signal.SIGINT)
+    assert serving.stderr is not None
+    assert int(serving.stderr.read().split(" requests")[0]) < 100
+
+
 def test_zeroes_take_no_room(disk: Shell) -> None:
     disk.served()
     address = disk.exported("--socket", "sock")

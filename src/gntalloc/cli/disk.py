@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import click
 
+from gntalloc.cli.copying import copy_in, copy_out, length_from
 from gntalloc.cli.show import bytes_text, progress, table
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frontend.blkback import WAYS, Backend
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_PIECE = 4 << 20  # bytes at a time
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -121,14 +121,10 @@ def read_command(
 ) -> None:
     """Copy a disk, or a part of it, to FILE or to standard output."""
     with _opened(domain, number, timeout) as disk, _file(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
-        length = _length(disk, offset, length)
-        buffer = memoryview(bytearray(min(_PIECE, length)))
+        length = length_from(disk, offset, length)
+        sparse = file != "-" and stat.S_ISREG(os.fstat(target).st_mode)
         with progress(f"disk → {file}", length) as show:
-            for at in range(0, length, _PIECE):
-                piece = buffer[: min(_PIECE, length - at)]
-                disk.readinto(offset + at, piece)
-                _write_all(target, piece)
-                show(at + len(piece))
+            copy_out(disk, offset, length, target, show, sparse=sparse)
 
 
 @command.command("write")
@@ -151,18 +147,8 @@ def write_command(
         status = os.fstat(source)
         if length is None and stat.S_ISREG(status.st_mode):
             length = status.st_size - os.lseek(source, 0, os.SEEK_CUR)
-        most = _length(disk, offset, length)
-        done = 0
-        buffer = memoryview(bytearray(_PIECE))
         with progress(f"{file} → disk", length) as show:
-            while count := _read_all(source, buffer[: min(_PIECE, most - done)] if length is not None else buffer):
-                _length(disk, offset + done, count)  # a pipe may have more than there is room for
-                whole = -(-count // disk.sector_size) * disk.sector_size
-                if whole != count:
-                    disk.readinto(offset + done + count, buffer[count:whole])
-                disk.write(offset + done, buffer[:whole])
-                done += count
-                show(done)
+            copy_in(disk, offset, length, source, show)
         disk.flush()
 
 
@@ -345,28 +331,6 @@ def _telling_of(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror}") from None
-
-
-def _length(disk: BlockDevice, offset: int, length: int | None) -> int:
-    """How many bytes from `offset` on; GntallocError if so many are not there."""
-    left = disk.size - offset
-    if left < 0 or (length is not None and length > left):
-        what = f"{'anything' if length is None else f'{length} bytes'} at {offset} is not on the disk"
-        raise GntallocError(errno.EINVAL, f"{what}: it has {disk.size}; see --offset and --length")
-    return left if length is None else length
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _read_all(descriptor: int, buffer: memoryview) -> int:
-    """Fill the buffer as far as there is anything."""
-    done = 0
-    while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
-        done += count
-    return done
 
 
 def _said(value: object) -> str:

@@ -1,0 +1,85 @@
+"""Copy between a disk and a file, by pieces."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from gntalloc.errors import GntallocError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.frontend.blkfront import BlockDevice
+
+__all__ = ["copy_in", "copy_out", "length_from"]
+
+_PIECE = 4 << 20  # bytes at a time
+
+
+def length_from(disk: BlockDevice, offset: int, length: int | None) -> int:
+    """How many bytes from `offset` on; GntallocError if so many are not there."""
+    left = disk.size - offset
+    if left < 0 or (length is not None and length > left):
+        what = f"{'anything' if length is None else f'{length} bytes'} at {offset} is not on the disk"
+        raise GntallocError(errno.EINVAL, f"{what}: it has {disk.size}; see --offset and --length")
+    return left if length is None else length
+
+
+def copy_out(
+    disk: BlockDevice, offset: int, length: int, target: int, show: Callable[[int], None], *, sparse: bool
+) -> None:
+    """Copy a part of a disk. Its holes are not read; if the target is `sparse`, they are holes there too."""
+    buffer = memoryview(bytearray(min(_PIECE, length)))
+    at = 0
+    while at < length:
+        for extent in disk.extents(offset + at, length - at):
+            end = at + extent.length
+            if extent.hole and sparse:
+                os.lseek(target, extent.length, os.SEEK_CUR)
+                at = end
+            while at < end:
+                piece = buffer[: min(_PIECE, end - at)]
+                if extent.hole:
+                    piece[:] = bytes(len(piece))
+                else:
+                    disk.readinto(offset + at, piece)
+                _write_all(target, piece)
+                at += len(piece)
+                show(at)
+            show(at)
+    if sparse:
+        os.ftruncate(target, length)
+
+
+def copy_in(disk: BlockDevice, offset: int, length: int | None, source: int, show: Callable[[int], None]) -> None:
+    """Copy a file to a disk, so many bytes or up to its end. The last sector keeps what is not written of it.
+
+    Raises:
+        GntallocError: EINVAL there is no room for it; what there was room for is written.
+    """
+    most = length_from(disk, offset, length)
+    done = 0
+    buffer = memoryview(bytearray(_PIECE))
+    while count := _read_all(source, buffer[: min(_PIECE, most - done)] if length is not None else buffer):
+        length_from(disk, offset + done, count)  # a pipe may have more than there is room for
+        whole = -(-count // disk.sector_size) * disk.sector_size
+        if whole != count:
+            disk.readinto(offset + done + count, buffer[count:whole])
+        disk.write(offset + done, buffer[:whole])
+        done += count
+        show(done)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _read_all(descriptor: int, buffer: memoryview) -> int:
+    """Fill the buffer as far as there is anything."""
+    done = 0
+    while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
+        done += count
+    return done
