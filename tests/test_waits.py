@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +166,16 @@ def test_who_has_hung_up() -> None:
         with theirs:
             assert not waits.hung_up(ours.fileno())
         assert waits.hung_up(ours.fileno())
+
+
+def test_what_runs_in_programs_polls_by_this_module_only() -> None:
+    """Of select's own, gevent and eventlet take away the one or the other."""
+    source = Path(waits.__file__).parent
+    calls = re.compile(r"select\.(poll|epoll)\(|socket\.(socket|socketpair)\(")
+    parts = ["xenstore/*.py", "guest/**/*.py", "vchan/*.py", "frontend/*.py", "embed.py"]
+    files = [path for part in parts for path in source.glob(part)]
+    assert len(files) > 40
+    assert [path.name for path in files if calls.search(path.read_text())] == []
 
 
 def test_numbers() -> None:

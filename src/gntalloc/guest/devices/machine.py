@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
 import socket
 import termios
 from struct import Struct
@@ -284,11 +283,7 @@ class MachineFile:
     @property
     def lost(self) -> bool:
         """Whether the machine or the domain that this was opened in has ended."""
-        if self._home is None:
-            return False
-        poll = select.poll()
-        poll.register(self._home.fileno(), 0)
-        return any(events & select.POLLHUP for _, events in poll.poll(0))
+        return self._home is not None and waits.hung_up(self._home.fileno())
 
     def _gone(self) -> MachineGone:
         return MachineGone(
