@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gntalloc
-from gntalloc import Busy, Closed, GntallocError, PeerClosed, PeerDied, PeerGone, TimedOut, aio
+from gntalloc import Busy, Closed, GntallocError, MachineGone, NoMachine, PeerClosed, PeerDied, PeerGone, TimedOut, aio
 from gntalloc.vchan.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -368,6 +368,22 @@ def test_who_cannot_adopt_leaves_it_to_others(roomy: tuple[Domain, Domain], monk
         with roomy[1].adopt(ticket) as channel:
             channel.send(b"at last")
             assert theirs.recv(timeout=PATIENCE) == b"at last"
+
+
+def test_when_the_machine_has_gone(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    domains = machine.domain(1), machine.domain(2)
+    near, far = socket.socketpair()
+    with near, far, ends(domains, 1) as (ours, theirs), ours.detach() as ticket:
+        ticket.send(near)
+        machine.close()
+        with Ticket.receive(far) as other, pytest.raises((MachineGone, NoMachine)):
+            gntalloc.adopt(other)
+        ticket.close()
+        theirs.close()
+    for domain in domains:
+        domain.close()
+        domain.devices.close()
 
 
 def test_what_is_in_use_cannot_be_detached(roomy: tuple[Domain, Domain]) -> None:

@@ -7,7 +7,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gntalloc.abi.gntalloc import SET_UNMAP_NOTIFY, UnmapNotify
-from gntalloc.errors import DeviceError
+from gntalloc.errors import DeviceError, MachineGone
 from gntalloc.guest.pages import MappedPages
 from gntalloc.vchan.layout import CLI_LIVE, INDEXES, in_page
 from gntalloc.vchan.ring import Reader, Writer
@@ -158,7 +158,7 @@ class ChannelPages:
 
 def break_promise(file: DeviceFile, page: Area) -> None:
     """Let nobody be told when a map of the page goes."""
-    with contextlib.suppress(DeviceError):  # it is not there any more
+    with contextlib.suppress(DeviceError, MachineGone):  # it is not there any more
         file.ioctl(SET_UNMAP_NOTIFY, UnmapNotify(page.at, 0, 0).pack())
 
 
