@@ -34,6 +34,8 @@ from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.maps import PAGE_SIZE
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PAGE_SIZE",
     "BadGrantText",

@@ -15,12 +15,15 @@ import os
 import re
 import stat
 
+from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError
 
 __all__ = [
     "clear_folder",
     "control_path",
     "domain_path",
+    "domids",
+    "is_name",
     "lock_path",
     "machine_folder",
     "machines",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 LONGEST_PATH = 107  # of a Unix socket, less its final zero
+_ROOM_FOR_A_NAME = 20  # bytes: of-PID-NUMBER fits
 _LONGEST_NAME = "32751.store-"  # with the mark of one that is not listened to yet
 _SOCKET = re.compile(r"(control|[0-9]{1,5}(\.store)?)-?")  # what a machine calls its own
 
@@ -36,7 +40,7 @@ _SOCKET = re.compile(r"(control|[0-9]{1,5}(\.store)?)-?")  # what a machine call
 def top_folder() -> str:
     """The folder of this user's machines. It need not exist."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isdir(runtime):
+    if runtime and os.path.isabs(runtime) and os.path.isdir(runtime):  # a relative one is no runtime folder, XDG says
         return os.path.join(runtime, "gntalloc")
     uid = os.getuid()
     return "/run/gntalloc" if uid == 0 else f"/tmp/gntalloc-{uid}"
@@ -49,17 +53,41 @@ def machine_folder(name: str) -> str:
         GntallocError: the name cannot be one, or its sockets would have too long a path; or it would be looked for in a
             folder that somebody else has made, in whose hands our pages would be.
     """
-    if not name or name in {".", ".."}:
-        raise GntallocError(f"a machine cannot be called {name!r}; give it a word")
-    folder = name
-    if "/" not in name:
+    if not is_name(name):
+        raise GntallocError(
+            errno.EINVAL, f"a machine cannot be called {name[:200]!r}; give it a word, or a path with a /"
+        )
+    if "/" in name:
+        try:
+            folder = os.path.abspath(name)
+        except OSError as error:  # of a relative path, where the current folder has been removed
+            raise GntallocError(
+                error.errno or errno.ENOENT, f"{name}: there is no current folder ({error.strerror}); give a whole path"
+            ) from None
+    else:
         folder = os.path.join(top_folder(), name)
         if os.path.lexists(top_folder()):
             _see_whose(top_folder())
-    longest = os.fsencode(os.path.join(os.path.abspath(folder), _LONGEST_NAME))
-    if len(longest) > LONGEST_PATH:
-        raise GntallocError(f"{folder} is too long for a socket's path ({LONGEST_PATH} bytes); choose a shorter name")
-    return os.path.abspath(folder)
+    _see_to_length(folder, given=name)
+    return folder
+
+
+def is_name(name: str) -> bool:
+    """Whether it can be a machine's: a word, or a path. Where its folder is, may still be too long."""
+    return bool(name) and name not in {".", ".."} and "\0" not in name
+
+
+def _see_to_length(folder: str, given: str) -> None:
+    over = len(os.fsencode(os.path.join(folder, _LONGEST_NAME))) - LONGEST_PATH
+    if over <= 0:
+        return
+    asked = f"{folder} is {over} bytes too long for sockets in it (their paths have {LONGEST_PATH} at most)"
+    if "/" in given or len(os.fsencode(given)) - over >= _ROOM_FOR_A_NAME:
+        raise GntallocError(errno.ENAMETOOLONG, f"{asked}; choose a shorter {'path' if '/' in given else 'name'}")
+    raise GntallocError(
+        errno.ENAMETOOLONG,
+        f"{asked}; set XDG_RUNTIME_DIR to a folder with a shorter path, such as /run/user/{os.getuid()}",
+    )
 
 
 def make_top_folder() -> None:
@@ -82,7 +110,7 @@ def make_top_folder() -> None:
 def _see_whose(folder: str) -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise GntallocError(f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")
+        raise GntallocError(errno.EACCES, f"{folder} is not a folder of yours; set XDG_RUNTIME_DIR to one that is")
 
 
 def clear_folder(folder: str) -> None:
@@ -111,6 +139,15 @@ def clear_folder(folder: str) -> None:
         raise GntallocError(error.errno or errno.EIO, f"{folder} cannot be cleared: {error.strerror}") from None
 
 
+def domids(folder: str) -> list[int]:
+    """The numbers of the domains that have a socket in a machine's folder, in order; none if it cannot be seen."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return sorted(number for number in map(whole_number, names) if number is not None)
+
+
 def control_path(folder: str) -> str:
     """The control socket of the machine in `folder`."""
     return os.path.join(folder, "control")
@@ -132,9 +169,19 @@ def lock_path(folder: str) -> str:
 
 
 def machines() -> list[str]:
-    """The names of this user's machines, running or left behind, in order."""
+    """The names of this user's machines, running or left behind, in order.
+
+    Raises:
+        GntallocError: the folder where they are cannot be looked into.
+    """
     try:
         names = os.listdir(top_folder())
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise GntallocError(
+            error.errno or errno.EIO,
+            f"{top_folder()}, where machines are, cannot be looked into: {error.strerror}; set XDG_RUNTIME_DIR to a "
+            "folder of yours",
+        ) from None
     return sorted(name for name in names if os.path.exists(control_path(os.path.join(top_folder(), name))))

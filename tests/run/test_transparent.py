@@ -108,7 +108,7 @@ def test_hard_limits_that_no_machine_can_live_with(runs: Runs) -> None:
             timeout=50,
             check=False,
         )
-        assert done.returncode == 1
+        assert done.returncode == 125
         assert f"ulimit -H{limit[1]}" in done.stderr
         assert runs.over()
 
@@ -306,5 +306,5 @@ def test_what_the_program_leaves_behind_is_served_on(runs: Runs) -> None:
 
 def test_a_run_in_a_run_is_refused_with_the_reason(runs: Runs) -> None:
     done = runs(1, *runs.command(2, "true"))
-    assert done.returncode == 1
+    assert done.returncode == 125
     assert "under `gntalloc run` already" in done.stderr

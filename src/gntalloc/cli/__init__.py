@@ -1,20 +1,33 @@
 """The command line: `gntalloc`, and `python -m gntalloc`. One thin command per file, imported when it is called.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 3 no machine or device, 130 Ctrl-C.
+How each ends, what it says of an error and its exit status are here, for all alike. docs/command-line.md has the table.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from gntalloc.errors import GntallocError, NoMachine, PeerClosed
+from gntalloc import __version__
+from gntalloc.errors import GntallocError, NoMachine, PeerClosed, TimedOut
 
-__all__ = ["main"]
+__all__ = ["FAILED", "INTERRUPTED", "NOBODY", "RUN_FAILED", "TIME_OVER", "USAGE", "explain", "main"]
+
+FAILED = 1
+USAGE = 2
+NOBODY = 3  # no machine, no domain, no device
+TIME_OVER = 124
+RUN_FAILED = 125  # `gntalloc run` itself, and not its program
+INTERRUPTED = 130
+
+_LAST_STREAM = 2
 
 # Name of the command -> one line for `gntalloc --help`, kept here so that help imports no command.
 COMMANDS = {
@@ -49,8 +62,13 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PeerClosed as error:
-            print(f"gntalloc: {error}", file=sys.stderr)
-            ctx.exit(1)
+            ctx.exit(explain(error))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands from the table, so that a key press imports one command at most."""
+        if not incomplete.startswith("-"):
+            return [CompletionItem(name, help=what) for name, what in COMMANDS.items() if name.startswith(incomplete)]
+        return super().shell_complete(ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -59,34 +77,124 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="gntalloc", message="gntalloc %(version)s")
+@click.version_option(__version__, "-V", "--version", message="gntalloc %(version)s")
 def group() -> None:
     """Xen's grant allocation, on real Xen or on any Linux without it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a code that means something."""
-    # Streams that were closed are None. Nobody reads them, and that is all there is to it.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  until we end
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    _provide_streams()
     try:
-        code = group.main(arguments, prog_name="gntalloc", standalone_mode=False)
-    except click.exceptions.Exit as end:
-        code = end.exit_code
-    except click.ClickException as error:
+        outcome = group.main(arguments, prog_name="gntalloc", standalone_mode=False)
+        code = outcome if isinstance(outcome, int) else 0
+        sys.stdout.flush()
+    except SystemExit as end:
+        code = _flushed(end)
+    except BaseException as error:
+        code = explain(error)
+    sys.exit(code)
+
+
+def _flushed(end: SystemExit) -> int:
+    """A command's own exit status, unless what it said cannot be written."""
+    code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    try:
+        sys.stdout.flush()
+    except Exception as error:
+        return explain(error)
+    return code
+
+
+def _provide_streams() -> None:
+    """Give those that were closed something to be, and let no character that a terminal lacks be an error.
+
+    What is read from a closed one is nothing, and what is written goes nowhere; its number is nobody else's.
+    """
+    while (nothing := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _LAST_STREAM:
+        pass
+    os.close(nothing)
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    given = sys.stdout
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(1, "w", closefd=False)),
+        encoding=given.encoding if given else "utf-8",
+        errors="backslashreplace",
+        line_buffering=os.isatty(1),
+    )
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors say that they are its own."""
+
+    def write(self, data: Any) -> int:
+        """See FileIO."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _CannotWrite(
+                error.errno or errno.EIO, f"standard output cannot be written: {error.strerror}"
+            ) from None
+
+
+class _CannotWrite(GntallocError):
+    """There is nobody who gets what we print."""
+
+
+def explain(error: BaseException) -> int:
+    """Say on standard error what went wrong, in one sentence if it can be. The exit status."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
         error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        # The reader of our output left: say nothing, and keep the interpreter from trying to flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except NoMachine as error:
-        print(f"gntalloc: {error}", file=sys.stderr)
-        code = 3
-    except GntallocError as error:
-        print(f"gntalloc: {error}", file=sys.stderr)
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return error.exit_code
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        _say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, _CannotWrite | BrokenPipeError):
+        _forget_output()
+    if isinstance(error, BrokenPipeError) and not isinstance(error, GntallocError):
+        return FAILED  # the reader of our output left: there is nobody to tell
+    _say(f"gntalloc: {_text(error)}")
+    if isinstance(error, NoMachine):
+        return NOBODY
+    if isinstance(error, TimedOut):
+        return TIME_OVER
+    if isinstance(error, ValueError) and not isinstance(error, GntallocError):
+        return USAGE  # an argument of the API, which was one of the command line's
+    return FAILED
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, GntallocError | ValueError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; see `ulimit -v`, and a container's limit"
+    if isinstance(error, OSError):
+        where = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return f"{' and '.join(where) or 'the computer'}: {error.strerror or error}"
+    if os.environ.get("GNTALLOC_TRACEBACK"):
+        raise error
+    kind = type(error).__name__
+    return f"this is a fault of gntalloc's: {kind}: {error}. Please report it, with what GNTALLOC_TRACEBACK=1 shows"
+
+
+def _forget_output() -> None:
+    """Keep the interpreter from trying to write once more, as it ends, what could not be written."""
+    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(nothing, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # it is no file
+    finally:
+        os.close(nothing)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # there is nobody to tell

@@ -5,33 +5,45 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from typing import Any
 
 import click
 
 from gntalloc.cli.show import progress
+from gntalloc.cli.types import ADDRESS, SECONDS, DomidType, Number
 from gntalloc.guest.domain import current_domain
 from gntalloc.vchan.pump import LINGER, pump
 
 __all__ = ["command"]
 
 
+def _machine_of(given: dict[str, Any]) -> str | None:
+    """The machine that was named so far: by --domain, or as for every program."""
+    address = given.get("domain") or os.environ.get("GNTALLOC_DOMAIN") or ""
+    return os.path.dirname(address) or None
+
+
 @click.command()
 @click.option("-l", "--listen", is_flag=True, help="Be the server: wait for a client in domain PEER.")
 @click.option(
-    "-d", "--domain", metavar="DOMAIN", help="The domain to be in, as NAME/DOMID; otherwise as for every program."
+    "-d",
+    "--domain",
+    type=ADDRESS,
+    metavar="DOMAIN",
+    help="The domain to be in, as NAME/DOMID; otherwise as for every program.",
 )
-@click.option("-w", "--timeout", type=click.FloatRange(0), help="Seconds to wait for the peer; for ever if not given.")
+@click.option("-w", "--timeout", type=SECONDS, help="Seconds to wait for the peer; for ever if not given.")
 @click.option(
-    "--size", default=1 << 20, show_default=True, type=click.IntRange(0, 1 << 24), help="With -l: bytes of each ring."
+    "--size", default=1 << 20, show_default=True, type=Number(0, 1 << 24), help="With -l: bytes of each ring."
 )
 @click.option(
     "--linger",
     default=LINGER,
     show_default=True,
-    type=click.FloatRange(0),
+    type=SECONDS,
     help="Seconds to wait for the answer of a C program that has read everything.",
 )
-@click.argument("peer", metavar="PEER", type=click.IntRange(0, 0xFFFF))
+@click.argument("peer", metavar="PEER", type=DomidType(0xFFFF, _machine_of))
 @click.argument("path", metavar="PATH")
 def command(
     *, listen: bool, domain: str | None, timeout: float | None, size: int, linger: float, peer: int, path: str

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gntalloc.cli.show import bytes_text, progress, table
+from gntalloc.cli.types import Number
 from gntalloc.demo.scenes import GRANTEE, GRANTER, Scene, grantee, play
 from gntalloc.demo.stream import Outcome, Sender
 from gntalloc.descriptors import open_files
@@ -27,7 +28,7 @@ MADE = 256 << 20  # bytes, when no file is given
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, readable=True))
-@click.option("--pages", default=512, show_default=True, type=click.IntRange(1, 1000), help="Size of the ring.")
+@click.option("--pages", default=512, show_default=True, type=Number(1, 1000), help="Size of the ring.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(file: str | None, pages: int, as_json: bool) -> None:
     """Stream FILE from one domain to another through granted pages, then let a peer misbehave.

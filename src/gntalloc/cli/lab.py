@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gntalloc.clock import now
+from gntalloc.cli.types import SECONDS, Number
 from gntalloc.lab import Lab, LabError, Outcome
 from gntalloc.lab.apt import DEFAULT_KEYRING, Mirrors
 from gntalloc.lab.boot import GUEST_MEMORY, TIMEOUT
@@ -33,10 +34,15 @@ __all__ = ["command"]
 
 _guest = click.option("--guest", type=click.Choice(GUESTS), help="Also boot a guest of this kind, and run in it.")
 _timeout = click.option(
-    "--timeout", type=float, default=TIMEOUT, show_default=True, metavar="SECONDS", help="For the boot and the command."
+    "--timeout",
+    type=SECONDS,
+    default=TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the boot and the command.",
 )
 _memory = click.option(
-    "--memory", type=int, default=GUEST_MEMORY, show_default=True, metavar="MIB", help="Of the guest."
+    "--memory", type=Number(1, 1 << 20), default=GUEST_MEMORY, show_default=True, metavar="MIB", help="Of the guest."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable result instead.")
 
@@ -140,7 +146,7 @@ def run_command(
     as_json: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    r"""Boot, run COMMAND in dom0 or in a guest, and exit with its status.
+    """Boot, run COMMAND in dom0 or in a guest, and exit with its status.
 
     This project's package is there: `python3 -m gntalloc` and `import gntalloc` work in every domain.
 
@@ -148,7 +154,7 @@ def run_command(
     gntalloc lab run -- xl info
     gntalloc lab run --guest pvh --file test.py --fetch result.json -- python3 test.py
     gntalloc lab run --pair --guest pv --file peer.py --in-guest 'python3 peer.py' --in-dom0 'xl list'
-    """
+    """  # noqa: D301  the backslash is click's
     commands = _commands(guest, pair, in_guest, in_dom0, arguments)
     labelled = Labelled(list(commands))
     show = _silent if as_json else labelled if pair else plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from gntalloc.cli.types import DOMAIN, MOST_PAGES, MachineDomain, Number
 from gntalloc.guest.control import ControlClient
 from gntalloc.places import machine_folder
 
@@ -11,20 +12,17 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("domain", metavar="NAME/DOMID")
-@click.argument("pages", required=False, type=click.IntRange(0))
-def command(domain: str, pages: int | None) -> None:
+@click.argument("domain", metavar="NAME/DOMID", type=DOMAIN)
+@click.argument("pages", required=False, type=Number(0, MOST_PAGES))
+def command(domain: MachineDomain, pages: int | None) -> None:
     """Show how many pages a domain may have granted at once, or set it to PAGES.
 
     Less than are in use frees nothing; the domain is refused until enough are free.
     """
-    name, _, domid = domain.rpartition("/")
-    if not name or not domid.isdigit():
-        raise click.UsageError(f"{domain!r} is no domain; write the machine's name and the domid, as in default/1")
-    control = ControlClient(machine_folder(name))
+    control = ControlClient(machine_folder(domain.machine))
     try:
         if pages is not None:
-            control.order("set_limit", domid=int(domid), limit=pages)
-        print(control.order("get_limit", domid=int(domid)))
+            control.order("set_limit", domid=domain.domid, limit=pages)
+        print(control.order("get_limit", domid=domain.domid))
     finally:
         control.close()

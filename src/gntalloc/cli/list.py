@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from gntalloc.cli.show import table
+from gntalloc.cli.types import MACHINE
 from gntalloc.errors import MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.grant import Grant
@@ -19,7 +20,7 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=MACHINE)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: machine -> its statistics and grants.")
 def command(name: str | None, as_json: bool) -> None:
     """List the machines of this user, or the one called NAME: domains, and every grant.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pwd
@@ -12,12 +13,16 @@ from typing import Any
 
 import click
 
-from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.cli.types import MACHINE, MOST_PAGES, Number
+from gntalloc.digits import whole_number
+from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
 from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
 from gntalloc.places import clear_folder, domain_path, machine_folder, make_top_folder
 
 __all__ = ["command"]
+
+_LARGEST_UID = 0xFFFF_FFFE
 
 
 def _domains(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -26,20 +31,26 @@ def _domains(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 
 def _domain(value: str) -> tuple[int, int]:
-    domid, _, rest = value.partition(":")
+    number, colon, rest = value.partition(":")
     key, _, user = rest.partition("=")
-    if not domid.isdigit() or (rest and (key != "uid" or not user)):
-        raise click.BadParameter(f"{value!r} is no domain; write 2, or 2:uid=bob")
-    if not rest:
-        return int(domid), os.getuid()
+    domid = whole_number(number)
+    if domid is None or (colon and (key != "uid" or not user)):
+        raise click.BadParameter(f"{value[:200]!r} is no domain; write 2, or 2:uid=bob")
+    return domid, _uid(user) if user else os.getuid()
+
+
+def _uid(user: str) -> int:
+    uid = whole_number(user, _LARGEST_UID)
+    if uid is not None:
+        return uid
     try:
-        return int(domid), int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise click.BadParameter(f"there is no user {user!r} on this computer") from None
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"there is no user {user[:200]!r} on this computer") from None
 
 
 @click.command()
-@click.option("--name", default="default", show_default=True, help="What programs call it.")
+@click.option("--name", type=MACHINE, default="default", show_default=True, help="What programs call it.")
 @click.option(
     "--domain",
     "domains",
@@ -48,7 +59,7 @@ def _domain(value: str) -> tuple[int, int]:
     metavar="DOMID[:uid=USER]",
     help="Make it; may be repeated.",
 )
-@click.option("--limit", default=1024, show_default=True, type=click.IntRange(0), help="Pages, of each domain.")
+@click.option("--limit", default=1024, show_default=True, type=Number(0, MOST_PAGES), help="Pages, of each domain.")
 @click.option("--behaviour", type=click.Choice(["ours", "linux"]), default="ours", show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse grants of no pages, with unknown flags, or for no other domain.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each request that fails does.")
@@ -90,15 +101,30 @@ def _fresh_folder(name: str) -> str:
     if "/" not in name:
         make_top_folder()
     try:
-        os.makedirs(folder, mode=0o700)
-    except FileExistsError:
-        try:
-            pid = ControlClient(folder).order("statistics")["pid"]
-        except NoMachine:
+        if os.path.lexists(folder):
+            _see_that_nobody_is_there(folder, name)
             clear_folder(folder)  # of one that was killed
-            os.makedirs(folder, mode=0o700)
-        else:
-            raise GntallocError(
-                f"a machine {name!r} runs already, as pid {pid}; use it, or choose another --name"
-            ) from None
+        os.makedirs(folder, mode=0o700)
+    except GntallocError:
+        raise
+    except OSError as error:
+        why = f"{folder} cannot be made, for the machine's sockets: {error.strerror}; choose another --name"
+        raise GntallocError(error.errno or errno.EIO, why) from None
     return folder
+
+
+def _see_that_nobody_is_there(folder: str, name: str) -> None:
+    control = ControlClient(folder)
+    try:
+        pid = control.order("statistics")["pid"]
+    except NoMachine as error:
+        if error.errno in {errno.EACCES, errno.EPERM}:
+            raise
+        return
+    except MachineGone:
+        return  # it ends just now
+    finally:
+        control.close()
+    raise GntallocError(
+        errno.EEXIST, f"a machine {name!r} runs already, as pid {pid}; use it, or choose another --name"
+    )

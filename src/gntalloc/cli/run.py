@@ -6,15 +6,27 @@ import sys
 
 import click
 
+from gntalloc.cli import RUN_FAILED, explain
+from gntalloc.cli.types import LARGEST_DOMID, MACHINE, DomidType
 from gntalloc.run.launcher import run
 
 __all__ = ["command"]
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--domid", type=click.IntRange(0, 32751), required=True, help="The domain; made if it is not there.")
 @click.option(
-    "--machine", default="default", show_default=True, help="The machine to join; started if it does not run."
+    "--machine",
+    type=MACHINE,
+    default="default",
+    show_default=True,
+    help="The machine to join; started if it does not run.",
+)
+@click.option(
+    "--domid",
+    type=DomidType(LARGEST_DOMID, lambda given: given.get("machine") or "default"),
+    metavar="DOMID",
+    required=True,
+    help="The domain; made if it is not there.",
 )
 @click.option("--userns", is_flag=True, help="A user namespace for the program: other domains cannot reach into it.")
 @click.option("--all-opens", is_flag=True, help="Serve opens for reading only too, and private maps; costs some time.")
@@ -23,6 +35,11 @@ def command(domid: int, machine: str, userns: bool, all_opens: bool, program: tu
     """Run a program in a domain, as it is: it finds /dev/xen/gntalloc, gntdev and evtchn there.
 
     The program and all that it starts are served. Streams, folder, signals and job control are the program's, and so is
-    the exit status. A machine that is started for this ends with the last run in it.
+    the exit status: 126 if PROGRAM cannot be executed, 127 if it is not there, 125 if it could not be run in a domain.
+    A machine that is started for this ends with the last run in it.
     """
-    sys.exit(run(program, domid=domid, machine=machine, userns=userns, all_opens=all_opens))
+    try:
+        sys.exit(run(program, domid=domid, machine=machine, userns=userns, all_opens=all_opens))
+    except OSError as error:
+        explain(error)
+        sys.exit(RUN_FAILED)

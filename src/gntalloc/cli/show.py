@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bytes_text", "progress", "table"]
 
+_FEW = 3  # columns: so many are folded, and can be read, on any terminal
+
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print rows of cells: a rich table on a terminal, columns of plain text elsewhere."""
@@ -22,12 +25,16 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str 
         from rich.table import Table
         from rich.text import Text
 
+        console = Console(highlight=False)
+        if len(headings) > _FEW and console.width < _narrowest(headings, rows):
+            _stack(headings, rows, title, console.width)
+            return
         shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(headings))
         for heading in headings:
             shown.add_column(heading, overflow="fold")
         for row in rows:
             shown.add_row(*map(Text, row))
-        Console(highlight=False).print(shown)
+        console.print(shown)
         return
     if title:
         print(title)
@@ -35,6 +42,25 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str 
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _narrowest(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns that a table needs in which headings are whole, and so is each word."""
+    words = [list(headings), *([max(cell.split(), key=len, default="") for cell in row] for row in rows)]
+    return sum(max(map(len, column)) + 2 for column in zip(*words, strict=True)) + 2
+
+
+def _stack(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, width: int) -> None:
+    """A line a cell, for terminals that are too narrow for columns."""
+    if title:
+        print(title)
+    label = max(map(len, headings)) + 2
+    for row in rows:
+        print()
+        for heading, cell in zip(headings, row, strict=True):
+            lines = textwrap.wrap(cell, max(width - label, 8)) or [""]
+            for first, line in zip((heading, *[""] * (len(lines) - 1)), lines, strict=True):
+                print(f"{first:{label}}{line}".rstrip())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import errno
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.digits import whole_number
 from gntalloc.errors import DeviceError
 from gntalloc.xenstore.errors import Denied, NoNode
 
@@ -107,10 +108,14 @@ def devices(store: Store, domid: int, kind: str) -> tuple[Device, ...]:
     except (NoNode, Denied):
         return ()
     found = []
-    for name in sorted(name for name in names if name.isdigit()):
-        with contextlib.suppress(NoNode, Denied, ValueError):
-            backend = int(store.read_text(f"/local/domain/{domid}/device/{kind}/{name}/backend-id"))
-            found.append(Device(kind, int(name), domid, backend))
+    for name in sorted(names):
+        number = whole_number(name)
+        if number is None:
+            continue
+        with contextlib.suppress(NoNode, Denied):
+            backend = whole_number(store.read_text(f"/local/domain/{domid}/device/{kind}/{name}/backend-id"), 0xFFFF)
+            if backend is not None:
+                found.append(Device(kind, number, domid, backend))
     return tuple(found)
 
 
@@ -120,11 +125,12 @@ def disk_number(name: str) -> int:
     Raises:
         ValueError: no such name.
     """
-    if name.isascii() and name.isdigit():
-        return int(name)
+    number = whole_number(name)
+    if number is not None:
+        return number
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name!r} is no disk; they are called xvda to xvdp, xvda1 to xvdp15, or a number such as 51712"
+            f"{name[:40]!r} is no disk; they are called xvda to xvdp, xvda1 to xvdp15, or a number such as 51712"
         )
     return (202 << 8) + 16 * (ord(match[1]) - ord("a")) + int(match[2] or 0)

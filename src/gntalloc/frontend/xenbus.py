@@ -17,6 +17,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.clock import Deadline
+from gntalloc.digits import whole_number
 from gntalloc.errors import DeviceError, PeerClosed, TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode, StoreError
 
@@ -202,9 +203,8 @@ class End:
     def number(self, name: str, default: int = 0, most: int = (1 << 64) - 1) -> int:
         """The same as a number; what is no number from 0 to `most` is as good as nothing."""
         text = self.read(name)
-        if text is None or not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) > most:
-            return default
-        return int(text)
+        number = None if text is None else whole_number(text, most)
+        return default if number is None else number
 
     def complain(self, why: str, reader: int) -> None:
         """Say why this end fails, where the other domain, and people, can read it."""

@@ -5,4 +5,5 @@ pages     shared and mapped pages, grants
 devices/  the two providers of /dev/xen: the machine, and a real kernel
 channel   messages to the machine
 control   orders to the machine, for its owner
+absence   why nobody answers there
 """

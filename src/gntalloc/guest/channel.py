@@ -18,7 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import waits, wire
-from gntalloc.errors import DeviceError, MachineGone, NoMachine
+from gntalloc.errors import DeviceError, MachineGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -200,10 +200,9 @@ class Channel:
             sock.close()
             if self.generation:
                 raise self._gone(error) from error
-            raise NoMachine(
-                f"no machine answers at {self.path} ({error.strerror}); start one with `gntalloc machine`, or use "
-                f"gntalloc.Machine() in Python"
-            ) from error
+            from gntalloc.guest.absence import nobody_answers  # only where something is wrong
+
+            raise nobody_answers(self.path, error) from error
         self._sock = sock
         self._begin()
         if self._hello:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
 from gntalloc.clock import Deadline
+from gntalloc.digits import whole_number
 from gntalloc.errors import DeviceError, MachineGone, NoMachine, TimedOut
 from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
 from gntalloc.guest.devices.machine import MachineDevices
@@ -326,7 +327,8 @@ def current_domain(address: str | None = None) -> Domain:
     Raises:
         NoMachine: there is none of these; the text says what to do.
     """
-    address = address or os.environ.get("GNTALLOC_DOMAIN")
+    if address is None:
+        address = os.environ.get("GNTALLOC_DOMAIN") or None  # an empty one is as good as none
     if address == FOLDER or (address is None and _on_xen()):
         return Domain(KernelDevices())
     if address is None:
@@ -335,9 +337,21 @@ def current_domain(address: str | None = None) -> Domain:
             "Start it with env=machine.environ(DOMID), or set GNTALLOC_DOMAIN=NAME/DOMID for a machine that was "
             "started with `gntalloc machine --name NAME --domain DOMID`"
         )
-    name, _, domid = address.rpartition("/")
-    if name and "/" not in name and domid.isdigit():
-        address = domain_path(machine_folder(name), int(domid))
+    name, _, number = address.rpartition("/")
+    if not name or "\0" in address:
+        raise NoMachine(
+            errno.EINVAL,
+            f"{address[:200]!r} is no domain's address; write MACHINE/DOMID as in default/1, the path of its socket, "
+            f"or {FOLDER}",
+        )
+    if "/" not in name:
+        domid = whole_number(number, 0xFFFF)
+        if domid is None:
+            raise NoMachine(
+                errno.EINVAL,
+                f"{address[:200]!r}: {number[:40]!r} is no domid; write MACHINE/DOMID, as in {name[:40]}/1",
+            )
+        address = domain_path(machine_folder(name), domid)
     return Domain(MachineDevices(address))
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_FOUND", "run"]
 
-NOT_FOUND = 127  # exit status, as of a shell
+NOT_EXECUTABLE, NOT_FOUND = 126, 127  # exit statuses, as of a shell
 
 _SIGNAL_INFO = struct.Struct("=I4xiI112x")  # struct signalfd_siginfo: number, code, sender
 _FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends has a higher one
@@ -65,6 +65,9 @@ def run(
     """
     path = command[0] if "/" in command[0] else shutil.which(command[0])
     if path is None:
+        if found := shutil.which(command[0], os.F_OK):
+            _say(f"{found} cannot be executed: {os.strerror(errno.EACCES)}")
+            return NOT_EXECUTABLE
         _say(f"there is no program {command[0]!r} in PATH")
         return NOT_FOUND
     _see_to_proc()

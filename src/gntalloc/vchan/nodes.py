@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from gntalloc.digits import whole_number
 from gntalloc.errors import TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode
 
@@ -117,10 +118,10 @@ class Nodes:
                 return None
         except (NoNode, Denied):
             return None
-        if not (before.isdigit() and port.isdigit() and max(len(before), len(port)) < 11):
-            return None
-        address = Address(int(before), int(port))
-        return address if all(address) else None  # the C library takes no zeros either
+        numbers = whole_number(before, 0xFFFF_FFFF), whole_number(port, 0xFFFF_FFFF)
+        if not (numbers[0] and numbers[1]):
+            return None  # the C library takes no zeros either
+        return Address(numbers[0], numbers[1])
 
     def attempts(self, deadline: Deadline) -> Iterable[Address]:
         """Each time that there may be a server, where it waits. Ends with the deadline; that may be past already.

@@ -12,6 +12,7 @@ in the source.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -53,7 +54,8 @@ def pump(
     Raises:
         PeerClosed: the peer closed before it had read everything.
         PeerDied: the peer's program ended without closing.
-        OSError: a descriptor's. BrokenPipeError: nobody reads the sink any more.
+        BrokenPipeError: nobody reads the sink any more.
+        GntallocError: the source cannot be read, or the sink not written; the errno is its own.
     """
     sender = _Sender(channel, source, moved)
     sender.start()
@@ -88,7 +90,7 @@ def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: 
         if not view:
             return
         with view:
-            count = os.write(sink, view)
+            count = _write(sink, view)
         channel.release(count)
         moved(count)
 
@@ -103,6 +105,25 @@ def _wait_for(sender: _Sender, channel: Channel) -> None:
             if descriptor == sender.done:
                 return
             channel.heard()
+
+
+def _write(sink: int, view: memoryview) -> int:
+    try:
+        return os.write(sink, view)
+    except BlockingIOError:  # a pipe that somebody else who has it made so
+        poll = waits.poll()
+        poll.register(sink, waits.POLLOUT)
+        poll.poll()
+        return 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        why = f"what came cannot be written: {error.strerror}"
+        raise GntallocError(error.errno or errno.EIO, why) from error
+
+
+def _unreadable(error: OSError) -> GntallocError:
+    return GntallocError(error.errno or errno.EIO, f"what is to be sent cannot be read: {error.strerror}")
 
 
 class _Sender:
@@ -167,7 +188,7 @@ class _Sender:
         try:
             poll.register(self._source, waits.POLLIN)
         except OSError as error:
-            raise GntallocError(error.errno or 0, f"the source cannot be read: {error.strerror}") from error
+            raise _unreadable(error) from error
         sent = 0
         while True:
             ready = [descriptor for descriptor, _ in poll.poll(None if channel.connected else 0)]
@@ -183,6 +204,12 @@ class _Sender:
             try:
                 with view:
                     count = os.readv(self._source, [view[:_PIECE]])
+            except BlockingIOError:  # another reader of it was faster
+                channel.commit(0)
+                continue
+            except OSError as error:
+                channel.commit(0)
+                raise _unreadable(error) from error
             except BaseException:
                 channel.commit(0)
                 raise

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from gntalloc import waits
 from gntalloc.clock import Deadline
+from gntalloc.digits import whole_number
 from gntalloc.errors import NoMachine, PeerBroke, TimedOut
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.connection import Connection
@@ -169,9 +170,10 @@ class Store(_Tree):
     def domid(self) -> int:
         """The number of the domain this program runs in, which is in its own relative node `domid`."""
         text = self.read_text("domid")
-        if not text.isdigit():
-            raise PeerBroke(f"xenstored: our domid is {text!r}, which is no number")
-        return int(text)
+        domid = whole_number(text, 0xFFFF)
+        if domid is None:
+            raise PeerBroke(f"xenstored: our domid is {text[:40]!r}, which is no domain's number")
+        return domid
 
     def get_domain_path(self, domid: int) -> str:
         """Where a domain's nodes are: /local/domain/<domid>."""
@@ -193,10 +195,11 @@ class Store(_Tree):
         An exception aborts it. The commit raises Conflict if somebody else changed the same nodes; `transact`
         then does it all again.
         """
-        number = self._request(Type.TRANSACTION_START, "begin transaction", wire.join("")).rstrip(b"\0")
-        if not number.isdigit() or not 0 < int(number) <= 0xFFFFFFFF:
-            raise PeerBroke(f"xenstored: {number!r} is not the number of a transaction")
-        return Transaction(self._connection, int(number), self._timeout)
+        text = self._request(Type.TRANSACTION_START, "begin transaction", wire.join("")).rstrip(b"\0")
+        number = whole_number(text, 0xFFFFFFFF)
+        if not number:
+            raise PeerBroke(f"xenstored: {text[:40]!r} is not the number of a transaction")
+        return Transaction(self._connection, number, self._timeout)
 
     def transact(self, work: Callable[[Transaction], Result], *, timeout: float | None = None) -> Result:
         """Call `work` with a transaction and commit, again and again until there is no conflict.
@@ -307,7 +310,7 @@ def _open(path: str | None) -> Connection:
         try:
             return Connection(_connect(candidate), f"xenstore at {candidate}")
         except OSError as error:
-            tried.append(f"{candidate}: {error.strerror}")
+            tried.append(f"{candidate}: {error.strerror or error}")
     if given:
         advice = "start the machine (or the xenstored) that serves it, or name another in $XENSTORED_PATH"
     else:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple, Self
 
+from gntalloc.digits import whole_number
+
 __all__ = ["ABSOLUTE_MAX", "ACCESS", "RELATIVE_MAX", "Permission", "problem"]
 
 ABSOLUTE_MAX = 3072
@@ -60,6 +62,7 @@ class Permission(NamedTuple):
     def parse(cls, text: str) -> Self:
         """Read `b0`, `r3` and the like; ValueError if it is not one."""
         access, number = text[:1], text[1:]
-        if access not in ACCESS or not (number.isascii() and number.isdigit()) or int(number) > 0xFFFF:
-            raise ValueError(f"{text!r} is not a permission: one of the letters n r w b, then a domid")
-        return cls(int(number), access)
+        domid = whole_number(number, 0xFFFF)
+        if access not in ACCESS or domid is None:
+            raise ValueError(f"{text[:40]!r} is not a permission: one of the letters n r w b, then a domid")
+        return cls(domid, access)
