@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[bytes]]
+
 GNTALLOC = [sys.executable, "-m", "gntalloc"]
 STATUSES = {0, 1, 2, 3, 124, 125, 126, 127, 130}
 PATIENCE = 50
@@ -206,14 +208,14 @@ def call_all(
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[tuple[str, ...], subprocess.CompletedProcess[bytes]]:
+def outcomes(folder: Path) -> Outcomes:
     """Of all that is wrong in itself."""
     every = [*WRONG_USAGE, *(words for words, _ in FAILING)]
     return {tuple(done.args): done for done in call_all(folder, [(words, {}) for words in every])}
 
 
 @pytest.mark.parametrize("words", WRONG_USAGE, ids=lambda words: ascii(" ".join(words))[1:60])
-def test_wrong_usage(outcomes: dict[tuple[str, ...], subprocess.CompletedProcess[bytes]], words: list[str]) -> None:
+def test_wrong_usage(outcomes: Outcomes, words: list[str]) -> None:
     assert look(outcomes[tuple(words)], 2).strip()
 
 
@@ -221,7 +223,7 @@ def test_wrong_usage(outcomes: dict[tuple[str, ...], subprocess.CompletedProcess
     ("words", "status"), FAILING, ids=lambda words: ascii(" ".join(words))[1:60] if isinstance(words, list) else ""
 )
 def test_what_cannot_be_done(
-    outcomes: dict[tuple[str, ...], subprocess.CompletedProcess[bytes]], words: list[str], status: int
+    outcomes: Outcomes, words: list[str], status: int
 ) -> None:
     said = look(outcomes[tuple(words)], status)
     assert status == 7 or (said.startswith("gntalloc") and said.count("\n") == 1), said

@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of the table, which goes from first use to last."""
-        return list(COMMANDS)
+        return [*COMMANDS]  # `list` is a module here, once it is imported
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the one command that is asked for."""

@@ -96,5 +96,7 @@ int main(int argc, char **argv)
         printf("open: %d\n", libxenvchan_is_open(end));
     }
     libxenvchan_close(end);
+    free(buffer);
+    free(other);
     return 0;
 }
