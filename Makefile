@@ -5,13 +5,15 @@
 
 BIN := .venv/bin
 
-.PHONY: help demo test check format lab-test clean
+.PHONY: help demo test check format wheel release lab-test clean
 
 help:
 	@echo 'make demo [FILE=…]   two domains share pages, here and now (FILE: what to send)'
 	@echo 'make test            the test suite, without the lab'
 	@echo 'make check           lint, format, types, import rules'
 	@echo 'make format          let the formatter have its way'
+	@echo 'make wheel           build dist/*.whl, and try it in an empty environment'
+	@echo 'make release         the same, and the tag; then docs/releasing.md'
 	@echo 'make lab-test        the tests that boot a real Xen in QEMU'
 	@echo 'make clean           remove .venv and caches'
 
@@ -34,6 +36,12 @@ check:
 format:
 	@tools/venv dev
 	$(BIN)/ruff format
+
+wheel:
+	@tools/wheel
+
+release:
+	@tools/release
 
 # Two emulators side by side, since each uses one processor. What needs no Xen of these files, `make test` has done.
 # Of the second, the last tests let their guests panic.

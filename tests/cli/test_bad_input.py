@@ -222,9 +222,7 @@ def test_wrong_usage(outcomes: Outcomes, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "status"), FAILING, ids=lambda words: ascii(" ".join(words))[1:60] if isinstance(words, list) else ""
 )
-def test_what_cannot_be_done(
-    outcomes: Outcomes, words: list[str], status: int
-) -> None:
+def test_what_cannot_be_done(outcomes: Outcomes, words: list[str], status: int) -> None:
     said = look(outcomes[tuple(words)], status)
     assert status == 7 or (said.startswith("gntalloc") and said.count("\n") == 1), said
 
