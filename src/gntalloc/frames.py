@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc import clock
 from gntalloc.errors import DeviceError
+from gntalloc.headroom import Headroom
 from gntalloc.maps import PAGE_SIZE, Mapping
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Frames(Generic[Holder]):
         except OSError as error:
             why = f"this user can have no more inotify instances ({error.strerror}): each machine needs one"
             raise DeviceError(error.errno, f"{why}; end some, or raise fs.inotify.max_user_instances") from error
+        self._headroom = Headroom()
         self._watches: dict[int, Extent[Holder]] = {}
         self._suspects: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
         self._fresh: dict[Extent[Holder], None] = {}  # suspects of few looks
@@ -181,6 +183,7 @@ class Frames(Generic[Holder]):
             DeviceError: ENOMEM, with the reason.
         """
         first = first if first + pages <= _FARTHEST else 0
+        self._see_to_room(pages * PAGE_SIZE, f"{pages} pages" if pages != 1 else "1 page")
         try:
             fresh = _memory_file()
         except OSError as error:
@@ -202,6 +205,11 @@ class Frames(Generic[Holder]):
         self.pages += pages
         self.extents += 1
         return Extent(pages, master, changed, first=first)
+
+    def _see_to_room(self, size: int, what: str) -> None:
+        shortage = self._headroom.shortage(size)
+        if shortage is not None:
+            raise DeviceError(errno.ENOMEM, f"{what} cannot be had: {shortage}; free some, or raise that limit")
 
     def give_back(self, extent: Extent[Holder], page: int, pages: int = 1) -> None:
         """Pages are free. Their contents go at once; the extent goes with its last page."""
@@ -239,6 +247,7 @@ class Frames(Generic[Holder]):
             whose = "its granter" if granters else "its peers"
             why = f"these {extent.pages} pages of one ALLOC are mapped {extent.live[granters]} times by {whose} already"
             raise DeviceError(errno.ENOMEM, f"{why}; unmap some, or map more pages at once")
+        self._see_to_room(PAGE_SIZE, "another mapping")  # a page of ours, or so, for its books
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:

@@ -173,7 +173,7 @@ for words, environment in json.load(sys.stdin):
             for number, file in enumerate((open(os.devnull), out, errors)):
                 os.dup2(file.fileno(), number)
             os.environ.update(environment)
-            sys.stdout = sys.stderr = open(2, "w", closefd=False)
+            sys.stdout = sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)
             try:
                 cli.main([os.fsdecode(base64.b64decode(word)) for word in words])
             except SystemExit as end:

@@ -52,8 +52,8 @@ def for_an_index(text: str, links: str) -> str:
     [
         ("", "see the lab, `disk`, [X](https://x), [y](#y)"),
         (
-            "https://host/v1/",
-            "see [the lab](https://host/v1/docs/lab.md), [`disk`](https://host/v1/docs/disk.md#top), [X](https://x), [y](#y)",
+            "https://h/v1/",
+            "see [the lab](https://h/v1/docs/lab.md), [`disk`](https://h/v1/docs/disk.md#top), [X](https://x), [y](#y)",
         ),
     ],
 )
