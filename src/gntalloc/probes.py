@@ -22,6 +22,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.errors import GntallocError
+from gntalloc.places import machine_folder, make_top_folder, top_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -132,6 +135,37 @@ def proc() -> str:
         raise Lacking("it shows the processes of another namespace")
     with _memory_file() as (_, again):
         return f"mounted; /proc/self/fd/{again} can be opened anew"
+
+
+@_probe("/dev/null", "starting any program", "mount a /dev that has it; bwrap: --dev /dev", required=True)
+def nowhere() -> str:
+    """Whether it can be opened, read and written."""
+    descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b"x")
+        if os.read(descriptor, 1):
+            raise Lacking("something can be read from it")
+    finally:
+        os.close(descriptor)
+    return "nothing comes of it"
+
+
+@_probe(
+    "a folder for machines",
+    "programs that find a machine",
+    "set XDG_RUNTIME_DIR to a folder of yours that can be written, with a short path",
+    required=True,
+)
+def folder() -> str:
+    """Whether it is there or can be made, is ours, and its path leaves room for a machine's sockets."""
+    try:
+        make_top_folder()
+        machine_folder(f"of-{os.getpid()}-1")
+    except GntallocError as error:
+        raise Lacking(str(error)) from None
+    if not os.access(top_folder(), os.W_OK | os.X_OK):
+        raise Lacking(f"{top_folder()} cannot be written")
+    return top_folder()
 
 
 @_probe(
@@ -371,7 +405,10 @@ def _memory_file() -> Iterator[tuple[int, int]]:
     first = os.memfd_create("gntalloc-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(first, mmap.PAGESIZE)
-        again = os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            again = os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Lacking("this cannot be tried: /proc is not mounted", "mount -t proc proc /proc") from None
         try:
             yield first, again
         finally:

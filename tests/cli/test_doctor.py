@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -143,3 +144,36 @@ def test_where_there_may_be_no_more_user_namespaces() -> None:
     assert findings["user namespaces"]["found"] == "No space left on device"
     assert "user.max_user_namespaces" in findings["user namespaces"]["advice"]
     assert findings["ptrace"]["ok"]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare (apt install util-linux)")
+@pytest.mark.parametrize(
+    ("options", "before", "lacking"),
+    [
+        ("-Ur", "true", set()),
+        ("-Urn", "true", set()),
+        ("-Urpf --mount-proc", "true", set()),
+        ("-Urpf", "true", {"/proc"}),
+        ("-Urm", "mount -t tmpfs none /proc", {"/proc"}),
+        ("-Urm", "mount -t tmpfs none /dev", {"/dev/null"}),
+        ("-Urm", "mount -t tmpfs none /sys", set()),
+        ("-Urm", "mount -t tmpfs none $folder && mount -o remount,ro $folder", {"a folder for machines"}),
+        ("-Ur unshare -Ur unshare -Urm", "true", set()),
+    ],
+)
+def test_in_other_namespaces(tmp_path: Path, options: str, before: str, lacking: set[str]) -> None:
+    """What is required and lacks there is named; nothing else is said to be lacking for its own sake."""
+    command = ["unshare", *options.split(), "sh", "-c", f'{before} && exec "$@"', "sh"]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "folder": str(tmp_path)}
+    tried = subprocess.run([*command, "true"], env=environment, capture_output=True, text=True, check=False, timeout=50)
+    if tried.returncode:
+        pytest.skip(f"such namespaces cannot be had here: {tried.stderr}")
+    command += [sys.executable, "-m", "gntalloc", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=50)
+    assert done.stderr == ""
+    missing = [each for each in json.loads(done.stdout)["findings"] if each["required"] and not each["ok"]]
+    assert done.returncode == bool(lacking)
+    assert lacking <= {each["name"] for each in missing} if lacking else not missing
+    for each in missing:
+        assert each["name"] in lacking or "/proc is not mounted" in each["found"], each
+        assert each["advice"]

@@ -111,7 +111,7 @@ def _provide_streams() -> None:
 
     What is read from a closed one is nothing, and what is written goes nowhere; its number is nobody else's.
     """
-    while (nothing := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _LAST_STREAM:
+    while (nothing := _nothing()) <= _LAST_STREAM:
         pass
     os.close(nothing)
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
@@ -123,6 +123,14 @@ def _provide_streams() -> None:
         errors="backslashreplace",
         line_buffering=os.isatty(1),
     )
+
+
+def _nothing() -> int:
+    """A descriptor to read nothing from, and to write to for nobody. In a sandbox there may be no /dev/null."""
+    try:
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return os.memfd_create("nothing", os.MFD_CLOEXEC)
 
 
 class _Output(io.FileIO):
@@ -184,7 +192,7 @@ def _text(error: BaseException) -> str:
 
 def _forget_output() -> None:
     """Keep the interpreter from trying to write once more, as it ends, what could not be written."""
-    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    nothing = _nothing()
     try:
         os.dup2(nothing, sys.stdout.fileno())
     except (OSError, ValueError):
