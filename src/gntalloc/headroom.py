@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from typing import TYPE_CHECKING, NamedTuple
+
+from gntalloc.clock import now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,13 +49,13 @@ class Headroom:
 
     def shortage(self, size: int) -> str | None:
         """Why `size` bytes more cannot be had; None: they can, as far as can be known."""
-        now = time.monotonic()
-        if size <= self._credit and now < self._until:
+        moment = now()
+        if size <= self._credit and moment < self._until:
             self._credit -= size
             return None
         room, whose = min(self._rooms(), default=(1 << 62, ""))
         self._credit = max(0, room - MARGIN - size) // _SHARE
-        self._until = now + _LOOK_AGAIN
+        self._until = moment + _LOOK_AGAIN
         if size <= room - MARGIN:
             return None
         return f"{whose} leaves {max(0, room) >> 10} KiB, of which {MARGIN >> 10} are the machine's own"

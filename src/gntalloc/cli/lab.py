@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gntalloc.clock import now
 from gntalloc.cli.types import SECONDS, Number
+from gntalloc.clock import now
 from gntalloc.lab import Lab, LabError, Outcome
 from gntalloc.lab.apt import DEFAULT_KEYRING, Mirrors
 from gntalloc.lab.boot import GUEST_MEMORY, TIMEOUT
