@@ -77,7 +77,9 @@ def test_a_leak_of_the_program_is_found(runs: Runs, tmp_path: Path) -> None:
     source.write_text("#include <stdlib.h>\nint main(void) { return malloc(7) == (void *)1; }\n")
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc (apt install gcc)")
-    subprocess.run(["gcc", "-O0", "-fsanitize=address", str(source), "-o", str(tmp_path / "leak")], check=True)
+    subprocess.run(
+        ["gcc", "-O0", "-fsanitize=address", str(source), "-o", str(tmp_path / "leak")], check=True, timeout=PATIENCE
+    )
     done = runs(1, str(tmp_path / "leak"))
     assert done.returncode != 0
     assert "7 byte(s) leaked" in done.stderr
@@ -95,7 +97,7 @@ def test_valgrind_finds_what_is_wrong_with_the_program(runs: Runs, tmp_path: Pat
     source.write_text("#include <stdlib.h>\nint main(void) { int *a = malloc(4); return *a ? 0 : 1; }\n")
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc (apt install gcc)")
-    subprocess.run(["gcc", "-O0", str(source), "-o", str(tmp_path / "wrong")], check=True)
+    subprocess.run(["gcc", "-O0", str(source), "-o", str(tmp_path / "wrong")], check=True, timeout=PATIENCE)
     done = runs(1, *around, str(tmp_path / "wrong"))
     assert done.returncode == 9
     assert "uninitialised" in done.stderr

@@ -30,7 +30,9 @@ def test_version_and_changelog_agree() -> None:
 
 def test_a_version_that_is_tagged_has_a_date() -> None:
     """And the other way round: every heading but the newest is a release, so it has a date."""
-    listed = subprocess.run(["git", "tag", "-l", "v*"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "tag", "-l", "v*"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=50
+    )
     tags = listed.stdout.split()
     for heading in HEADINGS:
         if "unreleased" in heading:
@@ -117,7 +119,9 @@ def git(folder: Path, *words: str) -> str:
         "-c",
         "tag.gpgsign=false",
     ]
-    return subprocess.run(["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", *identity, *words], cwd=folder, capture_output=True, text=True, check=True, timeout=50
+    ).stdout
 
 
 def commit(folder: Path) -> None:
