@@ -20,6 +20,7 @@ def byte() -> tuple[memoryview, int]:
     return memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
+@pytest.mark.usefixtures("libatomic")
 def test_with_libatomic_a_bit_is_cleared_and_no_other(byte: tuple[memoryview, int]) -> None:
     memory, address = byte
     memory[7] = 0b111
@@ -38,6 +39,7 @@ def test_without_it_the_bit_stays(byte: tuple[memoryview, int]) -> None:
     assert memory[7] == 0b11
 
 
+@pytest.mark.usefixtures("libatomic")
 def test_of_many_takers_one_has_the_bit(byte: tuple[memoryview, int]) -> None:
     memory, address = byte
     taken: list[int] = []
@@ -64,6 +66,7 @@ def test_no_libatomic_on_a_processor_that_needs_it_is_refused() -> None:
     assert caught.value.errno == errno.ENOSYS
 
 
+@pytest.mark.usefixtures("libatomic")
 @pytest.mark.parametrize(("machine", "ordered"), [("x86_64", True), ("AMD64", True), ("aarch64", False)])
 def test_what_a_processor_gets(machine: str, ordered: bool) -> None:
     library = ctypes.CDLL("libatomic.so.1")

@@ -47,11 +47,14 @@ MODES: list[dict[str, Any]] = [
 @pytest.fixture(params=["libatomic", "plain"])
 def any_atomics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With libatomic, and as where it is not installed."""
-    if request.param == "plain":
+    if request.param == "libatomic":
+        request.getfixturevalue("libatomic")
+    else:
         monkeypatch.setattr(server, "atomics", plain)
         monkeypatch.setattr("gntalloc.vchan.client.atomics", plain)
 
 
+@pytest.mark.usefixtures("libatomic")
 def test_the_page_is_libxenvchans(pair: Pair) -> None:
     """The bytes that the C library leaves after its own start, and after the same steps."""
     ours, theirs = pair(size=(1024, 2048), extensions=False)
