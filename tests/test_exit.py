@@ -41,6 +41,7 @@ def everything(disk):
     accepting.start()
     channel = bob.connect(alice, "data/it", timeout=20)
     accepting.join()
+    ticket = accepted[0].detach()
     channel.write(b"unread")
     waiting = alice.listen(bob, "data/waits")
     device = Device("vbd", 51712, 1, 0)
@@ -100,7 +101,7 @@ def test_with_warnings_shown_there_is_nothing_else(tmp_path: Path, way: str) -> 
     lines = [line for line in done.stderr.splitlines() if not line.startswith("  ")]
     assert ([line for line in lines if "ResourceWarning: " not in line], done.returncode) == ([], 0)
     if way == "the program's names":
-        for each in ("Machine", "SharedPages", "MappedPages", "Port", "Channel"):
+        for each in ("Machine", "SharedPages", "MappedPages", "Port", "Channel", "Ticket"):
             assert any(each in line and "was never closed; use it in a `with`" in line for line in lines), each
 
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-import warnings
 from struct import Struct
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gntalloc.errors import Busy, Closed, GntallocError, PeerGone
+from gntalloc.unclosed import warn_unclosed
 from gntalloc.vchan.end import SERVER, End, Progress
 from gntalloc.vchan.pages import Area, Areas, ChannelPages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Held", "Tells", "Ticket"]
 
@@ -197,9 +200,8 @@ class Ticket:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and warnings is not None:  # None: the interpreter is ending
-            warnings.warn(f"{self!r} was never closed; use it in a `with`", ResourceWarning, source=self, stacklevel=2)
+    def __del__(self, _warn: Callable[[object], bool] = warn_unclosed) -> None:
+        if not getattr(self, "_closed", True) and _warn(self):
             self.close()
 
     def __repr__(self) -> str:
