@@ -293,6 +293,8 @@ def test_a_strange_environment(folder: Path, tmp_path: Path, name: str) -> None:
     chosen = {name: places.get(value, value) for name, value in environment.items()}
     # A machine that could run would not end; one of domain 99999 does.
     commands = [["machine", "--name", "m", "--domain", "99999"] if each[0] == "machine" else each for each in EVERY]
+    if "XDG_RUNTIME_DIR" in environment:  # there may be machines of others, which answer when they like
+        commands = [["list", "m"] if each[0] == "list" else each for each in commands]
     if name in ENCODINGS:  # which Python settles when it starts
         for words in (["list"], ["doctor"], ["demo", "/dev/null"]):
             look(call(folder, *words, env=chosen), 0, 1)
