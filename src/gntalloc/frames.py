@@ -31,7 +31,6 @@ Sources: fcntl(2), memfd_create(2), inotify(7).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -44,6 +43,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from gntalloc import clock
 from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
+from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE, Mapping
 
 if TYPE_CHECKING:
@@ -70,10 +70,6 @@ _MOST_LOANS = 128
 _FARTHEST = 1 << 16
 _LOOKS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds between looks at an extent in the news
 _FRESH = 2  # until so many of them it is looked at for every request as well: its lock may go at any moment
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
-_libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
 
 
 class Loan(Generic[Holder]):
@@ -148,7 +144,7 @@ class Frames(Generic[Holder]):
         # with SIGIO, whose default is death.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         try:
-            self._inotify = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+            self._inotify = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
             why = f"this user can have no more inotify instances ({error.strerror}): each machine needs one"
             raise DeviceError(error.errno, f"{why}; end some, or raise fs.inotify.max_user_instances") from error
@@ -218,7 +214,7 @@ class Frames(Generic[Holder]):
             offset, length = (extent.first + page) * PAGE_SIZE, pages * PAGE_SIZE
             # A hole gives the memory back too. It is refused (EPERM) once the file is sealed, which the granter itself
             # can have done with read-only pages: then there may be no window, and no peer has ever had them.
-            punched = _libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
+            punched = libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
             if not punched and extent.window is not None:
                 extent.window.memory[page * PAGE_SIZE : (page + pages) * PAGE_SIZE] = bytes(length)
         if not extent.in_use:
@@ -227,7 +223,7 @@ class Frames(Generic[Holder]):
     def _discard(self, extent: Extent[Holder]) -> None:
         if extent.watch >= 0:  # a watch keeps the memory alive
             del self._watches[extent.watch]
-            _libc.inotify_rm_watch(self._inotify, extent.watch)
+            libc.inotify_rm_watch(self._inotify, extent.watch)
         if extent.window is not None:
             extent.window.close()
         self._acquit(extent)
@@ -419,14 +415,14 @@ class Frames(Generic[Holder]):
     def _listen(self, extent: Extent[Holder]) -> None:
         path = f"/proc/self/fd/{extent.master}".encode()
         try:
-            extent.watch = _check(_libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
+            extent.watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
         except OSError as error:
             why = f"the computer gives no more inotify watches ({error.strerror}); raise fs.inotify.max_user_watches"
             raise DeviceError(errno.ENOMEM, why) from error
         self._watches[extent.watch] = extent
 
     def _stop_listening(self, extent: Extent[Holder]) -> None:
-        _libc.inotify_rm_watch(self._inotify, extent.watch)
+        libc.inotify_rm_watch(self._inotify, extent.watch)
         del self._watches[extent.watch]
         extent.watch = -1
 
@@ -461,10 +457,3 @@ def _lease_is_free(master: int) -> bool:
         return False
     fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return True
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result

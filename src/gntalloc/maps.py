@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
 from gntalloc.errors import Closed, ViewsStillExported
+from gntalloc.libc import failure, libc
 
 __all__ = ["PAGE_SIZE", "PROT_READ", "PROT_WRITE", "Mapping"]
 
@@ -29,17 +29,7 @@ _MAP_POPULATE = 0x8000
 _POPULATED = 1 << 20  # bytes at most: page by page, on their first use, costs more; of a great many it would be a wait
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap = _libc.mmap
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_longlong,
-)
+_mmap = libc.mmap
 
 
 class Mapping:
@@ -129,5 +119,4 @@ class Mapping:
         if start % PAGE_SIZE or not 0 <= start < start + length <= self.length:
             raise ValueError(f"{start}+{length} is not a range of whole pages inside {self.length} bytes")
         if _mmap(self.address + start, length, prot, flags, descriptor, offset) == _MAP_FAILED:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise failure()

@@ -23,6 +23,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.errors import GntallocError
+from gntalloc.libc import check, libc
 from gntalloc.places import machine_folder, make_top_folder, top_folder
 
 if TYPE_CHECKING:
@@ -237,12 +238,11 @@ def leases() -> str:
 )
 def inotify() -> str:
     """Watch a description and see its closing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    queue = _check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
+    queue = check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
     try:
         with _memory_file() as (_, first):
             path = f"/proc/self/fd/{first}"
-            _check(libc.inotify_add_watch(queue, path.encode(), _IN_CLOSE))
+            check(libc.inotify_add_watch(queue, path.encode(), _IN_CLOSE))
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             try:
                 os.read(queue, 4096)
@@ -415,12 +415,6 @@ def _memory_file() -> Iterator[tuple[int, int]]:
             os.close(again)
     finally:
         os.close(first)
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
 
 
 def _setting(name: str) -> str:

@@ -11,6 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from gntalloc.libc import failure, libc_with_gil
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ __all__ = ["Denied", "Memory"]
 
 _MOST_PIECES = 1024  # IOV_MAX
 _TOP = 1 << 64
-
-_libc = ctypes.PyDLL(None, use_errno=True)  # nobody else here wants to run meanwhile
 
 
 class Denied(PermissionError):
@@ -33,9 +32,7 @@ class _Piece(ctypes.Structure):
 
 
 # Without argtypes: all arguments but the thread are made once, so that a call need not convert them.
-for _function in (_libc.process_vm_readv, _libc.process_vm_writev):
-    _function.restype = ctypes.c_ssize_t
-_read, _write = _libc.process_vm_readv, _libc.process_vm_writev
+_read, _write = libc_with_gil.process_vm_readv, libc_with_gil.process_vm_writev
 _ONE, _NONE = ctypes.c_ulong(1), ctypes.c_ulong(0)
 
 
@@ -145,5 +142,5 @@ class Memory:
 
 
 def _see_whether_denied() -> None:
-    if ctypes.get_errno() == errno.EPERM:
+    if failure().errno == errno.EPERM:
         raise Denied(errno.EPERM, os.strerror(errno.EPERM))

@@ -6,11 +6,12 @@ number, so what was found out about the thread stays true.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
 from typing import NamedTuple
+
+from gntalloc.libc import libc
 
 __all__ = ["Threads", "fetch", "is_traced", "leader_of"]
 
@@ -19,8 +20,6 @@ _SOCKET, _MEMORY = "socket:[", "/memfd:"
 _SYS_PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # since Linux 6.9
 _ENOUGH = 512  # of a status, for what is at its beginning
-
-_libc = ctypes.CDLL(None)
 
 
 class _Known(NamedTuple):
@@ -152,7 +151,7 @@ def fetch(thread: int, descriptor: int) -> int:
     except OSError:
         return -1
     try:
-        number: int = _libc.syscall(_SYS_PIDFD_GETFD, handle, descriptor, 0)
+        number: int = libc.syscall(_SYS_PIDFD_GETFD, handle, descriptor, 0)
         return number
     finally:
         os.close(handle)

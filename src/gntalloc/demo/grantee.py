@@ -18,6 +18,7 @@ from gntalloc.demo.stream import receive
 from gntalloc.errors import GntallocError
 from gntalloc.guest.domain import Domain, current_domain
 from gntalloc.guest.grant import Grant
+from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE, Mapping
 
 if TYPE_CHECKING:
@@ -68,14 +69,12 @@ def _attack(domain: Domain, text: str) -> None:
     Mapping.place = place  # type: ignore[method-assign]
     address = mapped._mapping.address  # noqa: SLF001  an attacker reads private fields
     again = os.open(f"/proc/self/fd/{stolen[0]}", os.O_RDWR)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     answers = [
         ("keep the descriptor and open it again for writing, through /proc/self/fd", "opened"),
         ("write to that", _answer(lambda: os.write(again, b"x"))),
         ("map that writable", _answer(lambda: mmap.mmap(again, PAGE_SIZE).close())),
         ("shrink it under the granter", _answer(lambda: os.ftruncate(again, 0))),
-        ("mprotect the mapping writable", _answer(lambda: _check(libc.mprotect(address, PAGE_SIZE, 3)))),
+        ("mprotect the mapping writable", _answer(lambda: check(libc.mprotect(address, PAGE_SIZE, 3)))),
         ("write through /proc/self/mem", _answer(lambda: _write_memory(address))),
         ("store a byte at its address", _store(address)),
     ]
@@ -84,11 +83,6 @@ def _attack(domain: Domain, text: str) -> None:
 
 def _ready() -> None:
     print("ready", flush=True)
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "")
 
 
 def _answer(attack: Callable[[], object]) -> str:

@@ -6,7 +6,6 @@ refused; and so is one that does not end with a sector, whose end nobody could r
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gntalloc.errors import DeviceError
 from gntalloc.frontend.extents import MOST, Extent
 from gntalloc.frontend.imagelock import lock
+from gntalloc.libc import failure, libc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -156,10 +156,8 @@ class Image:
         Raises:
             OSError: EOPNOTSUPP its file system has no holes.
         """
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.fallocate64(self._file, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        if libc.fallocate(self._file, _PUNCH_HOLE_KEEP_SIZE, offset, length):
+            raise failure()
 
     def extents(self, offset: int) -> list[Extent]:
         """What begins at a sector: data and holes in turn, MOST of them or up to the end."""

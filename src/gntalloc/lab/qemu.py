@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import signal
 import socket
 import subprocess
 from typing import TYPE_CHECKING
+
+from gntalloc.libc import PR_SET_PDEATHSIG, libc
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,9 +65,6 @@ def arguments(program: str, *, dom0_memory: int, guests_memory: int, descriptor:
     # fmt: on
 
 
-_PR_SET_PDEATHSIG = 1
-
-
 class Qemu:
     """One running QEMU, and the socket to the agent in its dom0."""
 
@@ -93,7 +91,6 @@ class Qemu:
             guests_memory=guests_memory,
             descriptor=theirs.fileno(),
         )
-        prctl = ctypes.CDLL(None).prctl
         with theirs, open(folder / "qemu.log", "wb") as log:
             # A session of its own: the terminal's Ctrl-C is for us, and we end QEMU in good order.
             self._process = subprocess.Popen(
@@ -105,7 +102,7 @@ class Qemu:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 # Killed, we cannot end it any more: the kernel does. It watches the thread that is here now.
-                preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # a C call, no lock
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # a C call, no lock
             )
 
     def log(self) -> str:

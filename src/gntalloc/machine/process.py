@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import logging
@@ -15,12 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from gntalloc.errors import GntallocError
+from gntalloc.libc import PR_SET_DUMPABLE, libc
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
 
 __all__ = ["child_main", "make_server", "protect_and_provide", "stop_on_signals"]
-
-_PR_SET_DUMPABLE = 4
 
 
 def protect_and_provide() -> None:
@@ -31,7 +29,7 @@ def protect_and_provide() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

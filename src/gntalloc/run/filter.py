@@ -25,6 +25,7 @@ import struct
 from typing import NamedTuple
 
 from gntalloc.calls.serving import CHANGES_OF_USER, IOCTL, MMAP, OPEN, OPENAT
+from gntalloc.libc import failure, libc
 
 __all__ = ["filter_program", "install"]
 
@@ -139,9 +140,8 @@ def install(program: bytes) -> int:
     Raises:
         OSError: EBUSY it has a listener already: `run` in `run`; or the kernel's or a sandbox's refusal.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise _failure()
+        raise failure()
     head = _Program(len(program) // 8, program)
     wanted = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
     # Once a call is with us no signal interrupts it but a deadly one, or it would be made twice. Since Linux 5.19.
@@ -149,11 +149,7 @@ def install(program: bytes) -> int:
         listener: int = libc.syscall(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.byref(head))
         if listener >= 0:
             return listener
-        if ctypes.get_errno() != errno.EINVAL:
+        error = failure()
+        if error.errno != errno.EINVAL:
             break
-    raise _failure()
-
-
-def _failure() -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+    raise error

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc.calls.listener import CallerGone
 from gntalloc.calls.threads import leader_of
+from gntalloc.libc import failure, libc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,11 +54,6 @@ class _Registers(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in _REGISTERS)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.restype = ctypes.c_long
-_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-
-
 class Traced(Exception):
     """Somebody else traces the caller, or the kernel lets nobody do so."""
 
@@ -71,11 +67,9 @@ class _NoInstruction(Exception):
 
 
 def _ptrace(request: int, thread: int, address: int = 0, data: object = None) -> None:
-    if _libc.ptrace(request, thread, address, data) < 0:
-        code = ctypes.get_errno()
-        if code == errno.ESRCH:
-            raise _Died
-        raise OSError(code, os.strerror(code))
+    if libc.ptrace(request, thread, address, data) < 0:
+        error = failure()
+        raise _Died if error.errno == errno.ESRCH else error
 
 
 def _nothing(_result: int) -> None:
@@ -223,7 +217,7 @@ class Injector:
     def _detach(self, thread: int, held: list[int]) -> None:
         leader = leader_of(thread) if held else 0
         for number in held:  # not with the detach: a stop like ours loses it
-            _libc.syscall(_SYS_TGKILL, leader, thread, number)
+            libc.syscall(_SYS_TGKILL, leader, thread, number)
         _ptrace(_DETACH, thread)
 
     def _wait(self, thread: int) -> int:
@@ -266,4 +260,4 @@ def _signals_blocked(thread: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _libc.ptrace(_SETSIGMASK, thread, ctypes.c_void_p(8), ctypes.byref(mask))
+        libc.ptrace(_SETSIGMASK, thread, ctypes.c_void_p(8), ctypes.byref(mask))

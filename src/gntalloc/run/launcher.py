@@ -12,7 +12,6 @@ lives until the last process of the run has ended; `run` does not wait for that.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -26,6 +25,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.libc import PR_SET_CHILD_SUBREAPER, libc
 from gntalloc.run.process import be_the_supervisor, let_go
 from gntalloc.run.program import Program, signal_descriptor
 
@@ -41,10 +41,7 @@ _FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal
 _NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _DEADLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
-_PR_SET_CHILD_SUBREAPER = 36
 _STREAMS = 3
-
-_libc = ctypes.CDLL(None)
 
 
 def run(
@@ -76,7 +73,7 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     signals = signal_descriptor(every)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in case that the supervisor is killed
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in case that the supervisor is killed
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

@@ -6,7 +6,6 @@ signal to the program's group takes it away before the program. It ends when nob
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from gntalloc.calls.listener import Listener
 from gntalloc.errors import GntallocError, NoMachine
+from gntalloc.libc import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc
 from gntalloc.places import store_path
 from gntalloc.run.joining import join, tidy
 from gntalloc.run.program import LIMITS, CannotExecute, Program, signal_descriptor, start
@@ -25,13 +25,10 @@ from gntalloc.run.supervisor import Supervisor
 
 __all__ = ["be_the_supervisor", "let_go"]
 
-_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _EXITED = 256  # a wait status: exit code 1
 _NOT_FOUND, _NOT_EXECUTABLE = 127 << 8, 126 << 8
 _UMASK = 0o022
 _LAST_STREAM = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def be_the_supervisor(program: Program, news: socket.socket, process: int, machine: str, domid: int) -> NoReturn:
@@ -84,11 +81,11 @@ class _Run:
         self._folder = os.path.dirname(path)
         self._supervisor = Supervisor(path, say=lambda text: self.tell(say=text))
         store = store_path(os.path.dirname(path), self._supervisor.files.domid)
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._children = signal_descriptor([signal.SIGCHLD])
         environment = {"GNTALLOC_DOMAIN": path, "XENSTORED_PATH": store}
         self._child, descriptor = start(program, environment, self._announce)
-        _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         self._listener = Listener(descriptor)
         self._supervisor.begin(self._listener, mark=program.mark, died=self._saw_the_end)
         _stand_apart()

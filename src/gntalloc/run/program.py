@@ -16,6 +16,7 @@ import socket
 from typing import TYPE_CHECKING, NoReturn
 
 from gntalloc.errors import GntallocError
+from gntalloc.libc import PR_SET_PDEATHSIG, check, libc
 from gntalloc.run.filter import filter_program, install
 
 if TYPE_CHECKING:
@@ -23,15 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["LIMITS", "CannotExecute", "Program", "enter_namespace", "map_ids", "signal_descriptor", "start"]
 
-_PR_SET_PDEATHSIG = 1
 _CLONE_NEWUSER = 0x10000000
 _SFD_CLOEXEC, _SFD_NONBLOCK = 0o2000000, 0o4000
 LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 """What a supervisor gives itself as much of as it may."""
 _CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
 _SHELL = "/bin/sh"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Program:
@@ -114,7 +112,7 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
             enter_namespace()
             line.send(bytes(4))
             line.recv(1)
-        _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         if os.getppid() != parent:
             os._exit(1)  # it died before it could take us along
         listener = install(program.filter)  # from here on no file may be opened: nobody serves us yet
@@ -160,7 +158,7 @@ def enter_namespace() -> None:
     Raises:
         OSError: the kernel's or a sandbox's refusal.
     """
-    _check(_libc.unshare(_CLONE_NEWUSER))
+    check(libc.unshare(_CLONE_NEWUSER))
 
 
 def map_ids(child: int) -> None:
@@ -196,11 +194,4 @@ def signal_descriptor(numbers: Iterable[int]) -> int:
     wanted = (ctypes.c_uint64 * 16)()  # as large as any C library's set
     for number in numbers:
         wanted[0] |= 1 << (number - 1)
-    return _check(_libc.signalfd(-1, wanted, _SFD_CLOEXEC | _SFD_NONBLOCK))
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+    return check(libc.signalfd(-1, wanted, _SFD_CLOEXEC | _SFD_NONBLOCK))

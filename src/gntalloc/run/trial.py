@@ -6,7 +6,6 @@ Each trial goes one step further than the one before, so the first that fails na
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import select
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gntalloc.calls.listener import Call, Listener
 from gntalloc.calls.memory import Memory
+from gntalloc.libc import PR_SET_PDEATHSIG, failure, libc
 from gntalloc.run import program
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector, Traced
@@ -30,7 +30,6 @@ __all__ = ["memory", "namespace", "notification", "placing"]
 _PATH = b"/dev/xen/trial"
 _MARK = 0x5EA1
 _PATIENCE = 5000  # milliseconds
-_PR_SET_PDEATHSIG = 1
 
 
 def notification() -> str:
@@ -93,8 +92,7 @@ class _Home(socket.socket):
 
 def _read(call: Call) -> None:
     if Memory().path(call.thread, call.arguments[1]) != _PATH:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise failure()
 
 
 def _next(listener: Listener) -> Call:
@@ -145,7 +143,7 @@ def _be_served(line: socket.socket, *, userns: bool) -> NoReturn:
             program.enter_namespace()
             line.send(bytes(4))
             line.recv(1)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         listener = install(filter_program(_MARK))
         socket.send_fds(line, [bytes(4)], [listener])
         file = os.open(_PATH, os.O_RDWR)
