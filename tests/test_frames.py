@@ -18,12 +18,14 @@ import pytest
 from limits import status_of
 
 from gntalloc.errors import DeviceError
-from gntalloc.frames import Extent, Frames, Loan
+from gntalloc.frames import Frames
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
 from gntalloc.testing import Snapshot, assert_cleaned_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from gntalloc.holders import Extent, Loan
 
 RW = mmap.PROT_READ | mmap.PROT_WRITE
 FLOCK = struct.Struct("=hh4xqqi4x")
@@ -54,7 +56,7 @@ class Bench:
 
     def look(self) -> list[str]:
         """Take in the news; who died since the last look."""
-        died = [loan.holder for loan in self.frames.news().died]
+        died = [loan.holder for loan in self.frames.news().ended]
         self.died += died
         return died
 
@@ -350,7 +352,7 @@ def test_a_peer_that_opens_and_closes_without_end_fills_no_queue(bench: Bench) -
     loan.close()
     other.watch = -1
     for each in (extent, other):
-        bench.frames._suspect(each, 0)
+        bench.frames._look_again(each, 0)
     assert sorted(bench.look()) == ["peer", "quiet"]
     bench.give_back(extent)
     bench.give_back(other)

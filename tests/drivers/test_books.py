@@ -94,7 +94,7 @@ def a_loan_counted_twice(scene: Scene) -> None:
 
 def nobody_listens(scene: Scene) -> None:
     scene.core.frames._watches.clear()
-    scene.core.frames._suspects.clear()
+    scene.core.frames._planned.clear()
 
 
 def a_pin_too_few(scene: Scene) -> None:

@@ -21,7 +21,7 @@ from gntalloc.maps import PAGE_SIZE, PROT_WRITE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from gntalloc import frames
+    from gntalloc import frames, holders
 
 __all__ = [
     "Caller",
@@ -153,8 +153,8 @@ class Record:
 
 
 Frames: TypeAlias = "frames.Frames[Record]"
-Extent: TypeAlias = "frames.Extent[Record]"
-Loan: TypeAlias = "frames.Loan[Record]"
+Extent: TypeAlias = "holders.Extent[Record]"
+Loan: TypeAlias = "holders.Loan[Record]"
 
 
 class Frame(NamedTuple):

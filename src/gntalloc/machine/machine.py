@@ -194,7 +194,7 @@ class Machine:
     def settle(self, *, heard: bool = True) -> None:
         """Take in what has been unmapped. After this the books agree with the kernel. `heard`: see `Frames.news`."""
         news = self.frames.news(heard=heard)
-        for loan in news.died:
+        for loan in news.ended:
             record = loan.holder
             record.loans.remove(loan)
             if not record.loans:

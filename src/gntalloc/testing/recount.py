@@ -50,7 +50,7 @@ class _Census:
         self.machine = machine
         # A domain that is gone has left its pages to those who map them: they are found by what the kernel is asked.
         frames = machine.frames
-        listened_to = [*frames._watches.values(), *frames._suspects]
+        listened_to = [*frames._watches.values(), *frames._planned]
         owners = [extent.changed.__self__ for extent in listened_to]  # type: ignore[attr-defined]
         drivers = [guest.gntalloc for guest in machine.guests.values()] + owners
         self.drivers: list[GntallocDriver] = list(dict.fromkeys(drivers))
@@ -123,11 +123,11 @@ class _Census:
         yield from _differ("loans of mmaps that no extent has", len(set(theirs) - set(loans)), 0)
         yield from _differ("loans of extents that no mmap has", len(set(loans) - set(theirs)), 0)
         yield from _differ("mmaps without a loan", sum(not record.loans for record in self.records), 0)
-        suspects, watches = self.machine.frames._suspects, self.machine.frames._watches
+        planned, watches = self.machine.frames._planned, self.machine.frames._watches
         for extent in self.pages:
             sides = Counter(loan.granters for loan in extent.loans)
             yield from _differ("live loans of an extent", extent.live, [sides[False], sides[True]])
-            heard = extent in suspects or watches.get(extent.watch) is extent
+            heard = extent in planned or watches.get(extent.watch) is extent
             if extent.lent and not heard:
                 yield "somebody has an extent, and nobody listens for its end"
             if extent.loans and not extent.lent:

@@ -1,0 +1,346 @@
+"""Which mappings of the machine's memory still live, as the kernel counts them.
+
+Each mmap of a program, the granter's or a peer's, is made on an open file description of its own, a `Loan`: the
+extent's memory file, opened once more through /proc/self/fd. The kernel keeps such a description for as long as a
+descriptor or a piece of a mapping of it is left in any process. It survives fork and partial munmap, and ends with
+SIGKILL. Three things tell about it:
+
+* An OFD lock on a byte of the loan's own says that the loan lives. The lock ends with the description.
+* inotify says when to look: a description is being closed. The event is queued before munmap(2) returns, but also a
+  moment before the lock goes. So after an event an extent is looked at several times, at growing intervals.
+* A write lease on the machine's own description is granted only when no other description is left at all.
+
+A program can take its own lock off, or open the file a second time. So locks are bookkeeping and the lease is the
+truth: an extent is let go only when both agree. The granter's loans hold write locks, a peer's read locks, so a peer
+with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can. It gains what
+it would by keeping the page mapped.)
+
+Sources: fcntl(2), inotify(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+from heapq import heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from gntalloc import clock
+from gntalloc.errors import DeviceError
+from gntalloc.headroom import Headroom
+from gntalloc.libc import check, libc
+from gntalloc.maps import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gntalloc.maps import Mapping
+
+__all__ = ["Extent", "Holder", "Loan", "Loans", "News", "open_again"]
+
+Holder = TypeVar("Holder")
+
+_IN_CLOSE = 0x08 | 0x10
+_IN_ONESHOT = 0x80000000
+_IN_Q_OVERFLOW = 0x4000
+_EVENT = struct.Struct("=iIII")
+_QUEUE_A_READ = 65536  # bytes of events
+_FLOCK = struct.Struct("=hh4xqqi4x")
+# Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
+# and everybody waits for it. Xen lets a page be mapped so often.
+_MOST_LOANS = 128
+_INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds before each look that follows an event
+_EAGER = 2  # until so many looks, each request looks too, not the clock alone: a lock may go at any moment
+
+
+class Loan(Generic[Holder]):
+    """A description handed to a program, which maps it. `descriptor` is the machine's copy: send it, then close."""
+
+    __slots__ = ("byte", "descriptor", "exclusive", "extent", "granters", "holder")
+
+    def __init__(
+        self, extent: Extent[Holder], descriptor: int, byte: int | None, exclusive: bool, granters: bool, holder: Holder
+    ) -> None:
+        self.extent = extent
+        self.descriptor = descriptor
+        self.byte = byte  # None: a hostile lock was in the way, so only the lease can tell
+        self.exclusive = exclusive  # whether its lock is a write lock
+        self.granters = granters
+        self.holder = holder
+
+    def close(self) -> None:
+        """Close the machine's copy, once."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class Extent(Generic[Holder]):
+    """The pages of one ALLOC."""
+
+    __slots__ = (
+        "changed",
+        "first",
+        "in_use",
+        "lent",
+        "live",
+        "loans",
+        "master",
+        "next_byte",
+        "pages",
+        "placed",
+        "sealed",
+        "watch",
+        "window",
+    )
+
+    def __init__(self, pages: int, master: int, changed: Callable[[Extent[Holder]], None], *, first: int = 0) -> None:
+        self.pages = pages
+        self.first = first  # of the pages in the file: before it there is nothing
+        self.changed = changed  # tells its owner that the set of its holders may have changed
+        self.master = master  # the machine's description: leases and locks are asked on it
+        self.in_use = pages  # pages not given back yet
+        self.loans: dict[Loan[Holder], None] = {}  # believed alive
+        self.live = [0, 0]  # how many of them are its peers', and how many its granter's
+        self.lent = False  # a process outside may hold a description, loan or not
+        self.next_byte = 0
+        self.placed = bytearray(pages)  # 1: the granter has, or had, this page mapped
+        self.sealed = False
+        self.watch = -1
+        self.window: Mapping | None = None
+
+
+class News(NamedTuple, Generic[Holder]):
+    """What changed since the last look: loans that ended, and every extent that was looked at."""
+
+    ended: list[Loan[Holder]]
+    touched: list[Extent[Holder]]
+
+
+class Loans(Generic[Holder]):
+    """The loans of one process's extents: makes them, and sees them end. One object a process: it ignores SIGIO."""
+
+    def __init__(self) -> None:
+        # A program that opens a memory file just while a lease is being tried breaks it, and the kernel says so
+        # with SIGIO, whose default is death.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        try:
+            self._inotify = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            why = f"this user can have no more inotify instances ({error.strerror}): each machine needs one"
+            raise DeviceError(error.errno, f"{why}; end some, or raise fs.inotify.max_user_instances") from error
+        self._headroom = Headroom()
+        self._watches: dict[int, Extent[Holder]] = {}
+        self._planned: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
+        self._eager: dict[Extent[Holder], None] = {}  # those of few looks so far
+        self._timetable: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
+        self._number = count()
+
+    def fileno(self) -> int:
+        """Readable when `news` has something to tell."""
+        return self._inotify
+
+    def close(self) -> None:
+        """Stop listening. The extents live on until they are discarded."""
+        os.close(self._inotify)
+
+    def lend(self, extent: Extent[Holder], holder: Holder, *, writable: bool, granters: bool) -> Loan[Holder]:
+        """Make a description of the extent for one mmap of `holder`. It lives until the kernel drops its last piece.
+
+        Raises:
+            DeviceError: ENOMEM, it is mapped too often; or the machine is out of descriptors or watches.
+        """
+        if extent.live[granters] >= _MOST_LOANS + extent.pages:
+            whose = "its granter" if granters else "its peers"
+            why = f"these {extent.pages} pages of one ALLOC are mapped {extent.live[granters]} times by {whose} already"
+            raise DeviceError(errno.ENOMEM, f"{why}; unmap some, or map more pages at once")
+        self._see_to_room(PAGE_SIZE, "another mapping")  # a page of ours, or so, for its books
+        if extent.watch < 0:  # before the description exists, or its end could be missed
+            self._listen(extent)
+        try:
+            descriptor = open_again(extent.master, os.O_RDWR if writable else os.O_RDONLY)
+        except OSError as error:
+            why = f"the machine could not open the page's memory again: {error.strerror}"
+            raise DeviceError(errno.ENOMEM, why) from error
+        byte: int | None = extent.next_byte
+        extent.next_byte += 1
+        exclusive = granters and writable
+        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        except BlockingIOError:
+            byte = None
+        loan = Loan(extent, descriptor, byte, exclusive, granters, holder)
+        extent.loans[loan] = None
+        extent.live[granters] += 1
+        extent.lent = True
+        return loan
+
+    def _see_to_room(self, size: int, what: str) -> None:
+        shortage = self._headroom.shortage(size)
+        if shortage is not None:
+            raise DeviceError(errno.ENOMEM, f"{what} cannot be had: {shortage}; free some, or raise that limit")
+
+    def held(self, extent: Extent[Holder]) -> bool:
+        """Whether the kernel knows of any description outside the machine, whatever the locks say."""
+        if extent.lent and not extent.loans:
+            extent.lent = not _lease_is_free(extent.master)
+        return extent.lent
+
+    def forget(self, extent: Extent[Holder]) -> None:
+        """Look at the extent no more. Its watch would keep the memory alive."""
+        if extent.watch >= 0:
+            self._stop_listening(extent)
+        self._look_no_more(extent)
+
+    # Looking.
+
+    def news(self, *, heard: bool = True) -> News[Holder]:
+        """Look at every extent of which a description was closed. Never blocks.
+
+        Args:
+            heard: whether `fileno` is readable, as far as is known. If not, only looks that are due are made.
+        """
+        looks = self._due()
+        for watch, mask in self._events() if heard else ():
+            if mask & _IN_Q_OVERFLOW:  # some events were lost: look everywhere
+                for extent in list(self._watches.values()):
+                    self._stop_listening(extent)
+                    looks[extent] = 0
+            elif watch in self._watches and mask & _IN_CLOSE:
+                extent = self._watches.pop(watch)  # one event a watch, so that nobody can flood the queue
+                extent.watch = -1
+                looks[extent] = 0
+        ended: list[Loan[Holder]] = []
+        for extent, so_far in looks.items():
+            ended += self._look(extent)
+            if extent.lent and so_far < len(_INTERVALS):
+                self._look_again(extent, so_far)
+            else:
+                self._look_no_more(extent)
+        return News(ended, list(looks))
+
+    @property
+    def restless(self) -> bool:
+        """Whether `news` should be called before anything else is done, even if nothing has happened."""
+        return bool(self._eager) or (bool(self._timetable) and self._timetable[0][0] <= clock.now())
+
+    def patience(self) -> float | None:
+        """Seconds until `news` should be called even if nothing happens. None: there is no need."""
+        if not self._planned:
+            return None
+        return max(0.0, self._timetable[0][0] - clock.now())
+
+    def _look_again(self, extent: Extent[Holder], so_far: int) -> None:
+        """Plan the next look at an extent that has had `so_far` looks since its last event."""
+        if extent in self._planned and self._planned[extent][0] == so_far:
+            return  # the time of its next look stands
+        due = clock.now() + _INTERVALS[so_far]
+        self._planned[extent] = so_far, due
+        heappush(self._timetable, (due, next(self._number), extent))
+        if so_far < _EAGER:
+            self._eager[extent] = None
+        else:
+            self._eager.pop(extent, None)
+
+    def _look_no_more(self, extent: Extent[Holder]) -> None:
+        """Take the extent off the timetable, until its next event."""
+        self._planned.pop(extent, None)
+        self._eager.pop(extent, None)
+
+    def _due(self) -> dict[Extent[Holder], int]:
+        """The extents whose next look is due, or that are looked at eagerly, each with its number of looks so far."""
+        if not self._planned:
+            self._timetable.clear()
+            return {}
+        now = clock.now()
+        found = {extent: self._planned[extent][0] for extent in self._eager}
+        while self._timetable and self._timetable[0][0] <= now:
+            due, _, extent = heappop(self._timetable)
+            so_far, really_due = self._planned.get(extent, (0, 0.0))
+            if really_due == due:
+                self._look_no_more(extent)  # the look itself plans the one that follows
+                found[extent] = so_far + 1
+        return found
+
+    def _look(self, extent: Extent[Holder]) -> list[Loan[Holder]]:
+        """Drop the loans that ended, and return them. Listens on if the extent is still held."""
+        ended = _drop_ended(extent)
+        if extent.watch < 0 and self.held(extent):
+            # A holder is left: listen again, and look again, for it may have gone in between.
+            try:
+                self._listen(extent)
+            except DeviceError:  # no watches to be had just now: go on looking
+                extent.lent = True
+            ended += _drop_ended(extent)
+        self.held(extent)
+        return ended
+
+    # inotify.
+
+    def _events(self) -> Iterator[tuple[int, int]]:
+        """Read the queue empty: watch and mask of each event."""
+        while True:
+            try:
+                events = os.read(self._inotify, _QUEUE_A_READ)
+            except BlockingIOError:
+                return
+            for watch, mask, _cookie, _length in _EVENT.iter_unpack(events):
+                yield watch, mask
+            if len(events) <= _QUEUE_A_READ - _EVENT.size:
+                return
+
+    def _listen(self, extent: Extent[Holder]) -> None:
+        path = f"/proc/self/fd/{extent.master}".encode()
+        try:
+            extent.watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
+        except OSError as error:
+            why = f"the computer gives no more inotify watches ({error.strerror}); raise fs.inotify.max_user_watches"
+            raise DeviceError(errno.ENOMEM, why) from error
+        self._watches[extent.watch] = extent
+
+    def _stop_listening(self, extent: Extent[Holder]) -> None:
+        libc.inotify_rm_watch(self._inotify, extent.watch)
+        del self._watches[extent.watch]
+        extent.watch = -1
+
+
+def open_again(descriptor: int, flags: int) -> int:
+    """Make another open file description of the same file, closed on exec.
+
+    Raises:
+        OSError: what open(2) answered.
+    """
+    return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
+
+
+def _drop_ended(extent: Extent[Holder]) -> list[Loan[Holder]]:
+    ended = [loan for loan in extent.loans if not _lives(loan)]
+    if any(loan.byte is None for loan in extent.loans) and _lease_is_free(extent.master):
+        ended = list(extent.loans)
+    for loan in ended:
+        del extent.loans[loan]
+        extent.live[loan.granters] -= 1
+    return ended
+
+
+def _lives(loan: Loan[Holder]) -> bool:
+    if loan.byte is None:
+        return True
+    # Asking as a reader sees write locks only, so a peer's read locks cannot pose as the granter's.
+    kind = fcntl.F_RDLCK if loan.exclusive else fcntl.F_WRLCK
+    answer = fcntl.fcntl(loan.extent.master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, loan.byte, 1, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _lease_is_free(master: int) -> bool:
+    try:
+        fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
