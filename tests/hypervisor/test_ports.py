@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gntalloc.abi.grants import DOMID_SELF
 from gntalloc.hypervisor.ports import LAST_PORT, EventChannels, PortRefused, Ports, State
+from gntalloc.machine.disturbed import DisturbedPorts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,13 +30,14 @@ def refused(code: int, reason: str = "") -> Iterator[None]:
 class World:
     """Domains 1, 2 and 3; what their kernels were told."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Ports] = Ports) -> None:
+        self.kind = kind
         self.channels = EventChannels()
         self.told: list[tuple[int, int]] = []
         self.one, self.two, self.three = (self.domain(domid) for domid in (1, 2, 3))
 
     def domain(self, domid: int) -> Ports:
-        ports = self.channels.create(domid)
+        ports = self.channels.create(domid, self.kind)
         ports.upcall = lambda number: self.told.append((domid, number))
         return ports
 
@@ -48,9 +50,10 @@ class World:
         return first, second
 
 
-@pytest.fixture
-def world() -> World:
-    return World()
+@pytest.fixture(params=[Ports, DisturbedPorts])
+def world(request: pytest.FixtureRequest) -> World:
+    """What can be disturbed, and is not, does the same."""
+    return World(request.param)
 
 
 def state(ports: Ports, number: int) -> tuple[State, int, int] | None:

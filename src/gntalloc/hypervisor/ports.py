@@ -11,9 +11,6 @@ The life of a port. `peer` is the one domain that may be, or is, at the other en
 A port is pending or not: what is sent before the guest has taken it collapses into one. Port 0 is never given out;
 the lowest free port is, as soon as it is free.
 
-An event may come late, and may come again without anybody's doing: no guest can rely on more. `Ports.postpone` and
-`Ports.repeats` make it so, for tests.
-
 Sources: Xen's public event_channel.h and common/event_channel.c (order of the checks, errnos, the lowest free port,
 a port that is pending as soon as it is bound to a peer's), xen.h (24 virtual interrupts), libxl (1023 ports a guest).
 """
@@ -23,14 +20,16 @@ from __future__ import annotations
 import enum
 import errno
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gntalloc.abi.grants import DOMID_SELF
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["LAST_PORT", "EventChannels", "Port", "PortRefused", "Ports", "State"]
+
+AnyPorts = TypeVar("AnyPorts", bound="Ports")
 
 LAST_PORT = 1023  # what libxl gives a guest unless told otherwise
 VIRQS = 24
@@ -56,7 +55,7 @@ class State(enum.Enum):
 class Port:
     """One port in use. `remote` is the number of the other end in domain `peer`, once there is one."""
 
-    __slots__ = ("again", "echo", "peer", "pending", "remote", "state", "virq")
+    __slots__ = ("peer", "pending", "remote", "state", "virq")
 
     def __init__(self, state: State, *, peer: int = -1, remote: int = 0, virq: int = -1) -> None:
         self.state = state
@@ -64,20 +63,14 @@ class Port:
         self.remote = remote
         self.virq = virq
         self.pending = False
-        self.again = 0  # so often it is pending again when it is taken
-        self.echo = False  # it is pending for no other reason
 
 
 class Ports:
     """The ports of one domain. `upcall` is told the number of each port that becomes pending."""
 
-    def __init__(self, domid: int, domains: dict[int, Ports]) -> None:
+    def __init__(self, domid: int, domains: Mapping[int, Ports]) -> None:
         self.domid = domid
         self.upcall: Callable[[int], None] | None = None
-        self.postpone: Callable[[int, Port], None] | None = None
-        """If there is one, it is told of each event instead, and calls `deliver` when it likes."""
-        self.repeats = 0
-        """How often an event comes again, each time when the one before was taken."""
         self._domains = domains
         self._ports: dict[int, Port] = {}
         self._freed: list[int] = []  # a heap
@@ -145,29 +138,10 @@ class Ports:
     def arrive(self, number: int) -> None:
         """An event for a port in use. While it is pending, further ones are nothing new."""
         port = self._ports[number]
-        if self.postpone is None:
-            self.deliver(number, port)
-        else:
-            self.postpone(number, port)
-
-    def deliver(self, number: int, port: Port) -> None:
-        """An event has come for a port, if that is still in use."""
-        if self._ports.get(number) is not port:
-            return
-        port.again = self.repeats
-        port.echo = False
         if not port.pending:
             port.pending = True
             if self.upcall is not None:
                 self.upcall(number)
-
-    def calm(self) -> None:
-        """No event comes again that has not yet."""
-        self.repeats = 0
-        for port in self._ports.values():
-            port.again = 0
-            port.pending = port.pending and not port.echo
-            port.echo = False
 
     def left_alone(self, number: int) -> None:
         """The other end of a port closed: it waits for another one, of the same domain."""
@@ -176,12 +150,11 @@ class Ports:
         port.remote = 0
 
     def take_pending(self, number: int) -> bool:
-        """Whether the port is pending. It is not any more, unless the event comes again."""
+        """Whether the port was pending. It is not any more."""
         port = self._ports.get(number)
         if port is None or not port.pending:
             return False
-        port.pending = port.echo = port.again > 0
-        port.again -= port.pending
+        port.pending = False
         return True
 
     def close(self, number: int) -> None:
@@ -225,9 +198,9 @@ class EventChannels:
     def __init__(self) -> None:
         self._domains: dict[int, Ports] = {}
 
-    def create(self, domid: int) -> Ports:
-        """The ports of a new domain: none in use."""
-        ports = self._domains[domid] = Ports(domid, self._domains)
+    def create(self, domid: int, kind: type[AnyPorts]) -> AnyPorts:
+        """Make the ports of a new domain: none in use."""
+        ports = self._domains[domid] = kind(domid, self._domains)
         return ports
 
     def of(self, domid: int) -> Ports | None:

@@ -18,7 +18,8 @@ from gntalloc.errors import GntallocError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.hypervisor.ports import Port, Ports
+    from gntalloc.hypervisor.ports import Port
+    from gntalloc.machine.disturbed import DisturbedPorts
     from gntalloc.machine.machine import Machine
 
 __all__ = ["Faults"]
@@ -42,7 +43,7 @@ class _Late(NamedTuple):
 
     due: float
     number: int  # in the order of their coming
-    ports: Ports
+    ports: DisturbedPorts
     at: int
     port: Port
 
@@ -121,7 +122,7 @@ class Faults:
 
     def _apply(self, domid: int) -> None:
         faults = [fault for fault in self._faults if fault.domid == domid]
-        ports = self._machine.event_ports(domid)
+        ports = self._machine.guest(domid).ports
         delay = max((fault.delay for fault in faults), default=0.0)
         ports.postpone = self._postpone(ports, delay) if delay else None
         if not delay:
@@ -135,7 +136,7 @@ class Faults:
             least = {name: min(each[name] for each in lowered if name in each) for each in lowered for name in each}
             domain.quotas = replace(usual, **least) if least else usual
 
-    def _postpone(self, ports: Ports, delay: float) -> Callable[[int, Port], None]:
+    def _postpone(self, ports: DisturbedPorts, delay: float) -> Callable[[int, Port], None]:
         def postpone(at: int, port: Port) -> None:
             if port in self._on_the_way:
                 return
@@ -147,7 +148,7 @@ class Faults:
 
         return postpone
 
-    def _deliver_all(self, ports: Ports) -> None:
+    def _deliver_all(self, ports: DisturbedPorts) -> None:
         now = sorted(event for event in self.late if event.ports is ports)
         self.late = [event for event in self.late if event.ports is not ports]
         heapq.heapify(self.late)

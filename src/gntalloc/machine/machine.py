@@ -17,7 +17,8 @@ from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frames import Frames
 from gntalloc.hypervisor.domains import DomainExists, Hypervisor
 from gntalloc.hypervisor.grants import GrantTable
-from gntalloc.hypervisor.ports import EventChannels, Ports
+from gntalloc.hypervisor.ports import EventChannels
+from gntalloc.machine.disturbed import DisturbedPorts
 from gntalloc.machine.toolstack import furnish, strip
 from gntalloc.xenstore.daemon.server import Server as Store
 
@@ -32,33 +33,41 @@ MAX_FILES = 4096  # open at once in one domain, so that it cannot use up the mac
 
 
 class Guest:
-    """A domain: who may enter it, and its kernel's drivers.
+    """A domain: its user, its grants and event channels, and its kernel's drivers.
 
     Args:
         domid: its number.
         uid: the user whose programs may connect.
+        table: its grants.
+        ports: its event channel ports.
+        gntalloc: the driver that holds its limit.
+        gntdev: the driver that holds what it maps of others.
+        evtchn: the driver that lets programs have its ports.
+        privcmd: the driver of the hypercalls that it may make.
     """
 
-    def __init__(self, domid: int, uid: int, table: GrantTable[Frame], drivers: list[Driver]) -> None:
+    def __init__(
+        self,
+        domid: int,
+        uid: int,
+        table: GrantTable[Frame],
+        ports: DisturbedPorts,
+        *,
+        gntalloc: GntallocDriver,
+        gntdev: GntdevDriver,
+        evtchn: EvtchnDriver,
+        privcmd: PrivcmdDriver,
+    ) -> None:
         self.domid = domid
         self.uid = uid
         self.table = table
+        self.ports = ports
+        self.gntalloc = gntalloc
+        self.gntdev = gntdev
+        self.evtchn = evtchn
+        drivers: tuple[Driver, ...] = (gntalloc, gntdev, evtchn, privcmd)
         self.drivers = {driver.name: driver for driver in drivers}
         self.files: set[File] = set()
-
-    @property
-    def gntalloc(self) -> GntallocDriver:
-        """The driver that holds the domain's limit and grants."""
-        driver = self.drivers["gntalloc"]
-        assert isinstance(driver, GntallocDriver)
-        return driver
-
-    @property
-    def evtchn(self) -> EvtchnDriver:
-        """The driver that holds the domain's event channel ports."""
-        driver = self.drivers["evtchn"]
-        assert isinstance(driver, EvtchnDriver)
-        return driver
 
 
 class Machine:
@@ -100,20 +109,19 @@ class Machine:
             self._hypervisor.create(domid, table)
         except DomainExists as error:
             raise GntallocError(errno.EEXIST, str(error)) from None
-        evtchn = EvtchnDriver(self._event_channels.create(domid))
-        drivers: list[Driver] = [
-            GntallocDriver(
-                table,
-                self.frames,
-                evtchn,
-                limit=self._limit if limit is None else limit,
-                behaviour=self._behaviour,
-            ),
-            GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour),
-            evtchn,
-            PrivcmdDriver(domid, self._hypervisor, self._event_channels),
-        ]
-        guest = self.guests[domid] = Guest(domid, uid, table, drivers)
+        ports = self._event_channels.create(domid, DisturbedPorts)
+        evtchn = EvtchnDriver(ports)
+        limit = self._limit if limit is None else limit
+        guest = self.guests[domid] = Guest(
+            domid,
+            uid,
+            table,
+            ports,
+            gntalloc=GntallocDriver(table, self.frames, evtchn, limit=limit, behaviour=self._behaviour),
+            gntdev=GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour),
+            evtchn=evtchn,
+            privcmd=PrivcmdDriver(domid, self._hypervisor, self._event_channels),
+        )
         furnish(self.store, domid)
         return guest
 
@@ -226,17 +234,6 @@ class Machine:
             for guest in self.guests.values()
             for file in guest.files
         ]
-
-    def event_ports(self, domid: int) -> Ports:
-        """The event channel ports of a domain.
-
-        Raises:
-            GntallocError: ESRCH there is no such domain.
-        """
-        self.guest(domid)
-        ports = self._event_channels.of(domid)
-        assert ports is not None
-        return ports
 
     def statistics(self) -> dict[str, Any]:
         """Counters of the machine and of each domain."""
