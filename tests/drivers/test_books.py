@@ -110,7 +110,7 @@ def a_handle_too_many(scene: Scene) -> None:
 
 
 def references_noted_too_few(scene: Scene) -> None:
-    scene.peer.guest.drivers["gntdev"]._noted -= 1  # type: ignore[attr-defined]
+    scene.peer.guest.gntdev._noted -= 1
 
 
 def a_page_off_its_list(scene: Scene) -> None:

@@ -150,14 +150,14 @@ class _Census:
 
     def _noted(self, guest: Guest) -> Iterator[str]:
         """References noted by MAP_GRANT_REF are those of the entries that files list."""
-        driver = guest.drivers["gntdev"]
+        driver = guest.gntdev
         listed = [
             entry.count
             for file in self.files
             if file.driver is driver and isinstance(file.state, GntdevState)
             for entry in file.state.entries
         ]
-        yield from _differ(f"references noted in domain {guest.domid}", driver._noted, sum(listed))  # type: ignore[attr-defined]
+        yield from _differ(f"references noted in domain {guest.domid}", driver._noted, sum(listed))
 
     def _ports(self, guest: Guest) -> Iterator[str]:
         """A port is referred to by its file and by each promise that is still to be kept."""
