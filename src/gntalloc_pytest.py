@@ -3,6 +3,7 @@
     gntalloc_machine     a gntalloc.Machine
     gntalloc_domains     two domains of it, `alice` (1) and `bob` (2)
     gntalloc_channels    the two ends of a channel between them, `server` and `client`
+    gntalloc_run         starts unmodified programs in them, which end with the test
 
     @pytest.mark.gntalloc(limit=64, size=4096)
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from gntalloc import Machine
-    from gntalloc.testing import Channels, Domains
+    from gntalloc.testing import Channels, Domains, Programs
 
-__all__ = ["gntalloc_channels", "gntalloc_domains", "gntalloc_machine"]
+__all__ = ["gntalloc_channels", "gntalloc_domains", "gntalloc_machine", "gntalloc_run"]
 
 _T = TypeVar("_T")
 
@@ -43,8 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Remember what the test raised: the fixtures end as a `with` around it would."""
-    if call.when == "call" and call.excinfo is not None:
+    """Remember what the test raised, or a fixture before it: ours end as a `with` around it would."""
+    if call.when != "teardown" and call.excinfo is not None:
         item.stash[_raised] = call.excinfo.value
 
 
@@ -72,10 +73,28 @@ def gntalloc_channels(request: pytest.FixtureRequest, gntalloc_domains: Domains)
     yield from _as_with(request, channel_pair(gntalloc_domains, **_settings(request, _OF_A_CHANNEL)))
 
 
+@pytest.fixture
+def gntalloc_run(request: pytest.FixtureRequest, gntalloc_domains: Domains) -> Iterator[Programs]:
+    """Start commands as `gntalloc run` does, in domain 1 or 2: `gntalloc_run(1, ["./server"])` gives a `Program`.
+
+    After the test each is killed with all that it has left; one that failed, and that nobody asked about, is an error.
+    """
+    from gntalloc.testing import running_programs
+
+    yield from _as_with(request, running_programs(gntalloc_domains))
+
+
 def _as_with(request: pytest.FixtureRequest, context: AbstractContextManager[_T]) -> Iterator[_T]:
     """What the test raised, or another fixture around it, ends the context: one failure is not told twice."""
+    from gntalloc import GntallocError
+    from gntalloc.testing import ProgramFailed
+
     stash = request.node.stash
-    yield context.__enter__()
+    try:
+        given = context.__enter__()
+    except GntallocError as error:
+        raise _told(f"before the test, {request.fixturename}: {error}") from None
+    yield given
     raised = stash.get(_raised, None)
     try:
         if raised is None:
@@ -85,9 +104,14 @@ def _as_with(request: pytest.FixtureRequest, context: AbstractContextManager[_T]
     except BaseException as error:
         if error is not raised:
             stash[_raised] = error
-            if isinstance(error, AssertionError):  # the text says it all
-                pytest.fail(f"after the test, {request.fixturename}: {error}", pytrace=False)
+            if isinstance(error, (AssertionError, ProgramFailed)):  # the text says it all
+                raise _told(f"after the test, {request.fixturename}: {error}") from None
             raise
+
+
+def _told(text: str) -> BaseException:
+    """A failure that is this text and nothing else."""
+    return pytest.fail.Exception(text, pytrace=False)
 
 
 def _settings(request: pytest.FixtureRequest, names: tuple[str, ...]) -> dict[str, Any]:
@@ -98,6 +122,6 @@ def _settings(request: pytest.FixtureRequest, names: tuple[str, ...]) -> dict[st
         if marker.args or unknown:
             what = f"{unknown[0]}=" if unknown else repr(marker.args[0])
             there = ", ".join(f"{name}=" for name in (*_OF_A_MACHINE, *_OF_A_CHANNEL))
-            raise pytest.UsageError(f"@pytest.mark.gntalloc does not take {what}; it takes {there}")
+            raise _told(f"@pytest.mark.gntalloc does not take {what}; it takes {there}")
         found = {name: value for name, value in marker.kwargs.items() if name in names} | found
     return found

@@ -124,6 +124,15 @@ class Machine:
         files: list[dict[str, Any]] = self._control.order("files")
         return files
 
+    def store_connections(self) -> list[dict[str, Any]]:
+        """Every connection to xenstore that keeps something: domid, pid, its watches and its open transactions.
+
+        A watch is a path and a token; a transaction is a number and the first path that it has seen, or "". A path of
+        more than 200 characters is cut, and after 1,000 watches and transactions there are no more.
+        """
+        connections: list[dict[str, Any]] = self._control.order("store_connections")
+        return connections
+
     def close(self) -> None:
         """End the machine. Pages that are mapped stay valid until they are unmapped."""
         if self._closed:

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -100,10 +101,43 @@ def test_what_others_hold_and_who_they_are(machine: Machine, alice: Domain, bob:
     who = rf"domain 2, pid {program.pid} \(Program hold\)"
     assert re.search(rf"{who}: 12288 bytes of gntdev mapped", text)
     assert re.search(rf"{who}: event channel port \d+ bound", text)
-    assert "the machine: 2 watches, 0 before" in text
+    assert re.search(rf"{who}: watch of /local/domain/2/data kept in xenstore \(token '[^']+'\)$", text)
+    assert "domain 2, this process: watch of /local/domain/2/data/holding kept in xenstore" in text
+    assert "the machine:" not in text  # all of it is explained
     bob.store.remove("data/holding")
     monitored = Snapshot.of(machine)
     assert (monitored.grants, monitored.files) == (before.grants, before.files)
+
+
+def test_one_thing_is_told_once(machine: Machine, alice: Domain, bob: Domain) -> None:
+    """A page that is shared is also mapped here, and counted by the machine."""
+    with alice.share(bob) as shared, bob.map(shared.grant), bob.store.watch("data"):
+        pass  # opens the files
+    before = Snapshot.of(machine)
+    with alice.share(bob) as shared, bob.map(shared.grant), bob.store.watch("data"):
+        with pytest.raises(AssertionError) as caught:
+            assert_cleaned_up(machine, before)
+        lines = str(caught.value).splitlines()
+    assert len(lines) == 4, lines
+    assert re.match("  domain 1, this process: 1 page granted to domain 2 .*, mapped by domain 2", lines[1])
+    assert lines[2] == "  domain 2, this process: 4096 bytes of gntdev mapped"
+    assert lines[3].startswith("  domain 2, this process: watch of /local/domain/2/data ")
+
+
+def test_more_watches_than_are_listed_are_counted(machine: Machine) -> None:
+    dom0 = machine.domain(0)
+    before = Snapshot.of(machine)
+    with ExitStack() as watches:
+        for number in range(1005):
+            watches.enter_context(dom0.store.watch(f"/{number}{'x' * 300}"))
+        with pytest.raises(AssertionError) as caught:
+            assert_cleaned_up(machine, before)
+    text = str(caught.value)
+    assert text.count("watch of /") == 1000
+    assert f"watch of /0{'x' * 198}… kept" in text
+    assert "the machine: 1005 watches, 0 before" in text
+    dom0.close()
+    dom0.devices.close()
 
 
 def test_of_a_machine_that_is_gone_only_this_process_is_looked_at(make_machine: Callable[..., Machine]) -> None:

@@ -98,6 +98,212 @@ def test_one_failure_is_told_once(tmp_path: Path) -> None:
     assert "error" not in said.split("short test summary")[1]
 
 
+CHILD = """
+import pytest
+
+from gntalloc.testing import (
+    Program, Snapshot, assert_cleaned_up, channel_pair, checked_machine, faults, running_programs, two_domains,
+)
+from gntalloc.testing.channels import ChannelConformance
+
+KEPT = []
+
+
+def fails(domain):
+    raise KeyError("deep")
+
+
+class Lossy:
+    def __init__(self, channel):
+        self.write, self.close, self.inner = channel.write, channel.close, channel
+
+    def read(self, size=None, timeout=None):
+        return self.inner.read(size, timeout)[:-1]
+
+
+class Kit(ChannelConformance):
+    @classmethod
+    def serve(cls, domain, peer):
+        with domain.listen(peer, "x", size=4096) as listener:
+            return Lossy(listener.accept(30))
+
+    @classmethod
+    def connect(cls, domain, peer):
+        return Lossy(domain.connect(peer, "x", timeout=30))
+
+
+def test_of_result(gntalloc_domains):
+    with Program(gntalloc_domains.bob, fails) as program:
+        program.result(30)
+
+
+def test_of_a_failure_nobody_asked_about(gntalloc_domains):
+    with Program(gntalloc_domains.bob, fails) as program:
+        program.process.wait(30)
+
+
+def test_of_wait(gntalloc_domains):
+    with Program(gntalloc_domains.bob, ["sleep", "100"]) as program:
+        program.wait(0.01)
+
+
+def test_of_a_command_that_is_not_there(gntalloc_domains):
+    Program(gntalloc_domains.bob, ["nonesuch"])
+
+
+def test_of_an_unmodified_one_that_is_not_there(gntalloc_run):
+    gntalloc_run(1, ["nonesuch"])
+
+
+def test_of_an_unmodified_one_that_fails(gntalloc_run):
+    gntalloc_run(1, ["sh", "-c", "exit 3"]).result(30)
+
+
+def test_of_two_domains():
+    with two_domains() as (alice, bob):
+        KEPT.append(alice.share(bob))
+
+
+def test_of_a_machine():
+    with checked_machine() as machine:
+        KEPT.append(open("/dev/null"))
+
+
+def test_of_no_machine():
+    with checked_machine(limit=-1):
+        pass
+
+
+def test_of_channels():
+    with channel_pair(limit=0):
+        pass
+
+
+def test_of_running_programs():
+    with running_programs() as run:
+        run(1, ["sh", "-c", "exit 3"]).process.wait(30)
+
+
+def test_of_a_snapshot(gntalloc_machine):
+    before = Snapshot.of(gntalloc_machine)
+    KEPT.append(open("/dev/null"))
+    assert_cleaned_up(gntalloc_machine, before)
+
+
+def test_of_faults_pages(gntalloc_domains):
+    with faults.pages(gntalloc_domains.alice, -9999):
+        pass
+
+
+def test_of_faults_store(gntalloc_domains):
+    with faults.store(gntalloc_domains.alice, nodes=-1):
+        pass
+
+
+def test_of_faults_events(gntalloc_domains):
+    with faults.events(gntalloc_domains.alice, delay=-1):
+        pass
+
+
+def test_of_a_death_that_does_not_come(gntalloc_domains):
+    with faults.peer_dies(gntalloc_domains.bob, fails, at=1):
+        pass
+
+
+def test_of_the_kit():
+    Kit().test_a_reader_that_waits_is_woken()  # which is the line to see, in the kit
+"""
+
+
+@pytest.mark.parametrize("style", ["long", "short"])
+def test_a_traceback_ends_at_the_user_s_line(tmp_path: Path, style: str) -> None:
+    """Which is the first and the last place that is shown."""
+    (tmp_path / "test_child.py").write_text(CHILD)
+    status, said = run(tmp_path, "-W", "ignore", f"--tb={style}")
+    assert status == 1
+    tests = re.findall(r"^def (test_of_\w+)", CHILD, re.MULTILINE)
+    blocks = re.split(
+        r"^_{3,} (?:ERROR at \w+ of )?(\w+) _{3,}$", said.split("short test summary")[0], flags=re.MULTILINE
+    )
+    told = dict(zip(blocks[1::2], blocks[2::2], strict=True))
+    assert sorted(told) == sorted(tests)  # no errors beside them, either
+    for name, text in told.items():
+        places = re.findall(r"^(\S+\.py):\d+: ", text, re.MULTILINE)
+        expected = "channels.py" if name == "test_of_the_kit" else "test_child.py"
+        assert places[-1].endswith(expected), text
+        assert places[0] == "test_child.py", text
+        assert len(places) == (2 if name == "test_of_the_kit" else 1), text
+        assert "hidden" not in text
+        assert "During handling" not in text
+    assert told["test_of_result"].count("KeyError: 'deep'") == 1
+    assert "test_child.py" in told["test_of_result"].partition("in <Program fails")[2]
+
+
+def test_every_module_of_the_kit_is_left_out_of_tracebacks() -> None:
+    """Or a helper written tomorrow is shown. Of the conformance kit the checks are shown, as tests are."""
+    modules = [
+        path for path in (ROOT / "src/gntalloc/testing").glob("*.py") if path.stem not in {"__init__", "channels"}
+    ]
+    assert len(modules) >= 9
+    for path in modules:
+        assert re.search(r"^__tracebackhide__ = True", path.read_text(), re.MULTILINE), path
+
+
+TWICE = """
+import pytest
+from gntalloc.testing import Program, faults
+
+KEPT = []
+
+
+@pytest.fixture
+def mine(gntalloc_domains):
+    KEPT.append(gntalloc_domains.alice.share(2))
+    raise RuntimeError("of my own")
+
+
+def test_a_fixture_fails(mine):
+    pass
+
+
+def test_no_machine_any_more(gntalloc_machine, gntalloc_channels, gntalloc_run):
+    gntalloc_run(1, ["sleep", "100"])
+    faults.machine_dies(gntalloc_machine)
+    assert not "this is all"
+
+
+def test_leaves_and_lasts(gntalloc_run, gntalloc_channels, gntalloc_domains):
+    KEPT.append(gntalloc_domains.alice.share(2))
+
+
+def test_fails_unseen(gntalloc_run):
+    gntalloc_run(1, ["sh", "-c", "exit 3"]).process.wait(30)
+
+
+@pytest.mark.gntalloc(limit=0)
+def test_has_no_pages(gntalloc_channels):
+    pass
+"""
+
+
+def test_a_failure_has_one_text(tmp_path: Path) -> None:
+    (tmp_path / "test_twice.py").write_text(TWICE)
+    status, said = run(tmp_path, "-W", "ignore")
+    assert status == 1
+    details, summary = said.split("short test summary")
+    assert "1 failed, 2 passed, 4 errors" in summary
+    for text in (
+        "RuntimeError: of my own",
+        "not everything was given back:",
+        "granted to domain 2",
+        "ended with exit status 3",
+        "before the test, gntalloc_channels: 1 page was asked for, and the domain's limit is 0",
+    ):
+        assert details.count(text) == 1, details
+    for word in ("hidden", "During handling", "gntalloc_pytest.py"):
+        assert word not in details
+
+
 MARKED = """
 import pytest
 

@@ -53,8 +53,8 @@ class Files(Protocol[F]):
     def open(self, process: int, name: str, flags: int) -> Home:
         """Open a device: ENOENT there is none of that name."""
 
-    def open_store(self) -> socket.socket | None:
-        """A connection to the domain's xenstore, if it has one."""
+    def open_store(self, process: int) -> socket.socket | None:
+        """A connection to the domain's xenstore for this process, if the domain has one."""
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> F | None:
         """The file whose home is that descriptor."""
@@ -136,7 +136,7 @@ class Serving(Generic[F]):
             return
         device = name[len(_FOLDER) :].decode(errors="replace")
         try:
-            home = self._open_store(flags) if device == _STORE else self._open_device(call, device, flags)
+            home = self._open_store(call, flags) if device == _STORE else self._open_device(call, device, flags)
         except GntallocError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -152,9 +152,9 @@ class Serving(Generic[F]):
     def _open_device(self, call: Call, device: str, flags: int) -> Home:
         return self._files.open(self._threads.process_now(call.thread), device, flags & _LOW_INT)
 
-    def _open_store(self, flags: int) -> Home:
+    def _open_store(self, call: Call, flags: int) -> Home:
         """The device gives what the daemon's socket does, so the file is a connection to it."""
-        sock = self._files.open_store()
+        sock = self._files.open_store(self._threads.process_now(call.thread))
         if sock is None:
             raise GntallocError(errno.ENOENT, "this domain has no xenstore")
         if flags & os.O_DIRECTORY:

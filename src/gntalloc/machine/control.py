@@ -35,6 +35,7 @@ class Control(Channel):
             "set_limit": self._set_limit,
             "grants": server.machine.grants,
             "files": server.machine.files,
+            "store_connections": server.store_connections,
             "disturb": self._disturb,
             "calm": self._calm,
             "statistics": server.machine.statistics,

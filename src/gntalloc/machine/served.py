@@ -161,10 +161,10 @@ class Served:
         with self._told(process):
             return self._server.homes.open(self._guest, name, flags, opener=process)[1]
 
-    def open_store(self) -> socket.socket:
+    def open_store(self, process: int) -> socket.socket:
         """See `Files`."""
-        with self._told(self.connection.pid):
-            return self._server.open_store(self._guest)
+        with self._told(process):
+            return self._server.open_store(self._guest, opener=process)
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> File | None:
         """See `Files`."""

@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gntalloc import clock, wire
 from gntalloc.errors import DeviceError, GntallocError
@@ -118,8 +118,8 @@ class Server:
 
     # Files.
 
-    def open_store(self, guest: Guest) -> socket.socket:
-        """A connection to xenstore as a program of this domain, which speaks its wire. The program's end.
+    def open_store(self, guest: Guest, *, opener: int) -> socket.socket:
+        """A connection to xenstore for process `opener` of this domain, which speaks its wire. The program's end.
 
         Raises:
             DeviceError: EMFILE the machine has no descriptors left, or too many programs are connected.
@@ -129,12 +129,16 @@ class Server:
         except OSError as error:
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         try:
-            self._store.connect(ours, guest.domid)
+            self._store.connect(ours, guest.domid, opener)
         except DeviceError:
             ours.close()
             theirs.close()
             raise
         return theirs
+
+    def store_connections(self) -> list[dict[str, Any]]:
+        """For people: see `StoreFront.connections`."""
+        return self._store.connections()
 
     # The loop.
 
@@ -247,11 +251,11 @@ class Server:
         self._add(Connection(sock, self, guest, pid, uid))
 
     def _accept_store(self, sock: socket.socket, guest: Guest) -> None:
-        _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         try:
             if uid not in {guest.uid, 0}:
                 raise DeviceError(errno.EACCES, f"domain {guest.domid} is for uid {guest.uid}, not for {uid}")
-            self._store.connect(sock, guest.domid)
+            self._store.connect(sock, guest.domid, pid)
         except DeviceError as why:  # xenstore's wire has no word for it
             log.info("refused a program at xenstore: %s", why)
             sock.close()

@@ -14,7 +14,8 @@ import select
 import socket
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from gntalloc.errors import DeviceError, PeerBroke
 from gntalloc.machine import foreign
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.wire import Message
 
-__all__ = ["MAX_LINES", "StoreFront"]
+__all__ = ["MAX_LINES", "MOST_SHOWN", "StoreFront"]
 
 log = logging.getLogger("gntalloc.machine")
 
 MAX_LINES = 1024  # of one domain, so that it cannot use up the machine's descriptors
+MOST_SHOWN = 1000  # watches and transactions in one answer to a person
+_LONGEST_SHOWN = 200  # characters
 _MESSAGES_A_TURN = 8
 _BYTES_A_TURN = 16384
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -57,8 +60,8 @@ class StoreFront:
         """What to wait on."""
         return self._epoll.fileno()
 
-    def connect(self, sock: socket.socket, domid: int) -> None:
-        """Serve a program of this domain on `sock`.
+    def connect(self, sock: socket.socket, domid: int, pid: int) -> None:
+        """Serve a program of this domain on `sock`: process `pid`.
 
         Raises:
             DeviceError: ECONNREFUSED domain 0 has released the domain; EMFILE too many programs are connected.
@@ -71,7 +74,7 @@ class StoreFront:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
         sock.setblocking(False)
         foreign.refuse(sock)
-        line = self._lines[sock.fileno()] = self._by_session[session] = _Line(sock, session)
+        line = self._lines[sock.fileno()] = self._by_session[session] = _Line(sock, session, pid)
         self._epoll.register(sock.fileno(), _READABLE)
         line.wanted = _READABLE
 
@@ -93,6 +96,28 @@ class StoreFront:
             self._plan(line)
         self._deliver()
         self._ring(on=bool(self._turns))
+
+    def connections(self) -> list[dict[str, Any]]:
+        """For people: each connection that keeps watches or transactions, of which process, and which they are.
+
+        Path and token of each watch; number of each transaction, and the first path that it has seen, or "". They are
+        cut where they are long, and all together are at most MOST_SHOWN.
+        """
+        shown: list[dict[str, Any]] = []
+        room = MOST_SHOWN
+        for line in self._lines.values():
+            session = line.session
+            watches = [[_cut(path), _cut(token.decode("latin-1"))] for path, token in islice(session.watches, room)]
+            room -= len(watches)
+            transactions = [
+                [number, _cut(next(iter(transaction.seen), ""))]
+                for number, transaction in islice(session.transactions.items(), room)
+            ]
+            room -= len(transactions)
+            if watches or transactions:
+                domid = session.domain.domid
+                shown.append({"domid": domid, "pid": line.pid, "watches": watches, "transactions": transactions})
+        return shown
 
     def close(self) -> None:
         """End all connections."""
@@ -181,10 +206,12 @@ def _said(message: Message, refused: Refused) -> str:
 class _Line:
     """One connection."""
 
-    __slots__ = ("_decoder", "_rest", "broken", "inbox", "queued", "session", "sock", "wanted")
+    __slots__ = ("_decoder", "_rest", "broken", "inbox", "pid", "queued", "session", "sock", "wanted")
 
-    def __init__(self, sock: socket.socket, session: Session) -> None:
+    def __init__(self, sock: socket.socket, session: Session, pid: int) -> None:
         self.sock = sock
+        self.pid = pid
+        """Of the process that made it."""
         self.session = session
         self.inbox: deque[Message] = deque()
         self.broken = False
@@ -239,3 +266,7 @@ class _Line:
             except BlockingIOError:
                 return
             self._rest = self._rest[sent:]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

@@ -30,7 +30,7 @@ from gntalloc.run.process import be_the_supervisor, let_go
 from gntalloc.run.program import Program, signal_descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["NOT_FOUND", "run"]
 
@@ -45,7 +45,13 @@ _STREAMS = 3
 
 
 def run(
-    command: Sequence[str], *, domid: int, machine: str = "default", userns: bool = False, all_opens: bool = False
+    command: Sequence[str],
+    *,
+    domid: int,
+    machine: str = "default",
+    userns: bool = False,
+    all_opens: bool = False,
+    begun: Callable[[int, int, int], None] | None = None,
 ) -> int:
     """Run `command` in a domain. Its exit status; if a signal ended it, this process ends by it too.
 
@@ -56,6 +62,7 @@ def run(
         userns: give the program a user namespace of its own, so that other domains' programs of the same user cannot
             reach into it.
         all_opens: serve opens for reading only too, and private maps. It costs all programs some time.
+        begun: called when there is a process for the program: its pid, a descriptor of it, and its supervisor's pid.
 
     Raises:
         GntallocError: it could not be started.
@@ -92,7 +99,7 @@ def run(
     os.close(run)
     let_go(0, 1)  # what we may have to say goes to standard error
     try:
-        status = _accompany(ours, signals, supervisor)
+        status = _accompany(ours, signals, supervisor, begun)
     finally:
         ours.close()
         os.close(signals)
@@ -102,7 +109,9 @@ def run(
     return os.waitstatus_to_exitcode(status)
 
 
-def _accompany(news: socket.socket, signals: int, supervisor: int) -> int:
+def _accompany(
+    news: socket.socket, signals: int, supervisor: int, begun: Callable[[int, int, int], None] | None
+) -> int:
     """Be the program until it ends: its wait status."""
     poll = select.poll()
     poll.register(news, select.POLLIN)
@@ -129,6 +138,8 @@ def _accompany(news: socket.socket, signals: int, supervisor: int) -> int:
             if "started" in what:
                 (process,) = descriptors
                 os.set_inheritable(process, False)
+                if begun is not None:
+                    begun(what["started"], process, supervisor)
             elif "say" in what:
                 _say(what["say"])
             elif "failed" in what:

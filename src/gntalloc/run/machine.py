@@ -116,8 +116,8 @@ class Files:
         self._remember(OpenFile(answer.result, name, self.channel.generation, inode))
         return home
 
-    def open_store(self) -> socket.socket | None:
-        """A connection to the domain's xenstore."""
+    def open_store(self, process: int) -> socket.socket | None:
+        """A connection to the domain's xenstore. To the machine it is this process's own, and not `process`'s."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(self._store)

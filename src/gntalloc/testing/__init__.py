@@ -10,8 +10,10 @@
 
     class TestMine(ChannelConformance): ...         # see `gntalloc.testing.channels`
 
-pytest finds `gntalloc_machine`, `gntalloc_domains` and `gntalloc_channels` by itself. docs/testing-your-code.md shows
-all of it.
+    with Program(bob, ["./client"], unmodified=True): ...        # as under `gntalloc run`
+
+pytest finds `gntalloc_machine`, `gntalloc_domains`, `gntalloc_channels` and `gntalloc_run` by itself.
+docs/testing-your-code.md shows all of it.
 
 `FakeMemory` is a program's memory with holes, for whoever tests a driver; `recount` sees that the books of a machine in
 this process are right.
@@ -19,7 +21,15 @@ this process are right.
 
 from gntalloc.testing import faults
 from gntalloc.testing.cleanup import Snapshot, assert_cleaned_up
-from gntalloc.testing.fixtures import Channels, Domains, channel_pair, checked_machine, two_domains
+from gntalloc.testing.fixtures import (
+    Channels,
+    Domains,
+    Programs,
+    channel_pair,
+    checked_machine,
+    running_programs,
+    two_domains,
+)
 from gntalloc.testing.memory import FakeMemory
 from gntalloc.testing.program import Program, ProgramFailed
 from gntalloc.testing.recount import recount
@@ -30,11 +40,13 @@ __all__ = [
     "FakeMemory",
     "Program",
     "ProgramFailed",
+    "Programs",
     "Snapshot",
     "assert_cleaned_up",
     "channel_pair",
     "checked_machine",
     "faults",
     "recount",
+    "running_programs",
     "two_domains",
 ]

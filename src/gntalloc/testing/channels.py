@@ -24,9 +24,10 @@ import errno
 import random
 import time
 import unittest
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gntalloc.testing.blocks import block
 from gntalloc.testing.checking import (
     PARTS,
     Beside,
@@ -361,6 +362,7 @@ class ChannelConformance:
                     same(reader.result(), b"", "the peer is dead")
 
     def _ended_by_death(self, near: Any) -> None:
+        __tracebackhide__ = True
         if self.tells_death:
             raises(ConnectionError, "the peer died", lambda: near.read(timeout=PATIENCE))
             return
@@ -380,6 +382,7 @@ class ChannelConformance:
             self._lied(_RIGHT_CONS, by, lambda near: near.write(bytes(2 * self.ring), timeout=PATIENCE))
 
     def _lied(self, word: int, by: int, call: Callable[[Any], object]) -> None:
+        __tracebackhide__ = True
         with self.pair() as (near, far):
             words = self.indexes(far)
             if words is None:
@@ -395,9 +398,10 @@ class ChannelConformance:
 
     # How channels come about here.
 
-    @contextmanager
+    @block
     def pair(self) -> Iterator[tuple[Any, Any]]:
         """A server's end in domain 1 and a client's in domain 2, both in this process."""
+        __tracebackhide__ = True
         with self.domains() as (alice, bob):
             serving = Beside(self.serve, alice, bob.domid)
             far = self.connect(bob, alice.domid)
@@ -410,9 +414,10 @@ class ChannelConformance:
             finally:
                 far.close()
 
-    @contextmanager
+    @block
     def with_program(self, part: str, *args: Any, serving: bool = True) -> Iterator[tuple[Any, Program]]:
         """An end in domain 1, a server's or a client's, and the other in a process in domain 2 that plays `part`."""
+        __tracebackhide__ = True
         with self.domains() as (alice, bob), Program(bob, self._play, part, args, serving) as program:
             near = (self.serve if serving else self.connect)(alice, bob.domid)
             try:
@@ -426,5 +431,6 @@ class ChannelConformance:
         PARTS[part]((cls.connect if serving else cls.serve)(domain, 1), *args)
 
     def _needs(self, name: str) -> None:
+        __tracebackhide__ = True
         if not getattr(self, name):
             raise unittest.SkipTest(f"this channel says {name} = False")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "Beside", "killed", "raises", "read_exactly", "read_what_is_there", "same", "write_in_pieces"]
 
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
+
 # What the other process does with its end.
 
 

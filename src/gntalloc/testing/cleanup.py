@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshot", "assert_cleaned_up", "name_process"]
 
+_IN_THE_STORE = ("watches", "transactions")
 _PATIENCE = 5.0  # seconds: a process that was killed is gone a little later than kill(2) returns
-_PATIENCE_WITH_ONESELF = 0.25
+_PATIENCE_WITH_ONESELF = 1.5  # for so long the machine looks again at what may have been unmapped
 _NAP = 0.005
-_SAID_NOWHERE_ELSE = ("watches", "transactions")
 _NUMBER = re.compile(r"\d+")
 _names: dict[int, str] = {}
+
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Snapshot:
     files: Counter[_File] = field(default_factory=Counter)
     """Bytes mapped, or ports bound, by domain, device and program."""
 
+    store: Counter[_Kept] = field(default_factory=Counter)
+    """Watches and open transactions of xenstore."""
+
     @classmethod
     def of(cls, machine: Machine | None) -> Self:
         """Take one now."""
@@ -62,7 +67,8 @@ class Snapshot:
                 who = each["domid"], each["device"], each["opener"]
                 files[_File("mapped", *who)] += each["mapped"]
                 files.update(_File(f"port {number}", *who) for number in each["ports"])
-            return cls(*here, _counts(machine), grants, files)
+            kept = Counter(_kept(machine))
+            return cls(*here, _counts(machine), grants, files, kept)
         except MachineGone:
             return cls(*here, {})
 
@@ -94,6 +100,17 @@ class _File:
     opener: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A watch, or a transaction that is open, and whose."""
+
+    kind: str
+    """What the machine's counters call it."""
+    what: str
+    domid: int
+    pid: int
+
+
 class _Left(NamedTuple):
     """Something that was not given back."""
 
@@ -114,7 +131,6 @@ def assert_cleaned_up(machine: Machine | None, before: Snapshot) -> None:
     Raises:
         AssertionError: something is; the text says what was left behind, and by whom.
     """
-    __tracebackhide__ = True  # for pytest: the text says it all
     begin = now()
     while True:
         left = list(_differences(before, Snapshot.of(machine)))
@@ -132,17 +148,21 @@ def name_process(pid: int, name: str) -> None:
 
 
 def _differences(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
-    explained = False
-    for left in (*_grants(before, now), *_files(before, now)):
-        explained = True
-        yield left
-    if now.maps != before.maps:
+    of_pages, of_files = [*_grants(before, now)], [*_files(before, now)]
+    explained = of_pages + of_files
+    yield from explained
+    if now.maps != before.maps and not of_pages and not any(file.what == "mapped" for file in now.files - before.files):
         yield _Left(f"this process: {now.maps} bytes of granted memory mapped, {before.maps} before", os.getpid())
     for target, count in now.descriptors.items():
         if (more := count - before.descriptors.get(target, 0)) > 0:
             yield _Left(f"this process: {more:+d} descriptors of {target}", os.getpid())
+    told = Counter[str]()
+    for kept, times in (now.store - before.store).items():
+        told[kept.kind] += times
+        yield _Left(f"domain {kept.domid}, {_process(kept.pid)}: {kept.what}", kept.pid)
     for name, count in now.machine.items():
-        if count != (was := before.machine.get(name, 0)) and (name in _SAID_NOWHERE_ELSE or not explained):
+        was = before.machine.get(name, 0)
+        if count != was and (count - was > told[name] if name in _IN_THE_STORE else not explained):
             yield _Left(f"the machine: {count} {name.replace('_', ' ')}, {was} before", None)
 
 
@@ -164,7 +184,10 @@ def _grants(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
 
 
 def _files(before: Snapshot, now: Snapshot) -> Iterator[_Left]:
+    granters = {(now.grants[key].granter, now.grants[key].opener) for key in now.grants.keys() - before.grants.keys()}
     for file, count in (now.files - before.files).items():
+        if file.what == "mapped" and file.device == "gntalloc" and (file.domid, file.opener) in granters:
+            continue  # the same pages, which were told as granted
         done = f"{count} bytes of {file.device} mapped" if file.what == "mapped" else f"event channel {file.what} bound"
         yield _Left(f"domain {file.domid}, {_process(file.opener)}: {done}", file.opener)
 
@@ -218,6 +241,16 @@ def _maps() -> int:
                 first, _, end = line.split(" ", 1)[0].partition("-")
                 total += int(end, 16) - int(first, 16)
     return total
+
+
+def _kept(machine: Machine) -> Iterator[_Kept]:
+    for each in machine.store_connections():
+        domid, pid = each["domid"], each["pid"]
+        for path, token in each["watches"]:
+            yield _Kept("watches", f"watch of {path} kept in xenstore (token {token!r})", domid, pid)
+        for number, path in each["transactions"]:
+            about = f", which has looked at {path}" if path else ""
+            yield _Kept("transactions", f"transaction {number} open in xenstore{about}", domid, pid)
 
 
 def _counts(machine: Machine) -> dict[str, int]:

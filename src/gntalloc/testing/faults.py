@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gntalloc import waits
 from gntalloc.errors import MachineGone, NoMachine, NotKnownHere, TimedOut
 from gntalloc.guest.control import ControlClient
+from gntalloc.testing.blocks import block
 from gntalloc.testing.program import Program, ProgramFailed, last_words
 from gntalloc.vchan.ring import HEADER, Reader, Writer
 
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["events", "machine_dies", "pages", "peer_dies", "store"]
 
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
+
 Moved = Literal["written", "read"]
 
 _PATIENCE = 30.0  # seconds, against hangs
 _AT_ITS_BYTE = b"at its byte"
 
 
-@contextmanager
+@block
 def pages(domain: Domain, more: int) -> Iterator[None]:
     """Let a domain have `more` pages granted than it has now, and no more at once: then ENOSPC, as at its limit.
 
@@ -59,7 +61,7 @@ def pages(domain: Domain, more: int) -> Iterator[None]:
             pass  # another fault was stronger
 
 
-@contextmanager
+@block
 def events(domain: Domain, *, delay: float = 0.0, repeat: int = 0) -> Iterator[None]:
     """Let events for the ports of a domain come late, or again, as they may on Xen. Those on their way come at the end.
 
@@ -77,7 +79,7 @@ def events(domain: Domain, *, delay: float = 0.0, repeat: int = 0) -> Iterator[N
         yield
 
 
-@contextmanager
+@block
 def store(
     domain: Domain, *, nodes: int | None = None, watches: int | None = None, transactions: int | None = None
 ) -> Iterator[None]:
@@ -96,7 +98,7 @@ def store(
         yield
 
 
-@contextmanager
+@block
 def peer_dies(
     domain: Domain, function: Callable[..., Any], *args: Any, at: int, moved: Moved = "written", **options: Any
 ) -> Iterator[Program]:
@@ -143,7 +145,7 @@ def machine_dies(machine: Machine) -> None:
         os.close(process)
 
 
-@contextmanager
+@block
 def _disturbed(domain: Domain, **how: int | None) -> Iterator[None]:
     """For as long as a control connection of its own is open, which closes also when this process is killed."""
     with _control(domain) as control:
@@ -157,7 +159,7 @@ def _disturbed(domain: Domain, **how: int | None) -> Iterator[None]:
                 pass  # another fault was stronger
 
 
-@contextmanager
+@block
 def _control(domain: Domain) -> Iterator[ControlClient]:
     if not domain.on_machine:
         raise NotKnownHere(f"the domain at {domain.address} is one of a real Xen; faults are for a gntalloc.Machine")

@@ -1,23 +1,28 @@
-"""A machine, two domains, a channel between them: each as a context manager that looks afterwards what is left.
+"""A machine, two domains, a channel, programs: each as a context manager that looks afterwards what is left.
 
 pytest's fixtures are these (`gntalloc_pytest`). Other frameworks enter them: `TestCase.enterContext(two_domains())`.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gntalloc.embed import Machine
+from gntalloc.testing.blocks import block
 from gntalloc.testing.cleanup import Snapshot, assert_cleaned_up
+from gntalloc.testing.program import Program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import os
+    from collections.abc import Iterator, Sequence
 
     from gntalloc.guest.domain import Domain
     from gntalloc.vchan.channel import Channel
 
-__all__ = ["Channels", "Domains", "channel_pair", "checked_machine", "two_domains"]
+__all__ = ["Channels", "Domains", "Programs", "channel_pair", "checked_machine", "running_programs", "two_domains"]
+
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
 
 PATIENCE = 30.0  # seconds, against hangs
 _PATH = "gntalloc-testing"
@@ -41,7 +46,31 @@ class Channels(NamedTuple):
     """In domain 2."""
 
 
-@contextmanager
+class Programs:
+    """Starts unmodified programs in two domains, and ends them all."""
+
+    def __init__(self, domains: Domains, stack: ExitStack) -> None:
+        self._domains = domains
+        self._stack = stack
+
+    def __call__(self, domid: int, command: Sequence[str | os.PathLike[str]], **options: Any) -> Program:
+        """Start one.
+
+        Args:
+            domid: of the domain, 1 or 2.
+            command: the program, looked for in PATH, and its arguments.
+            options: for subprocess.Popen: env, cwd, stdout, …
+
+        Raises:
+            FileNotFoundError, GntallocError: as `Program`.
+        """
+        domain = next((each for each in self._domains if each.domid == domid), None)
+        if domain is None:
+            raise ValueError(f"domain {domid!r} is none of these two; say 1 or 2, or use Program(…, unmodified=True)")
+        return self._stack.enter_context(Program(domain, command, unmodified=True, **options))
+
+
+@block
 def checked_machine(**settings: Any) -> Iterator[Machine]:
     """A machine, closed at the end of the block.
 
@@ -57,7 +86,7 @@ def checked_machine(**settings: Any) -> Iterator[Machine]:
     assert_cleaned_up(None, before)
 
 
-@contextmanager
+@block
 def two_domains(machine: Machine | None = None, **settings: Any) -> Iterator[Domains]:
     """Domains 1 and 2, closed at the end of the block.
 
@@ -85,7 +114,7 @@ def two_domains(machine: Machine | None = None, **settings: Any) -> Iterator[Dom
         assert_cleaned_up(machine, before)
 
 
-@contextmanager
+@block
 def channel_pair(
     domains: Domains | None = None,
     *,
@@ -120,3 +149,26 @@ def channel_pair(
             server = stack.enter_context(listener.accept(PATIENCE))
             client = stack.enter_context(connecting.result(PATIENCE))
         yield Channels(server, client)
+
+
+@block
+def running_programs(domains: Domains | None = None, **settings: Any) -> Iterator[Programs]:
+    """Start commands as `gntalloc run` does; at the end of the block all of them are killed, and all that they left.
+
+        with running_programs() as run:
+            server = run(1, ["./server", "2"])
+
+    Args:
+        domains: where; if not given, two of their own.
+        settings: of a new machine.
+
+    Raises:
+        ProgramFailed: at the end: one has failed, and nobody has asked how it ended. (Not if the block raised.)
+        AssertionError: as `two_domains`.
+    """
+    with ExitStack() as stack:
+        if domains is None:
+            domains = stack.enter_context(two_domains(**settings))
+        elif settings:
+            raise TypeError(f"{', '.join(settings)} belong to a new machine, and there is one already")
+        yield Programs(domains, stack)

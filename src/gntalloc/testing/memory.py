@@ -8,6 +8,8 @@ from gntalloc.errors import DeviceError
 
 __all__ = ["FakeMemory"]
 
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
+
 
 class FakeMemory:
     """A `Caller`: stretches of memory with holes between them, and a fault on demand.

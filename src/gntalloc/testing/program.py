@@ -20,6 +20,7 @@ from gntalloc.errors import GntallocError, TimedOut
 from gntalloc.guest.domain import current_domain
 from gntalloc.places import store_path
 from gntalloc.testing.cleanup import name_process
+from gntalloc.testing.unmodified import Unmodified
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from gntalloc.guest.domain import Domain
 
 __all__ = ["Program", "ProgramFailed", "environ", "last_words", "main"]
+
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
 
 # What the child needs to find its way: the parent's sys.path first, then everything else can be imported.
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gntalloc.testing.program import main; main()"
@@ -52,13 +55,19 @@ class Program:
         what: a function, which is called as `what(domain, *args)`; or a command, as a list of strings.
         args: for the function: anything that pickle can carry.
         before: a function without arguments, to be called there first.
+        unmodified: the command knows nothing of us: it is to find /dev/xen, as under `gntalloc run`. What it starts
+            is in the domain too, and ends with the block at the latest.
         options: for subprocess.Popen: env, cwd, stdout, … What the process writes goes where this one's does.
 
     A function is found as multiprocessing finds it: by the name of its module, or the file of that. So it stands at the
     top level, and the module is imported once more in the new process.
 
     Attributes:
-        process: the subprocess.Popen.
+        process: the subprocess.Popen; of an unmodified program it is that of `gntalloc run`, which ends as it does.
+
+    Raises:
+        FileNotFoundError: there is no such command.
+        GntallocError: an unmodified program could not be started; the text says why.
     """
 
     def __init__(
@@ -67,17 +76,26 @@ class Program:
         what: Callable[..., Any] | Sequence[str | os.PathLike[str]],
         *args: Any,
         before: Callable[[], None] | None = None,
+        unmodified: bool = False,
         **options: Any,
     ) -> None:
         self._asked = False  # for its result, or how it ended
         self._report = -1
+        self._unmodified: Unmodified | None = None
         options["env"] = {**environ(domain), **options.pop("env", {})}
         options.setdefault("stdin", subprocess.DEVNULL)
         if not callable(what):
             if args or before is not None:
                 raise TypeError("a command's arguments are in its list, and nothing can be called before it")
-            self.name = os.fspath(what[0])
-            self.process = subprocess.Popen(list(what), **options)
+            command = [os.fspath(word) for word in what]
+            self.name = command[0]
+            if unmodified and domain.on_machine:  # on a real Xen the devices are there
+                self._unmodified = Unmodified(domain, command, options)
+                self.process = self._unmodified.process
+            else:
+                self.process = _popen(command, options)
+        elif unmodified:
+            raise TypeError("unmodified=True is for a command; a function finds the domain as its first argument")
         else:
             self.name = what.__qualname__
             self._start(_order(what, args, before), options)
@@ -97,7 +115,7 @@ class Program:
                 str(work),
                 str(self._report),
             ]
-            self.process = subprocess.Popen(command, pass_fds=[work, self._report], **options)
+            self.process = _popen(command, {**options, "pass_fds": (work, self._report)})
         except BaseException:
             self._forget()
             raise
@@ -106,8 +124,8 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
-        return self.process.pid
+        """Of the process; of an unmodified program its own, and not that of `gntalloc run`."""
+        return self.process.pid if self._unmodified is None else self._unmodified.pid
 
     @property
     def running(self) -> bool:
@@ -168,13 +186,15 @@ class Program:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal. With SIGKILL, which is what is sent if not told otherwise, wait until it is gone."""
         self._asked = True
-        self.process.send_signal(number)
+        (self._unmodified or self.process).send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
 
     def close(self) -> None:
-        """Kill it if it runs, and forget it. Can be repeated."""
-        if self.running:
+        """Kill it if it runs, and forget it; of an unmodified program also all that it has left. Can be repeated."""
+        if self._unmodified is not None:
+            self._unmodified.close()
+        elif self.running:
             self.kill()
         self._forget()
 
@@ -201,6 +221,14 @@ class Program:
         for stream in (process.stdin, process.stdout, process.stderr) if process is not None else ():
             if stream is not None:
                 stream.close()
+
+
+def _popen(command: list[str], options: dict[str, Any]) -> subprocess.Popen[Any]:
+    """Popen, whose errors are about the command and not about subprocess."""
+    try:
+        return subprocess.Popen(command, **options)
+    except OSError as error:
+        raise error.with_traceback(None) from None
 
 
 def environ(domain: Domain) -> dict[str, str]:
@@ -244,9 +272,16 @@ def main() -> None:
             before()
         told = True, function(current_domain(), *args), ""
     except Exception as error:
-        told = False, error, traceback.format_exc()
+        told = False, error, _stack_of(error)
     last_words(_packed(name, told))
     sys.exit(0 if told[0] else 1)
+
+
+def _stack_of(error: Exception) -> str:
+    """Where it was raised, without our own part, and without the error itself, which is told beside it."""
+    error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None
+    whole = "".join(traceback.format_exception(error))
+    return whole.removesuffix("".join(traceback.format_exception_only(error))).rstrip("\n")
 
 
 def _packed(name: str, told: tuple[bool, Any, str]) -> bytes:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["recount"]
 
+__tracebackhide__ = True  # for pytest: what is raised here is about the caller's program
+
 
 def recount(machine: Machine) -> None:
     """Count everything.
