@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gntalloc.vchan.ticket import Ticket
 
 PATH = "upper"
-processes = multiprocessing.get_context(os.environ.get("METHOD", "spawn"))  # or fork, or forkserver
 
 
 def serve_one(ticket: Ticket) -> None:
@@ -33,11 +32,11 @@ def serve_one(ticket: Ticket) -> None:
 
 def serve(domain: gntalloc.Domain, peer: int, clients: int | None = None) -> None:
     """In the parent: accept, hand over, go on. Ends after so many clients."""
-    children = []
+    children: list[multiprocessing.Process] = []
     with domain.listen(peer, PATH) as listener:
         while clients is None or len(children) < clients:
             with listener.accept().detach() as ticket:  # afterwards nothing of the channel is left here
-                child = processes.Process(target=serve_one, args=(ticket,))
+                child = multiprocessing.Process(target=serve_one, args=(ticket,))
                 child.start()
                 children.append(child)
     for child in children:
@@ -55,12 +54,13 @@ def ask(domain: gntalloc.Domain, message: bytes) -> str:
 
 
 def main() -> None:
+    multiprocessing.set_start_method(os.environ.get("METHOD", "spawn"))  # or fork, or forkserver
     if sys.argv[1:2] == ["serve"]:
         serve(gntalloc.current_domain(), int(sys.argv[2]))
         return
     messages = [b"hello", b"crash", b"grant", b"map"]
     with gntalloc.Machine() as machine:
-        server = processes.Process(target=serve, args=(machine.domain(1), 2, len(messages)))
+        server = multiprocessing.Process(target=serve, args=(machine.domain(1), 2, len(messages)))
         client = machine.domain(2)
         server.start()
         for message in messages:

@@ -220,11 +220,21 @@ class Listener:
     async def accept(self) -> Channel:
         """See `accept` of the blocking listener."""
         while True:
-            offered = Channel(await asyncio.to_thread(self.blocking.offer))
+            offered = await self._offer()
             with contextlib.suppress(PeerBroke):  # accept deals with it, and then there is another offer
                 await offered.wait_connected()
             with contextlib.suppress(TimedOut):
                 return Channel(self.blocking.accept(0))
+
+    async def _offer(self) -> Channel:
+        """Also if this is cancelled, the thread comes to its end before `close` closes what it has made."""
+        offering = asyncio.ensure_future(asyncio.to_thread(self.blocking.offer))
+        try:
+            return Channel(await asyncio.shield(offering))
+        except asyncio.CancelledError:
+            await asyncio.wait([offering])
+            offering.exception()  # nobody else asks for it
+            raise
 
     async def __aenter__(self) -> Self:
         self.blocking = await asyncio.to_thread(self._make)

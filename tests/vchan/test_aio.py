@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -194,5 +195,30 @@ def test_ports_and_pages(alice: Domain, bob: Domain) -> None:
             asyncio.get_running_loop().call_later(0.02, mapped.close)
             await aio.wait_released(shared)
             assert not shared.held
+
+    run(main())
+
+
+def test_a_cancelled_accept_leaves_nothing(alice: Domain) -> None:
+    """Though the thread that makes the next channel comes to its end only afterwards. The fixtures see what is left."""
+
+    async def main() -> None:
+        begun, go_on = threading.Event(), threading.Event()
+        async with aio.listen(alice, 2, "test", size=0) as listener:
+            offer = listener.blocking.offer
+
+            def late() -> Any:
+                begun.set()
+                assert go_on.wait(30)
+                return offer()
+
+            listener.blocking.offer = late  # type: ignore[method-assign]
+            accepting = asyncio.create_task(listener.accept())
+            await asyncio.to_thread(begun.wait, 30)
+            accepting.cancel()
+            asyncio.get_running_loop().call_later(0.05, go_on.set)
+            with pytest.raises(asyncio.CancelledError):
+                await accepting
+            assert go_on.is_set()
 
     run(main())
