@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from limits import Limited
+
+from gntalloc import Domain, Grant, Machine
+from gntalloc.testing import Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,6 +207,36 @@ wait $alice
 def test_distrust_as_one_user_in_namespaces(tmp_path: Path) -> None:
     said = run("sh", "-c", TWO_RUNS, "sh", sys.executable, EXAMPLES / "distrust.py", tmp_path / "m")
     assert sorted(said.splitlines()) == SAID
+
+
+def lurk(domain: Domain) -> None:
+    """As Bob: map the page, and say nothing."""
+    with (
+        domain.connect(1, "page", timeout=30) as channel,
+        domain.map(Grant.parse(channel.recv(timeout=30).decode())),
+    ):
+        domain.store.write("data/maps", "yes")
+        threading.Event().wait(50)
+
+
+def test_distrust_of_one_who_is_killed(gntalloc_machine: Machine) -> None:
+    """She is told of his death, and that he has let go."""
+    command = [sys.executable, str(EXAMPLES / "distrust.py"), "alice"]
+    domain = gntalloc_machine.domain(2)
+    gntalloc_machine.domain(1).close()
+    with (
+        Limited(command, env=gntalloc_machine.environ(1), stdout=subprocess.PIPE, text=True) as alice,
+        Program(domain, lurk) as bob,
+        domain.store.watch("data/maps") as watch,
+    ):
+        while not domain.store.exists("data/maps"):
+            watch.wait(30)
+        bob.kill()
+        said, _ = alice.communicate(timeout=40)
+    assert re.match(
+        r"alice: bob says nothing: .* ended without closing .*\nalice: bob has let go of the page\n$", said
+    ), said
+    domain.close()
 
 
 def test_distrust_on_a_machine_of_a_third(for_all_users: tuple[str, Path]) -> None:
