@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import status_of
 
 from gntalloc.vchan.pump import pump
 
@@ -201,7 +202,7 @@ def test_a_peer_that_reads_what_there_is_and_closes(
         while left:
             left -= len(channel.read(timeout=PATIENCE))
         os.kill(server.pid, signal.SIGSTOP)  # so that it finds both at once
-        os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+        assert os.WIFSTOPPED(status_of(server.pid, os.WUNTRACED))
         channel.write(b"!")
     server.stdin.write(more)
     server.stdin.close()

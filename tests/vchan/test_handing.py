@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from limits import status_of
 
 import gntalloc
 from gntalloc import Busy, Closed, GntallocError, MachineGone, NoMachine, PeerClosed, PeerDied, PeerGone, TimedOut, aio
@@ -78,9 +79,9 @@ def child(work: Callable[[], None]) -> Iterator[int]:
         yield pid
     except BaseException:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        status_of(pid)
         raise
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {0, -signal.SIGKILL}
+    assert os.waitstatus_to_exitcode(status_of(pid)) in {0, -signal.SIGKILL}
 
 
 def echo(ticket: Ticket) -> None:
@@ -184,7 +185,7 @@ def test_over_a_socket(roomy: tuple[Domain, Domain], side: int, mode: dict[str, 
             assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
-            process.wait()
+            process.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
@@ -303,7 +304,7 @@ def test_a_dead_parent_is_seen_though_its_child_lives(machine: Machine, alice: D
                     os.kill(pid, signal.SIGKILL)
         finally:
             process.kill()
-            process.wait()
+            process.wait(PATIENCE)
 
 
 def test_a_listener_is_its_makers(alice: Domain, bob: Domain) -> None:

@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 
+from gntalloc import waits
 from gntalloc.digits import whole_number
 from gntalloc.errors import NoMachine
 from gntalloc.places import control_path, domids, top_folder
@@ -70,7 +71,7 @@ def _called(folder: str) -> str:
 
 
 def _answers(folder: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as sock:
+    with waits.Socket(socket.AF_UNIX) as sock:
         sock.settimeout(1)
         try:
             sock.connect(control_path(folder))
