@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
     from gntalloc.calls.listener import Call, Listener
 
-__all__ = ["CHANGES_OF_USER", "IOCTL", "MMAP", "OPEN", "OPENAT", "Files", "Home", "Serving", "is_shared"]
+__all__ = [
+    "CHANGES_OF_USER",
+    "IOCTL",
+    "MMAP",
+    "OPEN",
+    "OPENAT",
+    "Files",
+    "Home",
+    "Serving",
+    "Witness",
+    "is_shared",
+]
 
 OPEN, MMAP, IOCTL, OPENAT = 2, 9, 16, 257  # x86-64's numbers
 CHANGES_OF_USER = 105, 113, 117, 122  # setuid, setreuid, setresuid, setfsuid
@@ -69,6 +80,16 @@ class Files(Protocol[F]):
         """Carry out this mmap, and answer it."""
 
 
+class Witness(Protocol):
+    """Is told of calls that fail, and of those that are left to the kernel though they are about a device."""
+
+    def refused(self, call: Call, what: str, refusal: OSError) -> None:
+        """An open or an mmap has failed."""
+
+    def not_served(self, call: Call, what: str, why: str) -> None:
+        """The kernel has it."""
+
+
 def is_shared(flags: int) -> bool:
     """Whether an mmap with these flags is."""
     return flags & _MAP_SHARED_BITS != _MAP_PRIVATE
@@ -82,12 +103,23 @@ class Serving(Generic[F]):
         files: see there.
         say: told of faults of ours.
         one_user: be done with it when the program becomes another user's.
+        witness: told of what fails. The filter brings all opens and maps here then.
+        all_opens: serve also opens for reading only, and private maps, if the filter brings them here.
     """
 
     def __init__(
-        self, listener: Listener, files: Files[F], *, say: Callable[[str], None], one_user: bool = False
+        self,
+        listener: Listener,
+        files: Files[F],
+        *,
+        say: Callable[[str], None],
+        one_user: bool = False,
+        witness: Witness | None = None,
+        all_opens: bool = True,
     ) -> None:
         self._one_user = one_user
+        self._witness = witness
+        self._all_opens = all_opens
         self._memory = Memory()
         self._listener = listener
         self._files = files
@@ -111,7 +143,7 @@ class Serving(Generic[F]):
             try:
                 self._serve[call.number](call)
             except GntallocError as error:
-                self._listener.answer(call, -(error.errno or errno.EIO))
+                self._refuse(call, error)
             except (CallerGone, Denied):
                 raise
             except Exception as error:
@@ -120,6 +152,11 @@ class Serving(Generic[F]):
                 self._listener.answer(call, -errno.EIO)
         except CallerGone:
             pass  # nobody waits for the answer
+
+    def _refuse(self, call: Call, refusal: GntallocError, what: str = "a device") -> None:
+        if self._witness is not None:
+            self._witness.refused(call, what, refusal)
+        self._listener.answer(call, -(refusal.errno or errno.EIO))
 
     def is_traced(self, thread: int) -> bool:
         """Whether a debugger has the caller that is being served."""
@@ -135,12 +172,16 @@ class Serving(Generic[F]):
             self._listener.go_on(call)
             return
         device = name[len(_FOLDER) :].decode(errors="replace")
+        if not self._all_opens and flags & (os.O_ACCMODE | os.O_CREAT) != os.O_RDWR:
+            self._leave(call, f"an open of {device}", "only opens with O_RDWR and without O_CREAT are, or --all-opens")
+            return
         try:
             home = self._open_store(call, flags) if device == _STORE else self._open_device(call, device, flags)
         except GntallocError as error:
             if error.errno != errno.ENOENT:
-                raise
-            self._listener.go_on(call)  # no device of ours: what the computer says itself
+                self._refuse(call, error, device)
+            else:
+                self._leave(call, f"an open of {device}", str(error))  # what the computer says itself
             return
         try:
             self._listener.answer_with(call, home.fileno(), flags=flags & os.O_CLOEXEC)
@@ -148,6 +189,11 @@ class Serving(Generic[F]):
             self._listener.answer(call, -(error.errno or errno.EMFILE))
         finally:
             home.close()
+
+    def _leave(self, call: Call, what: str, why: str) -> None:
+        if self._witness is not None:
+            self._witness.not_served(call, what, why)
+        self._listener.go_on(call)
 
     def _open_device(self, call: Call, device: str, flags: int) -> Home:
         return self._files.open(self._threads.process_now(call.thread), device, flags & _LOW_INT)
@@ -188,8 +234,15 @@ class Serving(Generic[F]):
         file = None if identity is None else self._files.find(call.thread, descriptor, identity)
         if file is None:
             self._listener.go_on(call)
-        else:
+            return
+        device = self._files.name(file)
+        if not self._all_opens and not is_shared(call.arguments[3]):
+            self._leave(call, f"a private map of {device}", "only shared maps are, or --all-opens")
+            return
+        try:
             self._files.map(call, self._threads.process(call.thread), file)
+        except GntallocError as error:
+            self._refuse(call, error, device)
 
 
 def _empty(home: int, identity: tuple[int, int] | None) -> None:

@@ -25,14 +25,14 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gntalloc.errors import GntallocError, NoMachine
-from gntalloc.libc import PR_SET_CHILD_SUBREAPER, libc
+from gntalloc.run.children import adopt_orphans, children, send, status_of
 from gntalloc.run.process import be_the_supervisor, let_go
 from gntalloc.run.program import Program, signal_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NOT_FOUND", "run"]
+__all__ = ["NOT_FOUND", "end_by", "run"]
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # exit statuses, as of a shell
 
@@ -52,6 +52,7 @@ def run(
     userns: bool = False,
     all_opens: bool = False,
     begun: Callable[[int, int, int], None] | None = None,
+    verbose: bool = False,
 ) -> int:
     """Run `command` in a domain. Its exit status; if a signal ended it, this process ends by it too.
 
@@ -63,6 +64,7 @@ def run(
             reach into it.
         all_opens: serve opens for reading only too, and private maps. It costs all programs some time.
         begun: called when there is a process for the program: its pid, a descriptor of it, and its supervisor's pid.
+        verbose: say on standard error why each call that fails does, and what cannot be served.
 
     Raises:
         GntallocError: it could not be started.
@@ -80,7 +82,7 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     signals = signal_descriptor(every)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in case that the supervisor is killed
+    adopt_orphans()  # in case that the supervisor is killed
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -93,7 +95,7 @@ def run(
         ) from None
     if not supervisor:
         ours.close()
-        program = Program(path, list(command), mask, userns=userns, all_opens=all_opens)
+        program = Program(path, list(command), mask, userns=userns, all_opens=all_opens, verbose=verbose)
         be_the_supervisor(program, theirs, run, machine, domid)
     theirs.close()
     os.close(run)
@@ -105,7 +107,7 @@ def run(
         os.close(signals)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if os.WIFSIGNALED(status):
-        _end_by(os.WTERMSIG(status))
+        end_by(os.WTERMSIG(status))
     return os.waitstatus_to_exitcode(status)
 
 
@@ -128,7 +130,7 @@ def _accompany(
                     return int(number)  # before there is a program it is for us
                 sent = code <= _FROM_A_PROCESS and sender != supervisor  # who lets us go on with the program
                 if process >= 0 and sent and number not in _NOT_HANDED_ON:
-                    _send(process, number)
+                    send(process, number)
                 continue
             data, descriptors, _, _ = socket.recv_fds(news, 65536, 1)
             if not data:
@@ -152,30 +154,16 @@ def _end_all_that_is_left() -> None:
     """What the program had started is ours since the supervisor is dead, and nobody would serve it."""
     while children := _children():  # what they had started is ours when they have ended
         for child in children:
-            _send(child, signal.SIGKILL)
+            send(child, signal.SIGKILL)
         for child in children:
             os.waitid(os.P_PIDFD, child, os.WEXITED)
             os.close(child)
 
 
 def _children() -> list[int]:
-    """A descriptor of each process that is a child of this one, and under the filter: the machine is not."""
-    found: list[int] = []
-    filters = int(_status("self")["Seccomp_filters"])
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            status = _status(name)
-            ours = int(status["PPid"]) == os.getpid() and status["State"][0] != "Z"
-            if ours and int(status["Seccomp_filters"]) > filters:
-                found.append(os.pidfd_open(int(name)))  # nobody else collects it, so the number is still its own
-        except OSError:
-            pass  # it has ended
-    return found
-
-
-def _status(process: str) -> dict[str, str]:
-    with open(f"/proc/{process}/status") as file:
-        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+    """Find each child that is under the filter: the machine is not."""
+    filters = int(status_of("self")["Seccomp_filters"])
+    return children(lambda _pid, status: int(status["Seccomp_filters"]) > filters)
 
 
 def _say(text: str) -> None:
@@ -203,15 +191,8 @@ def _occupy_streams() -> None:
     os.close(nothing)
 
 
-def _send(process: int, number: int) -> None:
-    try:
-        signal.pidfd_send_signal(process, number)
-    except OSError:
-        pass  # it has ended, and we hear of it in a moment
-
-
-def _end_by(number: int) -> NoReturn:
-    """End as the program did, without a memory image of our own."""
+def end_by(number: int) -> NoReturn:
+    """End this process by signal `number`, without a memory image of our own."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if number not in {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)

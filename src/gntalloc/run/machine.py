@@ -28,6 +28,7 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gntalloc.run.explain import Explainer
     from gntalloc.run.swaps import Swaps
 
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
@@ -87,6 +88,8 @@ class Files:
     def __init__(self, path: str, place: Callable[[Call, Plan], None], waits: Callable[[Call], bool]) -> None:
         self.channel = Channel(path)
         self.channel.connect()
+        self.explainer: Explainer | None = None
+        """Told of ioctls that fail."""
         self.swaps: Swaps | None = None
         """The descriptors that are not what they were."""
         self._place = place
@@ -190,6 +193,8 @@ class Files:
             if refusal.errno == errno.EBADF:  # it is closed, or another file has that inode now
                 self._known.pop(file.inode, None)
             result, body = -(refusal.errno or errno.EIO), getattr(refusal, "body", b"")
+            if self.explainer is not None:
+                self.explainer.refused_ioctl(call, file.name, request, -result, str(refusal))
         written = wire.decode_regions(body)
         ours = {(region.address, len(region.data)) for region in regions if region.writable}
         if any((region.address, len(region.data)) not in ours for region in written):

@@ -79,7 +79,9 @@ class _Run:
         """
         self._standing, path = join(machine, domid)  # for as long as we live: it is our place in the domain
         self._folder = os.path.dirname(path)
-        self._supervisor = Supervisor(path, say=lambda text: self.tell(say=text))
+        self._supervisor = Supervisor(
+            path, say=lambda text: self.tell(say=text), explain=program.verbose, all_opens=program.all_opens
+        )
         store = store_path(os.path.dirname(path), self._supervisor.files.domid)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._children = signal_descriptor([signal.SIGCHLD])

@@ -39,9 +39,19 @@ class Program:
         path: of the file.
         arguments: the zeroth too.
         mask: signals that are blocked in it.
+        userns, all_opens, verbose: see `run`.
     """
 
-    def __init__(self, path: str, arguments: list[str], mask: Iterable[int], *, userns: bool, all_opens: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        arguments: list[str],
+        mask: Iterable[int],
+        *,
+        userns: bool,
+        all_opens: bool,
+        verbose: bool = False,
+    ) -> None:
         self.path = path
         self.arguments = arguments
         self.mask = mask
@@ -51,7 +61,9 @@ class Program:
         self.limits = [(limit, resource.getrlimit(limit)) for limit in LIMITS]
         self.ignores_children = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
         self.mark = secrets.randbits(32) | 1
-        self.filter = filter_program(self.mark, all_opens=all_opens, users=os.geteuid() == 0)
+        self.all_opens = all_opens
+        self.verbose = verbose
+        self.filter = filter_program(self.mark, all_opens=all_opens or verbose, users=os.geteuid() == 0)
 
 
 class CannotExecute(Exception):

@@ -19,6 +19,7 @@ from gntalloc.calls.serving import Serving
 from gntalloc.calls.threads import fetch, leader_of
 from gntalloc.errors import GntallocError
 from gntalloc.guest.channel import Descriptor
+from gntalloc.run.explain import Explainer
 from gntalloc.run.injector import Injector, Traced
 from gntalloc.run.machine import Files
 from gntalloc.run.swaps import Place, Swaps
@@ -38,16 +39,22 @@ class Supervisor:
     Args:
         path: of the domain's socket.
         say: tells the user something.
+        explain: say of each call that fails why.
+        all_opens: see `run`.
 
     Raises:
         NoMachine: nobody answers there.
     """
 
-    def __init__(self, path: str, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: str, *, say: Callable[[str], None], explain: bool = False, all_opens: bool = False
+    ) -> None:
         self.files = Files(path, self._place, self._waits)
         self.serves = True
         """Whether it is us who take the calls; else the machine does, and says what is left to us."""
         self._say = say
+        self._all_opens = all_opens
+        self._explainer = self.files.explainer = Explainer(say) if explain else None
         self._said: set[str] = set()
         self._notes: mmap.mmap | None = None  # of the calls that the machine takes, as long as it may hand any over
 
@@ -60,9 +67,17 @@ class Supervisor:
             died: told of threads whose end we saw in passing: see Injector.
         """
         self._listener = listener
-        self._serving: Serving[OpenFile] = Serving(listener, self.files, say=self._say_once)
+        self._serving: Serving[OpenFile] = Serving(
+            listener,
+            self.files,
+            say=self._say_once,
+            witness=self._explainer,
+            all_opens=self._all_opens or self._explainer is None,
+        )
         self._injector = Injector(listener, mark, died)
         self._swaps = self.files.swaps = Swaps(listener)
+        if self._explainer is not None:
+            return  # a machine that serves them says no reasons
         notes = self.files.have_served(listener.fileno())
         if notes is not None:
             self._notes = mmap.mmap(notes.fileno(), NOTES_SIZE, prot=mmap.PROT_READ)
@@ -113,6 +128,8 @@ class Supervisor:
         try:
             self._serving.serve(call)
         except Denied:
+            if self._explainer is not None:
+                self._explainer.not_seen(call)
             self._listener.go_on(call)  # it can be nobody's whom we serve
 
     def _place(self, call: Call, plan: Plan) -> None:
