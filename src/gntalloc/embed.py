@@ -41,13 +41,20 @@ class Machine:
         strict: refuse what Linux lets pass and nobody can have meant: an ALLOC of no pages, with flags that nobody
             knows, for a number that is no domain's, or for one's own.
         table_frames: how far a grant table may grow, in frames of 512 references.
+        verbose: say on standard error why each request that fails does.
 
     Raises:
         GntallocError: it could not be started; the text says why.
     """
 
     def __init__(
-        self, limit: int = 1024, behaviour: str = "ours", *, strict: bool = False, table_frames: int = 64
+        self,
+        limit: int = 1024,
+        behaviour: str = "ours",
+        *,
+        strict: bool = False,
+        table_frames: int = 64,
+        verbose: bool = False,
     ) -> None:
         if behaviour not in {"ours", "linux"}:
             raise ValueError(f"behaviour is 'ours' or 'linux', not {behaviour!r}")
@@ -57,7 +64,13 @@ class Machine:
         self.folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
         _remove(self.folder)  # of a process that had our pid, and was killed
         os.mkdir(self.folder, 0o700)
-        settings = {"limit": limit, "behaviour": behaviour, "strict": strict, "table_frames": table_frames}
+        settings = {
+            "limit": limit,
+            "behaviour": behaviour,
+            "strict": strict,
+            "table_frames": table_frames,
+            "verbose": verbose,
+        }
         self._process, sock = start_machine(self.folder, settings)
         self._control = ControlClient(self.folder, sock=sock)
         self._owner = os.getpid()

@@ -19,6 +19,7 @@ from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError
 
 __all__ = [
+    "MACHINE_VARIABLE",
     "clear_folder",
     "control_path",
     "domain_path",
@@ -30,6 +31,9 @@ __all__ = [
     "store_path",
     "top_folder",
 ]
+
+MACHINE_VARIABLE = "GNTALLOC_MACHINE"
+"""Names the machine that programs inside `gntalloc machine … -- COMMAND` use, unless they name another."""
 
 LONGEST_PATH = 107  # of a Unix socket, less its final zero
 _ROOM_FOR_A_NAME = 20  # bytes: of-PID-NUMBER fits

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from gntalloc.cli import main
+from gntalloc.cli.labelled import Labelled
 from gntalloc.lab import machine_tools
 from gntalloc.lab.images import Manifest
 from gntalloc.lab.qemu import arguments
-from gntalloc.lab.show import Labelled
 
 
 def exit_of(arguments: list[str]) -> object:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gntalloc.cli.labelled import Labelled, plain
 from gntalloc.cli.types import SECONDS, Number
 from gntalloc.clock import now
 from gntalloc.lab import Lab, LabError, Outcome
@@ -25,7 +26,6 @@ from gntalloc.lab.boot import GUEST_MEMORY, TIMEOUT
 from gntalloc.lab.build import RELEASE, Report, build
 from gntalloc.lab.images import Images
 from gntalloc.lab.session import GUESTS, Terminal
-from gntalloc.lab.show import Labelled, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,11 +9,12 @@ import os
 import pwd
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from gntalloc.cli.types import MACHINE, MOST_PAGES, Number
+from gntalloc.cli import explain
+from gntalloc.cli.types import MACHINE, MOST_PAGES, SECONDS, Number
 from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
@@ -49,8 +50,23 @@ def _uid(user: str) -> int:
         raise click.BadParameter(f"there is no user {user[:200]!r} on this computer") from None
 
 
-@click.command()
-@click.option("--name", type=MACHINE, default="default", show_default=True, help="What programs call it.")
+class _MachineCommand(click.Command):
+    """Takes a COMMAND only after --, so that a mistyped option runs nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click.Command."""
+        dashed = "--" in args
+        rest = super().parse_args(ctx, args)
+        program = ctx.params.get("program")
+        if program and not dashed:
+            ctx.fail(f"got unexpected argument {program[0]!r}; a command to run comes after --")
+        return rest
+
+
+@click.command(cls=_MachineCommand, context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--name", type=MACHINE, help="What programs call it.  [default: default; with COMMAND: a name of its own]"
+)
 @click.option(
     "--domain",
     "domains",
@@ -62,16 +78,43 @@ def _uid(user: str) -> int:
 @click.option("--limit", default=1024, show_default=True, type=Number(0, MOST_PAGES), help="Pages, of each domain.")
 @click.option("--behaviour", type=click.Choice(["ours", "linux"]), default="ours", show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse grants of no pages, with unknown flags, or for no other domain.")
+@click.option("--timeout", type=SECONDS, help="Seconds for COMMAND; then it is ended, with status 124.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each request that fails does.")
-def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: str, strict: bool, verbose: bool) -> None:
-    """Run a machine in the foreground until Ctrl-C.
+@click.argument("program", nargs=-1, metavar="[-- COMMAND [ARGUMENT]...]", type=click.UNPROCESSED)
+def command(
+    *,
+    name: str | None,
+    domains: list[tuple[int, int]],
+    limit: int,
+    behaviour: str,
+    strict: bool,
+    timeout: float | None,
+    verbose: bool,
+    program: tuple[str, ...],
+) -> None:
+    """Run a machine in the foreground until Ctrl-C, or around COMMAND until that ends.
 
     Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment. Without --domain there are 1 and 2.
+
+    Around COMMAND the machine is a fresh one. `gntalloc run --domid 1 -- PROGRAM` inside joins it, since
+    GNTALLOC_MACHINE names it there. Its domains last until COMMAND has ended. Then everything that COMMAND has left
+    running is ended too, and the machine; the exit status is COMMAND's.
     """
+    made = dict(domains or ((1, os.getuid()), (2, os.getuid())))
+    if domains and len(made) < len(domains):
+        raise GntallocError(errno.EEXIST, "a domain was named twice; each --domain has a number of its own")
+    if program:
+        if name is not None:
+            raise click.UsageError("--name is for a machine that others join; one around COMMAND has its own name")
+        settings = {"limit": limit, "behaviour": behaviour, "strict": strict, "verbose": verbose}
+        _run_around(program, made, timeout, settings)
+    if timeout is not None:
+        raise click.UsageError("--timeout is for COMMAND; a machine without one runs until Ctrl-C")
+    name = name or "default"
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
     folder = _fresh_folder(name)
     try:
-        came = _run(folder, name, domains, {"limit": limit, "behaviour": behaviour, "strict": strict})
+        came = _run(folder, name, made, {"limit": limit, "behaviour": behaviour, "strict": strict})
     finally:
         with contextlib.suppress(GntallocError):
             clear_folder(folder)
@@ -80,13 +123,29 @@ def command(name: str, domains: list[tuple[int, int]], limit: int, behaviour: st
         sys.exit(130)
 
 
-def _run(folder: str, name: str, domains: list[tuple[int, int]], settings: dict[str, Any]) -> list[int]:
+def _run_around(
+    program: tuple[str, ...], domains: dict[int, int], timeout: float | None, settings: dict[str, Any]
+) -> NoReturn:
+    from gntalloc.run.household import CannotStart, run_around  # only a machine around a command needs it
+    from gntalloc.run.launcher import end_by
+
+    try:
+        status = run_around(program, domains, timeout=timeout, **settings)
+    except CannotStart as refusal:
+        explain(refusal)
+        sys.exit(refusal.status)
+    if os.WIFSIGNALED(status):
+        end_by(os.WTERMSIG(status))
+    sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, Any]) -> list[int]:
     """Serve until a signal comes; which."""
     protect_and_provide()
     server = make_server(folder, settings)
     came = stop_on_signals(server, signal.SIGTERM, signal.SIGINT)
     try:
-        for domid, uid in domains or ((1, os.getuid()), (2, os.getuid())):
+        for domid, uid in domains.items():
             server.create(domid, uid=uid)
             print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
         print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)

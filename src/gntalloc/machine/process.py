@@ -60,15 +60,16 @@ def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
 def child_main(descriptor: int, folder: str, settings: str) -> None:
     """The child of `gntalloc.Machine`: orders come over `descriptor`, whose end of file is ours.
 
-    With the setting `until_left` it ends when nobody is in it any more.
+    With the setting `until_left` it ends when nobody is in it any more; with `verbose` it says why requests fail.
     """
-    logging.basicConfig(level=logging.WARNING, format="gntalloc machine: %(message)s", stream=sys.stderr)
+    chosen = json.loads(settings)
+    level = logging.DEBUG if chosen.pop("verbose", False) else logging.WARNING
+    logging.basicConfig(level=level, format="gntalloc machine: %(message)s", stream=sys.stderr)
     # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever it was for who started us
     os.chdir("/")  # wherever we were started, that may be taken away
     protect_and_provide()
-    chosen = json.loads(settings)
     until_left = chosen.pop("until_left", False)
     try:
         server = make_server(folder, chosen)

@@ -1,4 +1,4 @@
-"""Output of the lab on this side: as it is, or with the domain's name in front of every line."""
+"""Output of programs in several domains: as it is, or with the domain's name in front of every line."""
 
 from __future__ import annotations
 
