@@ -20,7 +20,7 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import TYPE_CHECKING
 
 import gntalloc
-from gntalloc import wire
+from gntalloc.wire.messages import VERSION, Hello, Placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,9 +91,9 @@ def grant_cycle(domain: Domain, line: Line, pages: int, *, writable: bool) -> No
 
 def call_and_tell(domain: Domain, notes: int) -> None:
     channel = domain.devices._channel  # noqa: SLF001  the floor is below the API
-    channel.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION))
+    channel.call(Hello(VERSION))
     for _ in range(notes):
-        channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(0, 0), channel.generation)
+        channel.tell(Placed(0, 0), channel.generation)
 
 
 def messages_server(domain: Domain) -> Callable[[str], None]:
@@ -106,7 +106,7 @@ def messages_server(domain: Domain) -> Callable[[str], None]:
 def messages_cycle(domain: Domain, line: Line) -> None:
     call_and_tell(domain, 1)  # ALLOC and mmap; PLACED
     line.ask("1:8:ro")
-    domain.devices._channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(0, 0), 1)  # noqa: SLF001  DEALLOC
+    domain.devices._channel.tell(Placed(0, 0), 1)  # noqa: SLF001  DEALLOC
 
 
 def many_segments() -> None:

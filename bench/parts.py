@@ -20,9 +20,9 @@ from struct import Struct
 
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
-from gntalloc.drivers.chardev import MessageCaller, Region
 from gntalloc.machine.machine import Machine
 from gntalloc.maps import PAGE_SIZE, Mapping
+from gntalloc.wire.memory import MessageCaller, Region
 
 CYCLES = 2000
 ADDRESS = 0x10000

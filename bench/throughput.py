@@ -19,8 +19,10 @@ import time
 from typing import TYPE_CHECKING
 
 import gntalloc
-from gntalloc import wire
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
+from gntalloc.wire.memory import Region
+from gntalloc.wire.messages import Ioctl, encode, kind_of
+from gntalloc.wire.stream import encode as encode_frame
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -66,9 +68,9 @@ def flood(address: str, line: Connection) -> None:
     domain = gntalloc.current_domain(address)
     file = domain.devices.open("gntalloc")
     channel = domain.devices._channel  # noqa: SLF001  a program that behaves so uses no library
-    region = wire.encode_regions([wire.Region(0x10000, True, AllocGref(0, 1, 1 << 31, 0).pack() + bytes(8))])
-    payload = wire.IOCTL_REQUEST.pack(file._handle, ALLOC_GREF, 0x10000) + region  # noqa: SLF001
-    messages = memoryview(wire.encode(wire.IOCTL, 1, payload) * 50)
+    region = Region(0x10000, bytearray(AllocGref(0, 1, 1 << 31, 0).pack() + bytes(8)), writable=True)
+    asked = Ioctl(file._handle, ALLOC_GREF, 0x10000, [region])  # noqa: SLF001
+    messages = memoryview(encode_frame(kind_of(Ioctl), 1, encode(asked)) * 50)
     sock = channel._sock  # noqa: SLF001
     sock.setblocking(False)
     line.send("flooding")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import rawwire as wire
 from hypothesis import given
 from hypothesis import strategies as st
-
-from gntalloc import wire
 
 BYTES = st.binary(max_size=300)
 U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))

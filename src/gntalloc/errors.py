@@ -12,6 +12,7 @@
     ├── EventsLost           more events came than the port's file could keep (EFBIG)
     ├── TimedOut             the deadline passed (ETIMEDOUT, also a TimeoutError)
     ├── MachineGone          the machine went away under you (ECONNRESET, also a ConnectionError)
+    ├── MachineBroke         what answers is no machine, or one of another version (EPROTO)
     ├── NoMachine            no machine, no domain, no device to talk to (ENODEV)
     ├── NotKnownHere         real Xen cannot answer this; the text names what to do instead (EOPNOTSUPP)
     └── BadGrantText         the text is not a grant (EINVAL, also a ValueError)
@@ -34,6 +35,7 @@ __all__ = [
     "DeviceError",
     "EventsLost",
     "GntallocError",
+    "MachineBroke",
     "MachineGone",
     "NoMachine",
     "NotKnownHere",
@@ -135,6 +137,12 @@ class MachineGone(GntallocError, ConnectionError):
     """The machine ended, or dropped this program. Pages already mapped stay valid until unmapped."""
 
     code = _errno.ECONNRESET
+
+
+class MachineBroke(GntallocError):
+    """The machine sent what its protocol forbids. The connection is closed; the next call makes another."""
+
+    code = _errno.EPROTO
 
 
 class NoMachine(GntallocError):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import rawwire as wire
 
-from gntalloc import wire
 from gntalloc.errors import BooksWrong
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server

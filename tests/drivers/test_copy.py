@@ -15,11 +15,11 @@ import pytest
 
 from gntalloc.abi.gntdev import GET_OFFSET_FOR_VADDR, GRANT_COPY
 from gntalloc.abi.grants import BAD_DOMAIN, BAD_GNTREF, DOMID_SELF, GENERAL_ERROR, OKAY
-from gntalloc.drivers.chardev import MessageCaller, Region
 from gntalloc.drivers.copy import MAX_SEGMENTS
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 from gntalloc.testing import FakeMemory
+from gntalloc.wire.memory import MessageCaller, Region
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_program import ADDRESS, Program, refused

@@ -8,7 +8,8 @@ import socket
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING, Self
 
-from gntalloc import wire
+import rawwire as wire
+
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
-from gntalloc.machine import foreign
+from gntalloc.machine import descriptors as foreign
 from gntalloc.machine.home import Home
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
@@ -109,7 +109,8 @@ def test_a_home_is_as_blocking_as_the_file(make_core: Callable[..., Core]) -> No
 def test_the_server_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gntalloc.machine.home._QUEUE", 1)  # the least there is
     server = Server(Core(), str(tmp_path))
-    file, theirs = server.homes.open(server.create(1, uid=os.getuid()), "evtchn", os.O_RDWR, opener=1)
+    server.create(1, uid=os.getuid())
+    file, theirs = server.homes.open(server.machine.guest(1), "evtchn", os.O_RDWR, opener=1)
     memory = FakeMemory()
     argument = memory.put(0x1000, bytes(8))
     bound = []
@@ -120,8 +121,8 @@ def test_the_server_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pyte
     seen: list[int] = []
     while len(seen) < 100:
         seen += memoryview(theirs.recv(4096, socket.MSG_DONTWAIT)).cast("I")
-        server._hear(0)
-        server._settle()
+        server.loop.hear(0)
+        server.turns.serve()
     assert seen == bound
     theirs.close()
     server.close()

@@ -17,11 +17,11 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+import rawwire as wire
 from limits import status_of
 
-from gntalloc import wire
 from gntalloc.errors import DeviceError
-from gntalloc.machine import channel, server
+from gntalloc.machine import server, stream, turns
 
 sys.path.insert(0, str(Path(__file__).parent))
 from raw_client import ALLOC, ARGUMENT, RawClient
@@ -121,8 +121,8 @@ def test_pipelined_requests_are_answered_in_order(alice: Domain) -> None:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of the test waits for nobody any longer. It is started after this, as a fork of nothing of ours."""
-    monkeypatch.setattr(channel, "STALL", 0.05)
-    monkeypatch.setattr(server, "_CHECK_FOR_STALLS", 0.02)
+    monkeypatch.setattr(stream, "STALL", 0.05)
+    monkeypatch.setattr(turns, "_CHECK_FOR_STALLS", 0.02)
 
 
 class InThread:
@@ -138,7 +138,7 @@ class InThread:
         self.path = str(folder / "1")
         self._reading, writing = os.pipe()
         self._writing = writing
-        self.server.wake_by(self._reading)
+        self.server.loop.wake_by(self._reading)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import rawwire as wire
 from raw_client import RawClient
-
-from gntalloc import wire
 
 if TYPE_CHECKING:
     from gntalloc import Domain, Machine

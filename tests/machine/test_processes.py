@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from limits import Limited, status_of
 
-from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain, wire
+from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain
 from gntalloc.guest import channel
 from gntalloc.guest.devices.machine import MachineFile
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.wire.messages import Show, kind_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from raw_client import RawClient
@@ -333,11 +334,11 @@ def test_the_last_copy_of_a_file_is_its_release(machine: Machine, alice: Domain,
 def test_a_file_that_was_passed_on_works_where_it_arrives(alice: Domain, bob: Domain) -> None:
     """By SCM_RIGHTS, to a connection of another process: the file is the same, its pages and its index."""
     with alice.share(bob, pages=2) as shared, RawClient(alice) as other:
-        answer = other.call(wire.SHOW, b"", [shared._file.fileno()])
+        answer = other.call(kind_of(Show), b"", [shared._file.fileno()])
         assert (answer.error, answer.body[4:]) == (0, b"gntalloc")
         assert other.alloc(answer.result, 2)[0] == 2 * PAGE_SIZE
         assert other.mmap(answer.result, 0, 2).close().error == 0
-        assert other.call(wire.SHOW, b"", [shared._file.fileno()]).result == answer.result
+        assert other.call(kind_of(Show), b"", [shared._file.fileno()]).result == answer.result
 
 
 # Calls that do not come to their end.

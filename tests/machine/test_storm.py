@@ -15,9 +15,9 @@ from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+import rawwire as wire
 from limits import status_of
 
-from gntalloc import wire
 from gntalloc.abi import evtchn
 from gntalloc.maps import PAGE_SIZE
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import rawwire as wire
 from raw_client import ALLOC, ARGUMENT, DEALLOC, MAP, UNMAP, Answer, RawClient
 
 import gntalloc
-from gntalloc import wire
 from gntalloc.machine.connection import Connection
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
@@ -72,12 +72,12 @@ def test_what_was_told_while_the_machine_was_listening_comes_first(
         server.create(domid, uid=os.getuid())
         clients.append(RawClient(domain_path(str(tmp_path), domid)))
     granter, peer = clients
-    server._hear(1)
+    server.loop.hear(1)
 
     def answer(client: RawClient, kind: int, payload: bytes) -> Answer:
         client.send(kind, payload)
-        server._hear(1)
-        server._serve_round()
+        server.loop.hear(1)
+        server.turns.serve()
         reply = client.answer()
         assert reply.error == 0
         return reply
@@ -109,8 +109,8 @@ def test_what_was_told_while_the_machine_was_listening_comes_first(
 
     monkeypatch.setattr(Connection, "serve", serve_and_look)
     peer.sock.sendall(hello(peer))
-    server._hear(1)
-    server._serve_round()
+    server.loop.hear(1)
+    server.turns.serve()
     assert seen == [0]
     opened.close()
     for client in clients:

@@ -94,8 +94,8 @@ def test_what_a_copy_names_goes_with_it(other: tuple[int, int]) -> None:
         memory.write(process, start, GrantCopy(len(segments), table).pack())
         memory.write(process, table, b"".join(segments))
         found = regions_of("gntdev", GRANT_COPY, start, memory, process)
-        assert found[0][:2] == (start, True)
-        return [(address - start, writable, bytes(data)) for address, writable, data in found[1:]]
+        assert (found[0].address, found[0].writable) == (start, True)
+        return [(each.address - start, each.writable, bytes(each.data)) for each in found[1:]]
 
     assert regions((PAGE + 5, PAGE), (2 * PAGE + 5, PAGE - 5)) == [(PAGE + 5, True, b"B" * (PAGE - 5) + b"C" * PAGE)]
     assert regions((PAGE + 5, PAGE), (2 * PAGE + 5, PAGE), (4 * PAGE + 7, 2 * PAGE - 7)) == [

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import rawwire as wire
 
-from gntalloc import waits, wire
+from gntalloc import waits
 from gntalloc.calls.listener import CallerGone
 from gntalloc.errors import MachineGone
 from gntalloc.guest.channel import Channel
+from gntalloc.wire.messages import Open, Serve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from held import PATIENCE, Held
@@ -145,8 +147,8 @@ def test_a_supervisor_that_the_machine_hears_no_more(machine: Machine) -> None:
         held = Held(sys.executable, "-I", "-S", "-c", OPENS)
         supervisor = Channel(machine.environ(1)["GNTALLOC_DOMAIN"])
         try:
-            namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
-            assert supervisor.call(wire.SERVE, namespace, [held.listener.fileno()]).result == 1
+            namespace = os.stat("/proc/self/ns/pid").st_ino
+            assert supervisor.call(Serve(namespace), [held.listener.fileno()]).result == 1
             assert held.said() == "opens"
             supervisor.close()
             held.tell("")
@@ -214,7 +216,7 @@ def test_what_comes_before_an_answer_is_kept() -> None:
     with answering(b"one", b"two", then=unasked(b"three")) as channel:
         channel.hears = True
         assert not channel.has_heard(channel.generation)
-        assert channel.call(wire.OPEN, b"").result == 7
+        assert channel.call(Open(0, "")).result == 7
         assert channel.has_heard(channel.generation)
         assert heard(channel) == [(b"one", 1), (b"two", 1), (b"three", 0)]
         assert not channel.has_heard(channel.generation)
@@ -223,7 +225,7 @@ def test_what_comes_before_an_answer_is_kept() -> None:
 def test_who_does_not_hear_keeps_nothing() -> None:
     """A machine may be another user's, and say what it likes."""
     with answering(b"one", b"two") as channel:
-        assert channel.call(wire.OPEN, b"").result == 7
+        assert channel.call(Open(0, "")).result == 7
         assert heard(channel) == []
 
 
@@ -231,7 +233,7 @@ def test_what_was_said_is_heard_before_the_end_is() -> None:
     with answering(b"one", then=unasked(b"two") + unasked(b"cut off")[:-1]) as channel:
         channel.hears = True
         generation = channel.generation
-        channel.call(wire.OPEN, b"")
+        channel.call(Open(0, ""))
         channel.close()
         assert channel.has_heard(generation)
         for text in (b"one", b"two"):

@@ -22,9 +22,9 @@ import pytest
 from limits import status_of
 
 sys.path.insert(0, str(Path(__file__).parent))
+import rawwire as wire
 from runs import Runs, order, python, refusing_machine, said, tell, wait_for
 
-from gntalloc import wire
 from gntalloc.abi.gntalloc import ALLOC_GREF
 from gntalloc.calls.listener import Call
 from gntalloc.calls.serving import IOCTL, MMAP
@@ -34,6 +34,7 @@ from gntalloc.guest.channel import Answer, Channel
 from gntalloc.places import domain_path
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.machine import Files, OpenFile
+from gntalloc.wire.messages import Serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -455,7 +456,7 @@ def test_only_a_listener_is_served() -> None:
         namespace = os.stat("/proc/self/ns/pid").st_ino
 
         def ask(descriptor: int, number: int) -> Answer:
-            return channel.call(wire.SERVE, wire.SERVE_REQUEST.pack(number), [descriptor])
+            return channel.call(Serve(number), [descriptor])
 
         assert ask(0, namespace).result == 0
         assert ask(listener, namespace + 1).result == 0

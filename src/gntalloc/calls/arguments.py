@@ -10,9 +10,10 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from gntalloc import wire
 from gntalloc.abi import evtchn, gntalloc, gntdev, privcmd
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.wire.memory import MAX_REGIONS, Region
+from gntalloc.wire.stream import MAX_PAYLOAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ __all__ = ["regions_of"]
 
 _COUNT_AT_4 = Struct("=4xI")
 _COUNT_AT_0 = Struct("=I")
-_MOST = wire.MAX_PAYLOAD // 2  # of memory with one request, so that the message has room for the rest
+_MOST = MAX_PAYLOAD // 2  # of memory with one request, so that the message has room for the rest
 
 
 class _Shape(NamedTuple):
@@ -60,7 +61,7 @@ _SHAPES: dict[tuple[str, int], _Shape] = {
 }
 
 
-def regions_of(name: str, request: int, address: int, memory: Memory, thread: int) -> list[wire.Region]:
+def regions_of(name: str, request: int, address: int, memory: Memory, thread: int) -> list[Region]:
     """The memory that goes with this request to the device `name`."""
     shape = _SHAPES.get((name, request))
     if shape is not None:
@@ -72,7 +73,7 @@ def regions_of(name: str, request: int, address: int, memory: Memory, thread: in
     return []
 
 
-def _argument(shape: _Shape, address: int, memory: Memory, thread: int) -> list[wire.Region]:
+def _argument(shape: _Shape, address: int, memory: Memory, thread: int) -> list[Region]:
     data = memory.read(thread, address, shape.size)
     if len(data) == shape.size and shape.whole is not None:
         whole = min(shape.whole(data), _MOST)
@@ -81,13 +82,17 @@ def _argument(shape: _Shape, address: int, memory: Memory, thread: int) -> list[
     if not data:
         return []
     if shape.written is None or len(data) < shape.size:
-        return [wire.Region(address, False, data)]
+        return [_region(address, data, writable=False)]
     wanted = min(shape.written(data[: shape.size]), len(data))
     written = memory.writable(thread, address, wanted)
-    regions = [wire.Region(address, True, data[:written])] if written else []
+    regions = [_region(address, data[:written], writable=True)] if written else []
     if written < len(data):
-        regions.append(wire.Region(address + written, False, data[written:]))
+        regions.append(_region(address + written, data[written:], writable=False))
     return regions
+
+
+def _region(address: int, data: bytes, *, writable: bool) -> Region:
+    return Region(address, bytearray(data), writable=writable)
 
 
 class _Range(NamedTuple):
@@ -128,7 +133,7 @@ def _hypercall_ranges(address: int, memory: Memory, thread: int) -> Iterator[_Ra
             yield _Range(call.arg1, call.arg1 + privcmd.EvtchnStatus.SIZE, written=True)
 
 
-def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[wire.Region]:
+def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[Region]:
     """Disjoint regions, page by page, of ranges that may overlap."""
     pieces: dict[int, list[int]] = {}  # page -> first byte, end, whether any of it is written
     for start, end, written in ranges:
@@ -138,22 +143,23 @@ def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[wire
             at = min(end, page + PAGE_SIZE)
             known = pieces.setdefault(page, [begin, at, False])
             known[:] = min(known[0], begin), max(known[1], at), known[2] or written
-    regions: list[wire.Region] = []
+    regions: list[Region] = []
     room = _MOST
     for begin, end, wanted in _together(sorted(map(tuple, pieces.values()))):
-        if room < end - begin or len(regions) >= wire.MAX_REGIONS:
+        if room < end - begin or len(regions) >= MAX_REGIONS:
             break
         data = memory.read(thread, begin, end - begin)
         if len(data) == end - begin and (not wanted or memory.writable(thread, begin, end - begin) == end - begin):
             room -= len(data)
-            regions.append(wire.Region(begin, wanted, data))
+            regions.append(_region(begin, data, writable=wanted))
             continue
         for at in range(begin - begin % PAGE_SIZE, end, PAGE_SIZE):  # not all of it is there: page by page
             start = max(at, begin)
             data = memory.read(thread, start, min(at + PAGE_SIZE, end) - start)
-            if data and len(regions) < wire.MAX_REGIONS:
+            if data and len(regions) < MAX_REGIONS:
                 room -= len(data)
-                regions.append(wire.Region(start, bool(wanted and memory.writable(thread, start, 1)), data))
+                writable = bool(wanted and memory.writable(thread, start, 1))
+                regions.append(_region(start, data, writable=writable))
     return regions
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-from bisect import bisect_right
 from itertools import count
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -31,11 +30,9 @@ __all__ = [
     "Frame",
     "Frames",
     "Loan",
-    "MessageCaller",
     "Piece",
     "Plan",
     "Record",
-    "Region",
     "Stream",
     "pieces_of",
 ]
@@ -57,76 +54,6 @@ class Caller(Protocol):
 
     def write(self, address: int, data: bytes) -> None:
         """Put `data` there. DeviceError(EFAULT) if any byte is not writable; some may then be written."""
-
-
-class Region:
-    """A stretch of a caller's memory that came along with a message."""
-
-    __slots__ = ("address", "data", "writable", "written")
-
-    def __init__(self, address: int, data: bytearray, *, writable: bool) -> None:
-        self.address = address
-        self.data = data
-        self.writable = writable
-        self.written = False
-
-
-def _address(region: Region) -> int:
-    return region.address
-
-
-_FEW = 4  # regions that are tried one by one before it is searched
-
-
-class MessageCaller:
-    """A caller whose memory is what a message carries: outside its regions there is nothing.
-
-    Regions may touch, and a copy may then go over several, as far as it gets.
-    """
-
-    __slots__ = ("_first", "by_offset", "process", "regions")
-
-    def __init__(self, regions: list[Region], *, process: int = 0, by_offset: bool = False) -> None:
-        self.regions = sorted(regions, key=_address) if len(regions) > 1 else regions
-        self._first = self.regions[:_FEW]
-        self.process = process
-        self.by_offset = by_offset
-
-    def read(self, address: int, size: int) -> bytes:
-        """See `Caller`."""
-        for region in self._first:  # nearly always all is in one of few
-            start = address - region.address
-            if start >= 0 and start + size <= len(region.data):
-                return bytes(memoryview(region.data)[start : start + size])
-        found = bytearray()
-        while len(found) < size:
-            region, start = self._find(address + len(found), size - len(found))
-            found += region.data[start : start + size - len(found)]
-        return bytes(found)
-
-    def write(self, address: int, data: bytes) -> None:
-        """See `Caller`."""
-        for region in self._first:
-            start = address - region.address
-            if start >= 0 and start + len(data) <= len(region.data) and region.writable:
-                region.data[start : start + len(data)] = data
-                region.written = True
-                return
-        written = 0
-        while written < len(data):
-            region, start = self._find(address + written, len(data) - written)
-            if not region.writable:
-                raise DeviceError(errno.EFAULT, f"the memory at {address + written:#x} is read-only")
-            size = min(len(data) - written, len(region.data) - start)
-            region.data[start : start + size] = data[written : written + size]
-            region.written = True
-            written += size
-
-    def _find(self, address: int, size: int) -> tuple[Region, int]:
-        at = bisect_right(self.regions, address, key=_address) - 1
-        if at >= 0 and address < self.regions[at].address + len(self.regions[at].data):
-            return self.regions[at], address - self.regions[at].address
-        raise DeviceError(errno.EFAULT, f"the {size} bytes at {address:#x} are not all in the caller's memory")
 
 
 class Record:

@@ -15,15 +15,21 @@ import struct
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gntalloc import waits, wire
-from gntalloc.errors import DeviceError, MachineGone
+from gntalloc import waits
+from gntalloc.errors import DeviceError, MachineBroke, MachineGone
+from gntalloc.wire.messages import NOBODY, VERSION, Hello, decode, frame
+from gntalloc.wire.stream import MAX_DESCRIPTORS, REPLY, Decoder, Garbage, decode_reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gntalloc.wire.stream import Message
+
 __all__ = ["Answer", "Channel", "Descriptor"]
+
+M = TypeVar("M")
 
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
@@ -32,7 +38,7 @@ _TRUNCATED = int(socket.MSG_CTRUNC)  # as numbers: flag by flag they cost as muc
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 _NOW = int(socket.MSG_DONTWAIT)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
-_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
+_SPACE_FOR_DESCRIPTORS = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 
 
 class Descriptor:
@@ -64,14 +70,42 @@ class Descriptor:
 
 
 class Answer:
-    """What came back without an error: `result`, `body` and `descriptors`."""
+    """What came back.
 
-    __slots__ = ("body", "descriptors", "result")
+    Attributes:
+        error: an errno; 0 if nothing was refused.
+        why: the reason.
+        result: a number; of each kind another.
+        body: more, for `read`.
+        descriptors: what came along.
+    """
 
-    def __init__(self, result: int, body: bytes, descriptors: list[Descriptor]) -> None:
-        self.result = result
-        self.body = body
+    __slots__ = ("body", "descriptors", "error", "result", "why")
+
+    def __init__(self, payload: bytes, descriptors: list[Descriptor]) -> None:
+        self.error, self.why, self.result, self.body = decode_reply(payload)
         self.descriptors = descriptors
+
+    def read(self, kind: type[M]) -> M:
+        """Take the body apart.
+
+        Raises:
+            MachineBroke: it is no such answer.
+        """
+        try:
+            return decode(kind, self.body)
+        except Garbage as error:
+            raise MachineBroke(f"the machine's answer cannot be read: {error}; use one gntalloc for both") from None
+
+    def descriptor(self) -> Descriptor:
+        """Give the one descriptor that came along.
+
+        Raises:
+            MachineBroke: there is none.
+        """
+        if not self.descriptors:
+            raise MachineBroke("the machine's answer lacks a descriptor; use one gntalloc for both")
+        return self.descriptors[0]
 
 
 class Channel:
@@ -87,7 +121,7 @@ class Channel:
         self.lock = threading.RLock()
         self.domid = -1
         self.hears = False
-        self._unasked: deque[tuple[wire.Message, list[Descriptor]]] = deque()  # kept also when the channel is closed
+        self._unasked: deque[tuple[Message, list[Descriptor]]] = deque()  # kept also when the channel is closed
         self._sock = sock
         self._once = sock is not None
         if sock is not None:
@@ -96,37 +130,47 @@ class Channel:
         self._begin()
         _channels.add(self)
 
-    def call(self, kind: int, payload: bytes, descriptors: Sequence[int] = ()) -> Answer:
+    def call(self, message: tuple[Any, ...], descriptors: Sequence[int] = ()) -> Answer:
         """Ask, and wait for the answer.
 
         Raises:
-            DeviceError: the machine's errno and its reason; an answer's body then travels as `error.body`.
+            DeviceError: the machine's errno and its reason.
+            MachineGone, MachineBroke: see `ask`.
+        """
+        answer = self.ask(message, descriptors)
+        if answer.error:
+            raise DeviceError(answer.error, answer.why)
+        return answer
+
+    def ask(self, message: tuple[Any, ...], descriptors: Sequence[int] = ()) -> Answer:
+        """Ask, and wait for the answer, which may be a refusal.
+
+        Raises:
             MachineGone: there is nobody to ask, or no answer came in time.
+            MachineBroke: what came is no answer.
         """
         with self.lock:
             if self._sock is None:
                 self.connect()
             try:
                 try:
-                    number = self._send(kind, payload, descriptors)
+                    number = self._send(message, descriptors)
                 except (BrokenPipeError, ConnectionResetError):
                     number = self._number  # it hung up on us; it may have said why
-                answer, received = self._receive(number)
+                came, received = self._receive(number)
                 self.unanswered = 0
+                return Answer(came.payload, received)
             except OSError as error:
                 self.close()
                 raise self._gone(error) from error
+            except Garbage as error:
+                self.close()
+                raise self._broke(error) from None
             except BaseException:
                 self.close()
                 raise
-        code, why, result, body = wire.decode_reply(answer.payload)
-        if code:
-            refusal = DeviceError(code, why)
-            refusal.body = body  # type: ignore[attr-defined]
-            raise refusal
-        return Answer(result, body, received)
 
-    def tell(self, kind: int, payload: bytes, generation: int) -> bool:
+    def tell(self, message: tuple[Any, ...], generation: int) -> bool:
         """Say something and wait for nothing. False: not said, the channel of that generation is gone.
 
         Raises:
@@ -136,19 +180,20 @@ class Channel:
             if self._sock is None or self.generation != generation:
                 return False
             try:
-                self._send(kind, payload, ())
+                self._send(message, ())
             except OSError as error:
                 self.close()
                 raise self._gone(error) from error
             self.unanswered += 1
             return True
 
-    def hear(self, generation: int) -> tuple[wire.Message, list[Descriptor]] | None:
+    def hear(self, generation: int) -> tuple[Message, list[Descriptor]] | None:
         """What the machine has said by itself, the next of it. It never waits; None: nothing, for now.
 
         Raises:
             MachineGone: the channel of that generation is gone, and all that came over it has been heard.
             DeviceError: EMFILE likewise; there was no room for the descriptors of the next one.
+            MachineBroke: likewise; what came is no message.
         """
         with self.lock:
             try:
@@ -161,6 +206,9 @@ class Channel:
                         self._keep(*self._next())
             except BlockingIOError:
                 return None
+            except Garbage as error:
+                self.close()
+                raise self._broke(error) from None
             except OSError as error:
                 if self.generation == generation:
                     self.close()
@@ -207,7 +255,7 @@ class Channel:
         self._begin()
         if self._hello:
             try:
-                self.domid = self.call(wire.HELLO, wire.HELLO_REQUEST.pack(wire.VERSION)).result
+                self.domid = self.call(Hello(VERSION)).result
             except BaseException:
                 self.close()
                 raise
@@ -225,36 +273,36 @@ class Channel:
 
     def _begin(self) -> None:
         self.generation += self._sock is not None
-        self.unanswered = 0  # told since the last answer: more than wire.MOST_UNANSWERED could be overtaken
-        self._decoder = wire.Decoder()
-        self._messages: deque[wire.Message] = deque()
+        self.unanswered = 0  # told since the last answer: more than MOST_UNANSWERED could be overtaken
+        self._decoder = Decoder()
+        self._messages: deque[Message] = deque()
         self._descriptors: deque[Descriptor] = deque()
         self._number: int = 0
 
-    def _send(self, kind: int, payload: bytes, descriptors: Sequence[int]) -> int:
+    def _send(self, message: tuple[Any, ...], descriptors: Sequence[int]) -> int:
         assert self._sock is not None
         self._number = (self._number + 1) & 0xFFFFFFFF
-        message = wire.HEADER.pack(len(payload), kind, len(descriptors), self._number) + payload
+        data = frame(message, self._number, len(descriptors))
         if descriptors:
             rights = (_SOCKET_LEVEL, _RIGHTS, array.array("i", descriptors))
-            sent = self._sock.sendmsg([message], [rights])
-            self._sock.sendall(message[sent:])
+            sent = self._sock.sendmsg([data], [rights])
+            self._sock.sendall(data[sent:])
         else:
-            self._sock.sendall(message)
+            self._sock.sendall(data)
         return self._number
 
-    def _receive(self, number: int) -> tuple[wire.Message, list[Descriptor]]:
+    def _receive(self, number: int) -> tuple[Message, list[Descriptor]]:
         """The answer to this call."""
         assert self._sock is not None
         while True:
             while not self._messages:
                 self._fill()
             message, descriptors = self._next()
-            if message.kind & wire.REPLY and (message.id == number or not message.id):  # 0: we are not wanted at all
+            if message.kind & REPLY and message.id in (number, NOBODY):
                 return message, descriptors
             self._keep(message, descriptors)
 
-    def _next(self) -> tuple[wire.Message, list[Descriptor]]:
+    def _next(self) -> tuple[Message, list[Descriptor]]:
         """The first message that is whole, with its descriptors."""
         message = self._messages[0]
         while len(self._descriptors) < message.descriptors:
@@ -262,9 +310,9 @@ class Channel:
         self._messages.popleft()
         return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
 
-    def _keep(self, message: wire.Message, descriptors: list[Descriptor]) -> None:
+    def _keep(self, message: Message, descriptors: list[Descriptor]) -> None:
         """What is no answer that somebody waits for."""
-        if self.hears and not message.kind & wire.REPLY:
+        if self.hears and not message.kind & REPLY:
             self._unasked.append((message, descriptors))
 
     def _fill(self, how: int = 0) -> None:
@@ -280,6 +328,9 @@ class Channel:
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up")
         self._messages.extend(self._decoder.feed(data))
+
+    def _broke(self, error: Garbage) -> MachineBroke:
+        return MachineBroke(f"what answers at {self.path} speaks otherwise: {error}; use one gntalloc for both")
 
     def _gone(self, error: OSError) -> OSError:
         if error.errno == errno.EMFILE:

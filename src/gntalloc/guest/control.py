@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gntalloc import wire
 from gntalloc.guest.channel import Channel
 from gntalloc.places import control_path
+from gntalloc.wire.messages import Control
 
 if TYPE_CHECKING:
     from gntalloc.waits import Socket
@@ -31,7 +31,7 @@ class ControlClient:
         import json  # a program in a domain that gives no orders need not wait for it
 
         order = {"do": name} | {key: value for key, value in arguments.items() if value is not None}
-        return json.loads(self._channel.call(wire.CONTROL, json.dumps(order).encode()).body)
+        return json.loads(self._channel.call(Control(json.dumps(order).encode())).body)
 
     def close(self) -> None:
         """Hang up."""

@@ -4,151 +4,181 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import struct
-from typing import TYPE_CHECKING, cast
+from struct import Struct
+from typing import TYPE_CHECKING, Any
 
-from gntalloc import wire
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF
-from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF
-from gntalloc.drivers.chardev import MessageCaller, Region
+from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
+from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef
 from gntalloc.errors import DeviceError, GntallocError
-from gntalloc.machine.channel import Channel, Dropped
 from gntalloc.machine.home import identity_of
-from gntalloc.machine.served import Served, may_be_served
+from gntalloc.machine.placements import Placements
+from gntalloc.machine.stream import MessageStream
+from gntalloc.machine.turns import Dropped
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.wire.memory import MessageCaller, Region
+from gntalloc.wire.messages import (
+    VERSION,
+    Hello,
+    Holders,
+    HoldersAnswer,
+    Ioctl,
+    IoctlAnswer,
+    IoctlMmap,
+    IoctlMmapAnswer,
+    IoctlTold,
+    Mmap,
+    MmapAnswer,
+    Open,
+    Piece,
+    Placed,
+    Read,
+    Show,
+    ShowAnswer,
+    Write,
+    decode,
+    encode,
+    kind_of,
+)
+from gntalloc.wire.stream import Garbage
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
 
-    from gntalloc.calls.listener import Call
-    from gntalloc.drivers.chardev import File, Loan, Plan, Record
+    from gntalloc.drivers.chardev import File, Plan
+    from gntalloc.holders import Loan
+    from gntalloc.machine.doors import Peer
+    from gntalloc.machine.homes import Homes
     from gntalloc.machine.machine import Guest
-    from gntalloc.machine.server import Server
+    from gntalloc.machine.waits import Waits
+    from gntalloc.wire.stream import Message
 
-__all__ = ["Connection"]
+    CarryOut = Callable[[Plan], list[Loan[Any]]]
+    Handler = Callable[["Connection", Message, Any, list[int]], None]
+    Handlers = Mapping[int, tuple[type, Handler]]
+
+__all__ = ["Connection", "handlers_with", "pieces_of_plan"]
 
 log = logging.getLogger("gntalloc.machine")
 
-_MANY_UNPLACED = 64
-_UNASKED = 0xFFFFFFFF  # the number of messages that answer nothing
-_INDEX, _INDEX_AT = struct.Struct("=Q"), 8  # in the arguments of ALLOC_GREF and MAP_GRANT_REF
-_INVERSE = {ALLOC_GREF: DEALLOC_GREF, MAP_GRANT_REF: UNMAP_GRANT_REF}
-_RANGE = struct.Struct("=QI4x")  # the arguments of the other two
 
-
-def _regions(payload: bytes, start: int) -> list[Region]:
-    """What of the caller's memory came along from `start` on."""
-    return [
-        Region(address, cast("bytearray", data), writable=writable)
-        for address, writable, data in wire.decode_regions(payload[start:])
-    ]
-
-
-def _written(regions: list[Region]) -> bytes:
-    """What goes back of it."""
-    return wire.encode_regions([wire.Region(region.address, True, region.data) for region in regions if region.written])
-
-
-def _pieces(plan: Plan, loans: list[Loan]) -> bytes:
-    """Which descriptor, from where, and how much, one piece after the other."""
-    if len(plan.pieces) == 1:
-        piece = plan.pieces[0]
-        return wire.PIECE.pack(0, piece.offset, piece.pages * PAGE_SIZE)
+def pieces_of_plan(plan: Plan, loans: list[Loan[Any]]) -> tuple[Piece, ...]:
+    """Say of each piece of a plan in which of these loans it is, from where, and how much."""
+    if len(loans) == 1:
+        return tuple([Piece(0, piece.offset, piece.pages * PAGE_SIZE) for piece in plan.pieces])
     place = {loan.extent: at for at, loan in enumerate(loans)}
-    return b"".join(
-        wire.PIECE.pack(place[piece.extent], piece.offset, piece.pages * PAGE_SIZE) for piece in plan.pieces
-    )
+    return tuple([Piece(place[piece.extent], piece.offset, piece.pages * PAGE_SIZE) for piece in plan.pieces])
 
 
-class Connection(Channel):
-    """The call channel of one process in a domain."""
+def _made_by(request: int, argument: bytes) -> int:
+    """The index that ALLOC_GREF or MAP_GRANT_REF has put into its argument."""
+    layout = AllocGref if request == ALLOC_GREF else MapGrantRef
+    return int(layout.unpack_from(argument).index)
 
-    def __init__(self, sock: socket.socket, server: Server, guest: Guest, pid: int, uid: int) -> None:
+
+class _Undo:
+    """How what a message made is taken off its file's list again."""
+
+    __slots__ = ("_file", "_index", "_pages", "_request")
+
+    def __init__(self, file: File, request: int, index: int, pages: int) -> None:
+        self._file = file
+        self._request = request
+        self._index = index
+        self._pages = pages
+
+    def __call__(self) -> None:
+        if self._request == ALLOC_GREF:
+            request, argument = DEALLOC_GREF, DeallocGref(self._index, self._pages).pack()
+        else:
+            request, argument = UNMAP_GRANT_REF, UnmapGrantRef(self._index, self._pages).pack()
+        try:
+            self._file.ioctl(request, 0, MessageCaller([Region(0, bytearray(argument), writable=False)]))
+        except DeviceError:
+            pass  # it was given back by somebody who knew it
+
+
+class Connection(MessageStream):
+    """The call channel of one process in a domain.
+
+    Args:
+        sock: to it.
+        guest: the domain.
+        peer: the process.
+        homes: of open files.
+        waits: for releases.
+        carry_out: makes descriptions for a plan.
+        handlers: see `handlers_with`.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        guest: Guest,
+        peer: Peer,
+        *,
+        homes: Homes,
+        waits: Waits,
+        carry_out: CarryOut,
+        handlers: Handlers,
+    ) -> None:
         super().__init__(sock)
         self.guest = guest
-        self.pid = pid  # whom it speaks for, and where they map: see BEHALF
-        self._by_offset = False
-        self.served: Served | None = None  # the run that it is the supervisor of, if we serve that
-        self._uid = uid
-        self._server = server
+        self.peer = peer
+        self.pid = peer.pid
+        """The process that it speaks for; a supervisor says which that is."""
+        self.by_offset = False
+        """Whether that process makes its maps itself, at the offset that it asks for."""
+        self.placements = Placements()
+        self._homes = homes
+        self._waits = waits
+        self._carry_out = carry_out
+        self._handlers = handlers
         self._files: dict[int, File] = {}
         self._next_handle = 1
-        self._unplaced: dict[int, tuple[Record, int]] = {}  # and whose it is
-        self._many_unplaced = _MANY_UNPLACED
-        self._next_record = 1
-        # What the last message made. If none follows it, its answer may not have been read (no descriptors left,
-        # Ctrl-C), and then nobody knows the index: it is taken off the file's list. Who has it mapped keeps it.
-        self._made: tuple[File, int, bytes] | None = None
-        self._kinds: dict[int, Callable[[wire.Message, list[int]], None]] = {
-            wire.HELLO: self._hello,
-            wire.OPEN: self._open,
-            wire.SHOW: self._show,
-            wire.IOCTL: self._ioctl,
-            wire.MMAP: self._mmap,
-            wire.IOCTL_MMAP: self._ioctl_mmap,
-            wire.IOCTL | wire.UNANSWERED: self._ioctl_unanswered,
-            wire.PLACED: self._placed,
-            wire.READ: self._read,
-            wire.WRITE: self._write,
-            wire.HOLDERS: self._holders,
-            wire.SERVE: self._serve_calls,
-            wire.BEHALF: self._behalf,
-            wire.KEEP: self._keep,
-            wire.HOME: self._home,
-        }
+        # Takes what the last message made off its file's list again. If no message follows, its answer may not have
+        # been read (no descriptors left, Ctrl-C), and then nobody knows the index. What is mapped of it stays so.
+        self._undo: _Undo | None = None
+        self._ended: list[Callable[[], None]] = []
 
-    def serve(self, message: wire.Message, descriptors: list[int]) -> None:
+    @property
+    def notes_expected(self) -> int:
+        """See MessageStream."""
+        return len(self.placements)
+
+    def serve(self, message: Message, descriptors: list[int]) -> None:
         """Answer one message of the program."""
-        self._made = None
-        serve = self._kinds.get(message.kind)
-        if serve is None:
+        self._undo = None
+        kind, serve = self._handlers.get(message.kind, (None, None))
+        if kind is None or serve is None:
             raise Dropped(f"it sent a message of kind {message.kind}, and there is none")
         try:
-            serve(message, descriptors)
+            serve(self, message, decode(kind, message.payload), descriptors)
         except GntallocError as error:
             log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, error)
-            self._answer(message, error=error.errno or errno.EIO, why=str(error))
-        except struct.error:
-            raise Dropped("it sent a message that is shorter than its kind") from None
-        except wire.Garbage as error:
+            self.answer(message, error=error.errno or errno.EIO, why=str(error))
+        except Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
 
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Call this when the program is gone."""
+        self._ended.append(call)
+
     def close(self) -> None:
-        """See `Channel`."""
+        """See Speaker."""
         super().close()
-        self.end_serving()
-        if self._made is not None:
-            file, inverse, argument = self._made
-            self._made = None
-            try:
-                file.ioctl(inverse, 0, MessageCaller([Region(0, bytearray(argument), writable=False)]))
-            except DeviceError:
-                pass  # it was given back by somebody who knew it
+        for call in self._ended:
+            call()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
 
-    def _answer(
-        self,
-        message: wire.Message,
-        *,
-        error: int = 0,
-        why: str = "",
-        result: int = 0,
-        body: bytes = b"",
-        descriptors: Sequence[int] = (),
-    ) -> None:
-        reply = wire.encode_reply(
-            message.kind,
-            message.id,
-            error=error,
-            why=why,
-            result=result,
-            body=body,
-            descriptors=len(descriptors),
-        )
-        self.send(reply, descriptors)
+    def file(self, handle: int) -> File:
+        """Find a file by what this program calls it.
 
-    def _file(self, handle: int) -> File:
+        Raises:
+            DeviceError: EBADF it is none, or is closed.
+        """
         file = self._files.get(handle)
         if file is None:
             raise DeviceError(errno.EBADF, f"this program has no file {handle} open in domain {self.guest.domid}")
@@ -168,207 +198,138 @@ class Connection(Channel):
 
     # One method a kind of message.
 
-    def _hello(self, message: wire.Message, descriptors: list[int]) -> None:
-        (version,) = wire.HELLO_REQUEST.unpack_from(message.payload)
-        if version != wire.VERSION:
-            why = f"this machine speaks version {wire.VERSION} and the program {version}; use one gntalloc for both"
+    def _hello(self, message: Message, hello: Hello, descriptors: list[int]) -> None:
+        if hello.version != VERSION:
+            why = f"this machine speaks version {VERSION} and the program {hello.version}; use one gntalloc for both"
             raise DeviceError(errno.EPROTO, why)
-        self._answer(message, result=self.guest.domid)
+        self.answer(message, result=self.guest.domid)
 
-    def _open(self, message: wire.Message, descriptors: list[int]) -> None:
-        (flags,) = wire.OPEN_REQUEST.unpack_from(message.payload)
-        name = message.payload[wire.OPEN_REQUEST.size :].decode(errors="replace")
-        file, programs_end = self._server.homes.open(self.guest, name, flags, opener=self.pid)
-        self._forget_closed()
-        with programs_end:
-            self._answer(message, result=self._handle(file), descriptors=[programs_end.fileno()])
-
-    def _forget_closed(self) -> None:
-        for handle in [handle for handle, file in self._files.items() if file.closed]:
+    def _open(self, message: Message, asked: Open, descriptors: list[int]) -> None:
+        file, programs_end = self._homes.open(self.guest, asked.name, asked.flags, opener=self.pid)
+        for handle in [handle for handle, known in self._files.items() if known.closed]:
             del self._files[handle]
+        with programs_end:
+            self.answer(message, result=self._handle(file), descriptors=[programs_end.fileno()])
 
-    def _show(self, message: wire.Message, descriptors: list[int]) -> None:
-        file = self._server.homes.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
+    def _show(self, message: Message, asked: Show, descriptors: list[int]) -> None:
+        file = self._homes.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
         if file is None:
             raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
-        body = wire.SHOW_REPLY.pack(file.flags) + file.driver.name.encode()
-        self._answer(message, result=self._handle(file), body=body)
+        self.answer(message, result=self._handle(file), body=encode(ShowAnswer(file.flags, file.driver.name)))
 
-    def _ioctl(self, message: wire.Message, descriptors: list[int]) -> None:
-        handle, request, address = wire.IOCTL_REQUEST.unpack_from(message.payload)
-        regions = _regions(message.payload, wire.IOCTL_REQUEST.size)
+    def _ioctl(self, message: Message, asked: Ioctl, descriptors: list[int]) -> None:
         error, why, result = 0, "", 0
         try:
-            caller = MessageCaller(regions, process=self.pid, by_offset=self._by_offset)
-            result = self._file(handle).ioctl(request, address, caller)
+            caller = MessageCaller(asked.regions, process=self.pid, by_offset=self.by_offset)
+            result = self.file(asked.handle).ioctl(asked.request, asked.address, caller)
         except DeviceError as refusal:  # what was written before it failed stays written, as in Linux
-            error, why = refusal.errno or errno.EIO, str(refusal)
-            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
-        self._answer(message, error=error, why=why, result=result, body=_written(regions))
+            error, why = self._refused(refusal)
+        self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
 
-    def _ioctl_unanswered(self, message: wire.Message, descriptors: list[int]) -> None:
-        """What nobody waits for: to give pages back. If they are gone already, so much the better."""
-        handle, request, address = wire.IOCTL_REQUEST.unpack_from(message.payload)
-        regions = _regions(message.payload, wire.IOCTL_REQUEST.size)
+    def _ioctl_told(self, message: Message, told: IoctlTold, descriptors: list[int]) -> None:
+        """Do what nobody waits for: to give pages back. If they are gone already, so much the better."""
         try:
-            self._file(handle).ioctl(request, address, MessageCaller(regions, process=self.pid))
+            self.file(told.handle).ioctl(told.request, told.address, MessageCaller(told.regions, process=self.pid))
         except DeviceError as refusal:
-            log.debug("domain %d, pid %d, unanswered: %s", self.guest.domid, self.pid, refusal)
+            self._refused(refusal)
 
-    def _ioctl_mmap(self, message: wire.Message, descriptors: list[int]) -> None:
-        """ALLOC or MAP, and what always follows it."""
-        handle, request, address, prot, shared, length, place = wire.IOCTL_MMAP_REQUEST.unpack_from(message.payload)
-        regions = _regions(message.payload, wire.IOCTL_MMAP_REQUEST.size)
-        caller = MessageCaller(regions, process=self.pid)
-        inverse = _INVERSE.get(request)
-        if inverse is None:
-            raise Dropped(f"it wanted to map what request {request:#010x} makes, which makes nothing to map")
+    def _ioctl_mmap(self, message: Message, asked: IoctlMmap, descriptors: list[int]) -> None:
+        """Serve ALLOC or MAP, and what always follows it."""
+        if asked.request not in {ALLOC_GREF, MAP_GRANT_REF}:
+            raise Dropped(f"it wanted to map what request {asked.request:#010x} makes, which makes nothing to map")
+        caller = MessageCaller(asked.regions, process=self.pid)
         try:
-            file = self._file(handle)
-            result = file.ioctl(request, address, caller)
-            (index,) = _INDEX.unpack(caller.read(address + _INDEX_AT, _INDEX.size))
+            file = self.file(asked.handle)
+            result = file.ioctl(asked.request, asked.address, caller)
+            index = _made_by(asked.request, caller.read(asked.address, _HEAD.size))
         except DeviceError as refusal:
-            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
-            self._answer(message, error=refusal.errno or errno.EIO, why=str(refusal), body=_written(regions))
+            error, why = self._refused(refusal)
+            self.answer(message, error=error, why=why, body=_answer_of(asked.regions))
             return
-        self._made = file, inverse, _RANGE.pack(index, length // PAGE_SIZE)
-        error, why, number, pieces = 0, b"", 0, b""
-        loans: list[Loan] = []
-        confirm = False
+        self._undo = _Undo(file, asked.request, index, asked.length // PAGE_SIZE)
+        loans: list[Loan[Any]] = []
         try:
-            plan = file.mmap(index, length, prot=prot, shared=bool(shared))
-            loans = self._server.machine.carry_out(plan)
+            plan = file.mmap(index, asked.length, prot=asked.prot, shared=bool(asked.shared))
+            loans = self._carry_out(plan)
         except DeviceError as refusal:
-            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
-            error, why = refusal.errno or errno.EIO, str(refusal).encode()
+            error, why = self._refused(refusal)
+            body = IoctlMmapAnswer(error, why, 0, 0, (), _written(asked.regions))
         else:
-            plan.record.place(self.pid, place)
-            confirm = plan.confirm
-            number = self._expect_placing(plan.record, self.pid) if confirm else 0
-            pieces = _pieces(plan, loans)
-        head = wire.IOCTL_MMAP_REPLY.pack(error, len(why), number, confirm, len(pieces) // wire.PIECE.size)
-        body = head + why + pieces + _written(regions)
-        self._answer_with(message, result, body, loans)
+            plan.record.place(self.pid, asked.place)
+            number = self.placements.expect(plan.record, self.pid) if plan.confirm else 0
+            pieces = pieces_of_plan(plan, loans)
+            body = IoctlMmapAnswer(0, "", number, plan.confirm, pieces, _written(asked.regions))
+        self._answer_with(message, result, encode(body), loans)
 
-    def _mmap(self, message: wire.Message, descriptors: list[int]) -> None:
-        handle, prot, shared, offset, length = wire.MMAP_REQUEST.unpack_from(message.payload)
-        plan = self._file(handle).mmap(offset, length, prot=prot, shared=bool(shared))
-        loans = self._server.machine.carry_out(plan)
+    def _mmap(self, message: Message, asked: Mmap, descriptors: list[int]) -> None:
+        file = self.file(asked.handle)
+        plan = file.mmap(asked.offset, asked.length, prot=asked.prot, shared=bool(asked.shared))
+        loans = self._carry_out(plan)
         confirm = plan.confirm or plan.locate
-        number = self._expect_placing(plan.record, self.pid) if confirm else 0
-        self._answer_with(message, number, wire.CONFIRM.pack(confirm) + _pieces(plan, loans), loans)
+        number = self.placements.expect(plan.record, self.pid) if confirm else 0
+        self._answer_with(message, number, encode(MmapAnswer(confirm, pieces_of_plan(plan, loans))), loans)
 
-    def _expect_placing(self, record: Record, process: int) -> int:
-        number = self._next_record
-        self._next_record += 1
-        if len(self._unplaced) >= self._many_unplaced:  # mapped, and unmapped without a word
-            self._unplaced = {old: (record, pid) for old, (record, pid) in self._unplaced.items() if record.loans}
-            self._many_unplaced = 2 * len(self._unplaced) + _MANY_UNPLACED
-        self._unplaced[number] = record, process
-        self.notes_expected = len(self._unplaced)
-        return number
-
-    def _answer_with(self, message: wire.Message, result: int, body: bytes, loans: list[Loan]) -> None:
+    def _answer_with(self, message: Message, result: int, body: bytes, loans: list[Loan[Any]]) -> None:
         """Answer, and let go of the machine's copies of these descriptors."""
         try:
-            self._answer(message, result=result, body=body, descriptors=[loan.descriptor for loan in loans])
+            self.answer(message, result=result, body=body, descriptors=[loan.descriptor for loan in loans])
         finally:
             for loan in loans:
                 loan.close()
 
-    def _placed(self, message: wire.Message, descriptors: list[int]) -> None:
-        number, address = wire.PLACED_REQUEST.unpack_from(message.payload)
-        record, process = self._unplaced.pop(number, (None, 0))
-        if record is None:
-            return
-        if record.loans:
-            record.place(process, address)
-        record.file.driver.placed(record)  # also if it was unmapped at once, and that was seen first: it was there
+    def _placed(self, message: Message, told: Placed, descriptors: list[int]) -> None:
+        self.placements.placed(told.record, told.address)
 
-    def _read(self, message: wire.Message, descriptors: list[int]) -> None:
-        handle, size = wire.READ_REQUEST.unpack_from(message.payload)
-        data = self._file(handle).read(size)
-        self._answer(message, result=len(data), body=data)
+    def _read(self, message: Message, asked: Read, descriptors: list[int]) -> None:
+        data = self.file(asked.handle).read(asked.size)
+        self.answer(message, result=len(data), body=data)
 
-    def _write(self, message: wire.Message, descriptors: list[int]) -> None:
-        (handle,) = wire.WRITE_REQUEST.unpack_from(message.payload)
-        self._answer(message, result=self._file(handle).write(message.payload[wire.WRITE_REQUEST.size :]))
+    def _write(self, message: Message, asked: Write, descriptors: list[int]) -> None:
+        self.answer(message, result=self.file(asked.handle).write(asked.data))
 
-    def _holders(self, message: wire.Message, descriptors: list[int]) -> None:
-        handle, wait, index, count = wire.HOLDERS_REQUEST.unpack_from(message.payload)
-        file = self._file(handle)
+    def _holders(self, message: Message, asked: Holders, descriptors: list[int]) -> None:
+        file = self.file(asked.handle)
         driver = self.guest.gntalloc
         if file.driver is not driver:
             raise DeviceError(errno.EINVAL, "only pages of gntalloc have holders")
-        held, mapped_by = driver.holders(file, index, count)
-        body = b"".join(domid.to_bytes(4, "little") for domid in mapped_by)
-        if not (wait and held):
-            self._answer(message, result=held, body=body)
+        held, mapped_by = driver.holders(file, asked.start, asked.pages)
+        body = encode(HoldersAnswer(tuple(mapped_by)))
+        if not (asked.wait and held):
+            self.answer(message, result=held, body=body)
             return
-        with self._server.homes.wait_released(driver, file, index, count) as programs_end:
-            self._answer(message, result=held, body=body, descriptors=[programs_end.fileno()])
+        with self._waits.wait_released(driver, file, asked.start, asked.pages) as programs_end:
+            self.answer(message, result=held, body=body, descriptors=[programs_end.fileno()])
 
-    # A run's supervisor.
+    def _refused(self, refusal: DeviceError) -> tuple[int, str]:
+        log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, refusal)
+        return refusal.errno or errno.EIO, str(refusal)
 
-    def _serve_calls(self, message: wire.Message, descriptors: list[int]) -> None:
-        (namespace,) = wire.SERVE_REQUEST.unpack_from(message.payload)
-        if self.served is not None or not descriptors or not may_be_served(self._uid, namespace, descriptors[0]):
-            self._answer(message)
-            return
-        self.served = Served(self._server, self, os.dup(descriptors[0]))
-        try:
-            self._answer(message, result=1, descriptors=[self.served.notes])
-        finally:
-            os.close(self.served.notes)
 
-    def _behalf(self, message: wire.Message, descriptors: list[int]) -> None:
-        self.pid, by_offset = wire.BEHALF_REQUEST.unpack_from(message.payload)
-        self._by_offset = bool(by_offset)
+_HEAD = Struct("=QQ")  # AllocGref's and MapGrantRef's heads: the index is their second word
+_HANDLERS: dict[type, Handler] = {
+    Hello: Connection._hello,  # noqa: SLF001  its own
+    Open: Connection._open,  # noqa: SLF001
+    Show: Connection._show,  # noqa: SLF001
+    Ioctl: Connection._ioctl,  # noqa: SLF001
+    IoctlTold: Connection._ioctl_told,  # noqa: SLF001
+    IoctlMmap: Connection._ioctl_mmap,  # noqa: SLF001
+    Mmap: Connection._mmap,  # noqa: SLF001
+    Placed: Connection._placed,  # noqa: SLF001
+    Read: Connection._read,  # noqa: SLF001
+    Write: Connection._write,  # noqa: SLF001
+    Holders: Connection._holders,  # noqa: SLF001
+}
 
-    def _keep(self, message: wire.Message, descriptors: list[int]) -> None:
-        (handle,) = wire.KEEP_REQUEST.unpack_from(message.payload)
-        self._server.homes.keep(self._file(handle), descriptors)
-        self._answer(message)
 
-    def _home(self, message: wire.Message, descriptors: list[int]) -> None:
-        (handle,) = wire.HOME_REQUEST.unpack_from(message.payload)
-        self._answer(message, descriptors=[self._server.homes.kept(self._file(handle))])
+def handlers_with(more: Mapping[type, Handler]) -> Handlers:
+    """Give what serves each kind of message, by its number: a connection's own kinds, and `more`."""
+    return {kind_of(kind): (kind, handler) for kind, handler in {**_HANDLERS, **more}.items()}
 
-    def have_placed(self, call: Call, plan: Plan, process: int) -> None:
-        """The supervisor shall answer this mmap with these pages."""
-        loans = self._server.machine.carry_out(plan)
-        confirm = plan.confirm or plan.locate
-        number = self._expect_placing(plan.record, process) if confirm else 0
-        head = wire.BROUGHT_HEAD.pack(wire.PLACE, confirm, number) + call.encode()
-        try:
-            self._bring(call, head + _pieces(plan, loans), [loan.descriptor for loan in loans])
-        finally:
-            for loan in loans:
-                loan.close()
 
-    def hand_over(self, call: Call) -> None:
-        """The supervisor shall answer this call and all that follow, those that we have taken already among them."""
-        assert self.served is not None
-        served = self.served
-        left: Call | None = call
-        while left is not None:
-            self._bring(left, wire.BROUGHT_HEAD.pack(wire.TAKE_OVER, 0, 0) + left.encode(), ())
-            left = served.take_back()
-        self.end_serving()
+def _written(regions: list[Region]) -> list[Region]:
+    return [region for region in regions if region.written]
 
-    def _bring(self, call: Call, payload: bytes, descriptors: Sequence[int]) -> None:
-        try:
-            self.send(wire.encode(wire.BROUGHT, _UNASKED, payload, len(descriptors)), descriptors)
-        except Dropped as reason:
-            if self.served is not None:
-                self.served.fail(call)
-            self._server.drop(self, str(reason))
-        else:
-            if self.wants_to_send:
-                self._server.plan(self)
 
-    def end_serving(self) -> None:
-        """Take no more calls."""
-        served, self.served = self.served, None
-        if served is not None:
-            served.close()
+def _answer_of(regions: list[Region]) -> bytes:
+    written = _written(regions)
+    return encode(IoctlAnswer(written)) if written else b""

@@ -19,7 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from gntalloc.abi.evtchn import PORT
-from gntalloc.machine import foreign
+from gntalloc.machine import descriptors as received
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ class Home:
 
     def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
         self.sock = sock
-        self._only_bytes = foreign.refuse(sock)
+        self._only_bytes = received.refuse(sock)
         self.identity = identity  # of the program's end: how a copy of it is recognised
         self.guest = guest
         self.file = file
@@ -95,12 +95,12 @@ class Home:
         try:
             if self._only_bytes:
                 return self.sock.recv(size, _NEVER_WAIT)
-            data, descriptors = foreign.receive(self.sock, size)
+            data, descriptors = received.receive(self.sock, size)
         except BlockingIOError:
             return None
-        except (OSError, foreign.Truncated):
+        except (OSError, received.Truncated):
             return b""
-        foreign.let_go(descriptors)
+        received.let_go(descriptors)
         return data
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class Home:
         if self._only_bytes:
             self.sock.close()
         else:
-            foreign.hang_up(self.sock)
+            received.hang_up(self.sock)
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What programs hold of the machine: homes of open files, and sockets that tell when pages are released.
+"""Homes of open files: what programs hold of the machine.
 
 Each ends when its last copy is closed, in whichever program that is, and the machine sees it here: `fileno` is readable
 then.
@@ -12,67 +12,56 @@ from __future__ import annotations
 import errno
 import os
 import select
-import socket
 from typing import TYPE_CHECKING
 
-from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.errors import DeviceError
 from gntalloc.machine.home import Home, identity_of
+from gntalloc.machine.loop import HUNG_UP, READABLE, WRITABLE
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
+    import socket
+
     from gntalloc.drivers.chardev import File
-    from gntalloc.drivers.gntalloc import GntallocDriver
-    from gntalloc.drivers.releases import ReleaseWaiter
-    from gntalloc.machine.machine import Guest
-    from gntalloc.machine.server import Server
+    from gntalloc.machine.loop import Loop
+    from gntalloc.machine.machine import Guest, Machine
 
-__all__ = ["MAX_WAITS", "Homes"]
-
-_READABLE, _WRITABLE = int(select.EPOLLIN), int(select.EPOLLOUT)
-_HUNG_UP = int(select.EPOLLHUP)
-MAX_WAITS = 1024  # of one domain, so that it cannot use up the machine's descriptors
+__all__ = ["Homes"]
 
 
 class Homes:
-    """All of them.
+    """The homes of all files.
 
     Args:
-        server: the loop.
+        loop: waits for what programs write to homes of evtchn.
+        machine: opens and closes the files.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._machine = server.machine
+    def __init__(self, loop: Loop, machine: Machine) -> None:
+        self._loop = loop
+        self._machine = machine
         self._homes: dict[int, Home] = {}
         self._by_identity: dict[tuple[int, int], Home] = {}
         self._kept: dict[File, int] = {}  # programs' ends
-        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
-        self._hang_ups = select.epoll()  # homes and waiters: their ends, and what programs write to homes
+        self._hang_ups = select.epoll()  # of homes that carry nothing: their ends, and what programs write there
 
     def fileno(self) -> int:
-        """Readable when `settle` has something to do."""
+        """Give a descriptor that is readable when `settle` has something to do."""
         return self._hang_ups.fileno()
 
     def close(self) -> None:
-        """All of them end."""
+        """End all of them."""
         for home in self._homes.values():
             home.close()
-        for sock, _, _ in self._waiters.values():
-            sock.close()
         for descriptor in self._kept.values():
             os.close(descriptor)
         self._hang_ups.close()
 
     def settle(self) -> None:
         """Take in what programs have let go of."""
-        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + len(self._waiters) + 1):
+        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + 1):
             if descriptor in self._homes:
                 self._serve(self._homes[descriptor], events)
-            elif descriptor in self._waiters:
-                _, _, waiter = self._waiters[descriptor]
-                waiter.forget()
-                self._close_waiter(descriptor)
 
     # Files.
 
@@ -91,10 +80,10 @@ class Homes:
         descriptor = home.sock.fileno()
         self._homes[descriptor] = home
         self._by_identity[home.identity] = home
-        if isinstance(file.driver, EvtchnDriver):
+        if file.driver is guest.evtchn:
             home.carry_events(self._want_room)
-            self._server.watch(descriptor, lambda events: self._serve(home, events))
-            file.driver.attach_outlet(file, home)
+            self._loop.watch(descriptor, lambda events: self._serve(home, events))
+            guest.evtchn.attach_outlet(file, home)
         else:
             home.carry_nothing()
             # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so
@@ -108,29 +97,29 @@ class Homes:
         return home.file if home is not None and home.guest is guest else None
 
     def close_those_of(self, guest: Guest) -> None:
-        """The domain ends."""
+        """Close the homes of a domain that ends."""
         for descriptor, home in list(self._homes.items()):
             if home.guest is guest:
                 self._close(descriptor)
 
     def _serve(self, home: Home, events: int) -> None:
-        if events & _WRITABLE:
-            self._server.watch_for(home.sock.fileno(), _READABLE)
+        if events & WRITABLE:
+            self._loop.change(home.sock.fileno(), READABLE)
             home.guest.evtchn.hand_over(home.file)
-        data = b"" if events & _HUNG_UP else home.receive(PAGE_SIZE)
+        data = b"" if events & HUNG_UP else home.receive(PAGE_SIZE)
         if data == b"":
             self._close(home.sock.fileno())
         elif data and home.carries_events:
             home.guest.evtchn.write(home.file, data)
 
     def _want_room(self, home: Home) -> None:
-        self._server.watch_for(home.sock.fileno(), _READABLE | _WRITABLE)
+        self._loop.change(home.sock.fileno(), READABLE | WRITABLE)
 
     def _close(self, descriptor: int) -> None:
         home = self._homes.pop(descriptor)
         del self._by_identity[home.identity]
         if home.carries_events:
-            self._server.unwatch(descriptor)
+            self._loop.unwatch(descriptor)
         home.close()  # and with it, it is out of the epoll
         self._let_go(home.file)
         self._machine.close(home.guest, home.file)
@@ -171,30 +160,3 @@ class Homes:
         descriptor = self._kept.pop(file, None)
         if descriptor is not None:
             os.close(descriptor)
-
-    # Who waits for a release.
-
-    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
-        """A socket that comes to its end of file when no peer holds these pages any more. The program's end.
-
-        Raises:
-            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
-        """
-        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
-            raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        descriptor = ours.fileno()
-        waiter = driver.when_released(file, index, count, lambda: self._close_waiter(descriptor))
-        self._waiters[descriptor] = ours, driver, waiter
-        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
-        self._hang_ups.register(descriptor, 0)
-        return theirs
-
-    def _close_waiter(self, descriptor: int) -> None:
-        if descriptor in self._waiters:
-            sock, _, _ = self._waiters.pop(descriptor)
-            self._hang_ups.unregister(descriptor)
-            sock.close()

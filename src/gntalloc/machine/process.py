@@ -53,7 +53,7 @@ def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
     # The handler runs between two instructions of ours; the wake-up descriptor ends the wait it may have come in.
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    server.wake_by(reading)
+    server.loop.wake_by(reading)
     return came
 
 

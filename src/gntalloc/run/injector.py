@@ -25,7 +25,7 @@ from gntalloc.calls.threads import leader_of
 from gntalloc.libc import failure, libc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from gntalloc.calls.listener import Call, Listener
     from gntalloc.run.machine import Piece
@@ -92,7 +92,7 @@ class Injector:
         self._died = died
 
     def place(
-        self, call: Call, pieces: list[Piece], descriptors: list[int], done: Callable[[int], None] = _nothing
+        self, call: Call, pieces: Sequence[Piece], descriptors: list[int], done: Callable[[int], None] = _nothing
     ) -> int:
         """Answer the mmap `call` with a map of `pieces`. The address, or a negative errno.
 
@@ -141,7 +141,7 @@ class Injector:
             return theirs, -(error.errno or errno.EMFILE)
         return theirs, 0
 
-    def _make_calls(self, call: Call, pieces: list[Piece], theirs: list[int], failure: int, held: list[int]) -> int:
+    def _make_calls(self, call: Call, pieces: Sequence[Piece], theirs: list[int], failure: int, held: list[int]) -> int:
         thread = call.thread
         saved = _Registers()
         _ptrace(_GETREGS, thread, 0, ctypes.byref(saved))
@@ -160,7 +160,7 @@ class Injector:
         _ptrace(_SETREGS, thread, 0, ctypes.byref(saved))
         return result
 
-    def _map(self, make: Callable[..., int], call: Call, pieces: list[Piece], theirs: list[int]) -> int:
+    def _map(self, make: Callable[..., int], call: Call, pieces: Sequence[Piece], theirs: list[int]) -> int:
         address, length, prot, flags, *_ = call.arguments
         if len(pieces) == 1:
             place, offset, size = pieces[0]

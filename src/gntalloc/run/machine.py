@@ -14,16 +14,34 @@ import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from gntalloc import wire
 from gntalloc.abi.gntdev import MAP_GRANT_REF
 from gntalloc.calls.arguments import regions_of
-from gntalloc.calls.listener import CALL_SIZE, Call
+from gntalloc.calls.listener import Call
 from gntalloc.calls.memory import Memory
 from gntalloc.calls.serving import is_shared
 from gntalloc.calls.threads import fetch, is_traced
-from gntalloc.errors import DeviceError, MachineGone
+from gntalloc.errors import DeviceError, MachineBroke, MachineGone
 from gntalloc.guest.channel import Channel, Descriptor
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.wire.form import Piece
+from gntalloc.wire.messages import (
+    PLACE,
+    Behalf,
+    Home,
+    Ioctl,
+    IoctlAnswer,
+    Keep,
+    Mmap,
+    MmapAnswer,
+    Open,
+    Placed,
+    Serve,
+    Show,
+    ShowAnswer,
+    decode,
+)
+from gntalloc.wire.messages import Brought as BroughtMessage
+from gntalloc.wire.stream import Garbage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,18 +65,10 @@ class OpenFile(NamedTuple):
     away: bool = False  # the descriptor is not its home now, but the pages' memory: see run/swaps.py
 
 
-class Piece(NamedTuple):
-    """`length` bytes of `descriptor` from `offset` on, the next part of a map."""
-
-    descriptor: int
-    offset: int
-    length: int
-
-
 class Plan(NamedTuple):
     """What an mmap shall make. `descriptors` are to be closed when it is made."""
 
-    pieces: list[Piece]
+    pieces: tuple[Piece, ...]
     descriptors: list[Descriptor]
     record: int
     confirm: bool
@@ -113,8 +123,8 @@ class Files:
             DeviceError: the machine's errno. So for all of these.
         """
         self._speak_for(process)
-        answer = self.channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags) + name.encode())
-        (home,) = answer.descriptors
+        answer = self.channel.call(Open(flags, name))
+        home = answer.descriptor()
         inode = os.fstat(home.fileno()).st_ino
         self._remember(OpenFile(answer.result, name, self.channel.generation, inode))
         return home
@@ -155,21 +165,20 @@ class Files:
         """Put the device back where the pages' memory is, if nobody is looking there."""
         assert self.swaps is not None
         if self.swaps.free(process):
-            (home,) = self.channel.call(wire.HOME, wire.HOME_REQUEST.pack(file.handle)).descriptors
+            home = self.channel.call(Home(file.handle)).descriptor()
             self.swaps.bring_back(call, descriptor, home.fileno())
             home.close()
 
     def keep(self, file: OpenFile, home: int) -> None:
         """Let the machine keep the home, which the program will not have for a while."""
-        self.channel.call(wire.KEEP, wire.KEEP_REQUEST.pack(file.handle), [home])
+        self.channel.call(Keep(file.handle), [home])
 
     def _show(self, home: int, inode: int) -> OpenFile | None:
         try:
-            answer = self.channel.call(wire.SHOW, b"", [home])
+            answer = self.channel.call(Show(), [home])
         except DeviceError:
             return None
-        name = answer.body[wire.SHOW_REPLY.size :].decode()
-        file = OpenFile(answer.result, name, self.channel.generation, inode)
+        file = OpenFile(answer.result, answer.read(ShowAnswer).name, self.channel.generation, inode)
         self._remember(file)
         return file
 
@@ -185,17 +194,13 @@ class Files:
         request &= 0xFFFFFFFF
         self._speak_for(process, by_offset=request == MAP_GRANT_REF and is_traced(thread))
         regions = regions_of(file.name, request, address, self._memory, thread)
-        payload = wire.IOCTL_REQUEST.pack(file.handle, request, address) + wire.encode_regions(regions)
-        try:
-            answer = self.channel.call(wire.IOCTL, payload)
-            result, body = answer.result, answer.body
-        except DeviceError as refusal:
-            if refusal.errno == errno.EBADF:  # it is closed, or another file has that inode now
-                self._known.pop(file.inode, None)
-            result, body = -(refusal.errno or errno.EIO), getattr(refusal, "body", b"")
-            if self.explainer is not None:
-                self.explainer.refused_ioctl(call, file.name, request, -result, str(refusal))
-        written = wire.decode_regions(body)
+        answer = self.channel.ask(Ioctl(file.handle, request, address, regions))
+        if answer.error == errno.EBADF:  # it is closed, or another file has that inode now
+            self._known.pop(file.inode, None)
+        if answer.error and self.explainer is not None:
+            self.explainer.refused_ioctl(call, file.name, request, answer.error, answer.why)
+        result = -answer.error if answer.error else answer.result
+        written = answer.read(IoctlAnswer).written
         ours = {(region.address, len(region.data)) for region in regions if region.writable}
         if any((region.address, len(region.data)) not in ours for region in written):
             raise DeviceError(errno.EIO, "the machine answers with memory that this call does not name")
@@ -212,10 +217,8 @@ class Files:
         if file.away:
             self._bring_back(call, process, descriptor & 0xFFFFFFFF, file)
         self._speak_for(process)
-        payload = wire.MMAP_REQUEST.pack(file.handle, prot & 0xFFFFFFFF, is_shared(flags), offset, length)
-        answer = self.channel.call(wire.MMAP, payload)
-        (confirm,) = wire.CONFIRM.unpack_from(answer.body)
-        pieces = _pieces(answer.body[wire.CONFIRM.size :])
+        answer = self.channel.call(Mmap(file.handle, prot & 0xFFFFFFFF, is_shared(flags), offset, length))
+        confirm, pieces = answer.read(MmapAnswer)
         if sum(piece.length for piece in pieces) != _whole_pages(length) or any(
             piece.descriptor >= len(answer.descriptors) for piece in pieces
         ):
@@ -227,7 +230,7 @@ class Files:
         """The program has them there."""
         if plan.confirm:
             try:
-                self.channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(plan.record, address), plan.generation)
+                self.channel.tell(Placed(plan.record, address), plan.generation)
             except MachineGone:
                 pass  # nobody needs to know any more
 
@@ -240,10 +243,10 @@ class Files:
         """
         if self._user_of_the_machine() != os.geteuid():
             return None
-        namespace = wire.SERVE_REQUEST.pack(os.stat("/proc/self/ns/pid").st_ino)
+        namespace = os.stat("/proc/self/ns/pid").st_ino
         self._served, self.channel.hears = self.channel.generation, True
-        answer = self.channel.call(wire.SERVE, namespace, [listener])
-        return answer.descriptors[0] if answer.result else None
+        answer = self.channel.call(Serve(namespace), [listener])
+        return answer.descriptor() if answer.result else None
 
     def _user_of_the_machine(self) -> int:
         with socket.socket(fileno=os.dup(self.channel.fileno())) as sock:
@@ -256,18 +259,21 @@ class Files:
         Raises:
             MachineGone: it has ended, or its line to us; what it had handed over before has been given.
             DeviceError: EMFILE likewise; we have no room for what it handed over.
+            MachineBroke: what it handed over cannot be read.
         """
         heard = self.channel.hear(self._served)
         if heard is None:
             return None
         message, descriptors = heard
-        what, confirm, record = wire.BROUGHT_HEAD.unpack_from(message.payload)
-        body = message.payload[wire.BROUGHT_HEAD.size :]
-        call = Call.decode(body)
-        if what != wire.PLACE:
+        try:
+            brought = decode(BroughtMessage, message.payload)
+        except Garbage as error:
+            raise MachineBroke(f"what the machine hands over cannot be read: {error}") from None
+        call = Call.decode(brought.call)
+        if brought.what != PLACE:
             return Brought(call, None)
-        pieces = _pieces(body[CALL_SIZE:])
-        return Brought(call, Plan(pieces, descriptors, record, bool(confirm), self._served))
+        plan = Plan(brought.pieces, descriptors, brought.record, bool(brought.confirm), self._served)
+        return Brought(call, plan)
 
     def has_brought(self) -> bool:
         """Whether `brought` has something to give or to raise of which the channel's descriptor says nothing."""
@@ -276,7 +282,7 @@ class Files:
     def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
         wanted = process, by_offset, self.channel.generation
         if wanted != self._speaks_for:
-            self.channel.tell(wire.BEHALF, wire.BEHALF_REQUEST.pack(process, by_offset), self.channel.generation)
+            self.channel.tell(Behalf(process, by_offset), self.channel.generation)
             self.channel.unanswered -= 1  # it is no note: it is served in its turn
             self._speaks_for = wanted
 
@@ -288,7 +294,3 @@ class Files:
 
 def _whole_pages(length: int) -> int:
     return -(-length // PAGE_SIZE) * PAGE_SIZE
-
-
-def _pieces(data: bytes) -> list[Piece]:
-    return [Piece(place, start, size) for place, start, size in wire.PIECE.iter_unpack(data)]

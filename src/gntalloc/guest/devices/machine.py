@@ -8,31 +8,50 @@ import os
 import socket
 import termios
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gntalloc import waits, wire
+from gntalloc import waits
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
-from gntalloc.errors import Closed, DeviceError, GntallocError, MachineGone
+from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, MachineGone
 from gntalloc.guest.channel import Answer, Channel, Descriptor
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
 from gntalloc.maps import PAGE_SIZE, Mapping
+from gntalloc.wire.memory import MAX_REGIONS, Region
+from gntalloc.wire.messages import (
+    MOST_UNANSWERED,
+    HoldersAnswer,
+    Ioctl,
+    IoctlAnswer,
+    IoctlMmap,
+    IoctlMmapAnswer,
+    IoctlTold,
+    Mmap,
+    MmapAnswer,
+    Open,
+    Placed,
+    Read,
+    Show,
+    Write,
+)
+from gntalloc.wire.messages import Holders as HoldersRequest
+from gntalloc.wire.stream import MAX_PAYLOAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.guest.devices import Buffer
+    from gntalloc.wire.messages import Piece
     from gntalloc.xenstore.client import Store
 
 __all__ = ["MachineDevices", "MachineFile"]
 
 # Where an ioctl's argument lies, as far as the driver is told: any page but the first will do.
 ARGUMENT_ADDRESS = 0x10000
-_DOMIDS = Struct("=I")
 _INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
-_LONGEST_ARGUMENT = wire.MAX_PAYLOAD - 4096 - 16 * wire.MAX_REGIONS
+_LONGEST_ARGUMENT = MAX_PAYLOAD - 4096 - 16 * MAX_REGIONS
 _MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
@@ -122,8 +141,8 @@ class MachineFile:
             self._home, self._handle, self._generation = Descriptor(descriptor), 0, -1
             return
         with channel.lock:
-            answer = channel.call(wire.OPEN, wire.OPEN_REQUEST.pack(flags) + name.encode())
-            self._home = answer.descriptors[0]
+            answer = channel.call(Open(flags, name))
+            self._home = answer.descriptor()
             self._handle = answer.result
             self._generation = channel.generation
 
@@ -134,22 +153,20 @@ class MachineFile:
         if request == RESET and self.name == "evtchn":
             self._empty()
         there = dict(memory)
-        if sum(map(len, there.values())) > _MOST_MEMORY or len(there) >= wire.MAX_REGIONS:
-            most = f"{wire.MAX_REGIONS - 1} buffers of {_MOST_MEMORY} bytes together"
+        if sum(map(len, there.values())) > _MOST_MEMORY or len(there) >= MAX_REGIONS:
+            most = f"{MAX_REGIONS - 1} buffers of {_MOST_MEMORY} bytes together"
             why = f"more memory than {most} goes with request {request:#010x}; make several calls"
             raise DeviceError(errno.E2BIG, why)
         address = 0
         if argument is not None:
             address = ARGUMENT_ADDRESS
             there[address] = memoryview(argument)[: _LONGEST_ARGUMENT - sum(map(len, there.values()))]
-        regions = [wire.Region(at, not memoryview(data).readonly, bytes(data)) for at, data in there.items()]
-        body = wire.encode_regions(regions)
-        try:
-            answer = self._call(wire.IOCTL, wire.IOCTL_REQUEST, request & 0xFFFFFFFF, address, rest=body)
-        except DeviceError as refusal:
-            _write_back(there, getattr(refusal, "body", b""))
-            raise
-        _write_back(there, answer.body)
+        regions = [Region(at, bytearray(data), writable=not memoryview(data).readonly) for at, data in there.items()]
+        answer = self._ask(Ioctl, request & 0xFFFFFFFF, address, regions)
+        if answer.body:
+            _write_back(there, answer.read(IoctlAnswer).written)
+        if answer.error:
+            raise DeviceError(answer.error, answer.why)
         return answer.result
 
     def ioctl_mmap(
@@ -164,62 +181,68 @@ class MachineFile:
             self.ioctl(request, argument)  # it may have a better reason to refuse
             return DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}")
         try:
-            region = wire.encode_regions((wire.Region(ARGUMENT_ADDRESS, True, argument),))
-            fields = request, ARGUMENT_ADDRESS, prot, True, length, mapping.address
-            answer = self._call(wire.IOCTL_MMAP, wire.IOCTL_MMAP_REQUEST, *fields, rest=region)
-            body = answer.body
-            code, length_of_why, record, confirm, pieces = wire.IOCTL_MMAP_REPLY.unpack_from(body)
-            start = wire.IOCTL_MMAP_REPLY.size + length_of_why
-            end = start + pieces * wire.PIECE.size
-            _write_back({ARGUMENT_ADDRESS: argument}, body[end:])
-            if code:
+            region = Region(ARGUMENT_ADDRESS, argument, writable=True)
+            fields = request, ARGUMENT_ADDRESS, prot, True, length, mapping.address, [region]
+            answer = self._ask(IoctlMmap, *fields)
+            if answer.error:
+                _write_back({ARGUMENT_ADDRESS: argument}, answer.read(IoctlAnswer).written)
+                raise DeviceError(answer.error, answer.why)
+            made = answer.read(IoctlMmapAnswer)
+            _write_back({ARGUMENT_ADDRESS: argument}, made.written)
+            if made.error:
                 mapping.close()
-                return DeviceError(code, body[wire.IOCTL_MMAP_REPLY.size : start].decode(errors="replace"))
-            refusal = self._place(mapping, body[start:end] * times, answer.descriptors)
+                return DeviceError(made.error, made.why)
+            refusal = self._place(mapping, made.pieces * times, answer.descriptors)
         except BaseException:
             mapping.close()
             raise
-        if refusal is None and confirm:
-            self._channel.tell(wire.PLACED, wire.PLACED_REQUEST.pack(record, mapping.address), self._generation)
+        if refusal is None and made.confirm:
+            self._channel.tell(Placed(made.record, mapping.address), self._generation)
         return refusal or mapping
 
     def ioctl_unanswered(self, request: int, argument: bytes) -> None:
         """See `DeviceFile`."""
         with self._channel.lock:
-            if self._channel.unanswered < wire.MOST_UNANSWERED:
+            if self._channel.unanswered < MOST_UNANSWERED:
                 self._open_home()
-                region = wire.encode_regions((wire.Region(ARGUMENT_ADDRESS, False, argument),))
-                payload = wire.IOCTL_REQUEST.pack(self._handle, request, ARGUMENT_ADDRESS) + region
-                if self._channel.tell(wire.IOCTL | wire.UNANSWERED, payload, self._generation):
+                regions = [Region(ARGUMENT_ADDRESS, bytearray(argument), writable=False)]
+                if self._channel.tell(IoctlTold(self._handle, request, ARGUMENT_ADDRESS, regions), self._generation):
                     return
             self.ioctl(request, argument)
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""
-        answer = self._call(wire.MMAP, wire.MMAP_REQUEST, prot, shared, offset & _MASK, length & _MASK)
-        (confirm,) = wire.CONFIRM.unpack_from(answer.body)
+        answer = self._call(Mmap, prot, shared, offset & _MASK, length & _MASK)
+        made = answer.read(MmapAnswer)
         name = f"the map of {self.name} at index {offset:#x}"
         try:
             mapping = Mapping(length * times, prot=prot, name=name)
         except OSError as error:
             raise DeviceError(error.errno, f"{name} could not be made: {error.strerror}") from error
-        refusal = self._place(mapping, answer.body[wire.CONFIRM.size :] * times, answer.descriptors, shared=shared)
+        refusal = self._place(mapping, made.pieces * times, answer.descriptors, shared=shared)
         if refusal is not None:
             raise refusal
-        if confirm:
-            placed = wire.PLACED_REQUEST.pack(answer.result, mapping.address)
-            self._channel.tell(wire.PLACED, placed, self._generation)
+        if made.confirm:
+            self._channel.tell(Placed(answer.result, mapping.address), self._generation)
         return mapping
 
     def _place(
-        self, mapping: Mapping, pieces: bytes, descriptors: list[Descriptor], *, shared: bool = True
+        self, mapping: Mapping, pieces: tuple[Piece, ...], descriptors: list[Descriptor], *, shared: bool = True
     ) -> DeviceError | None:
-        """Put what came where it belongs. If that cannot be done, `mapping` is closed, and the answer says why."""
+        """Put what came where it belongs. If that cannot be done, `mapping` is closed, and the answer says why.
+
+        Raises:
+            MachineBroke: what came belongs nowhere.
+        """
         at = 0
         try:
-            for place, start, size in wire.PIECE.iter_unpack(pieces):
+            for place, start, size in pieces:
+                if place >= len(descriptors) or at + size > mapping.length:
+                    raise MachineBroke(f"the machine's pieces do not fit {mapping}; use one gntalloc for both")
                 mapping.place(at, size, descriptors[place].fileno(), start, shared=shared)
                 at += size
+        except MachineBroke:
+            raise
         except OSError as error:
             mapping.close()
             return DeviceError(error.errno, f"{mapping} could not be made: {error.strerror}")
@@ -235,40 +258,39 @@ class MachineFile:
         written back a moment ago)? Before it answers anything it has heard of all that was before.
         """
         if self.name != "evtchn":
-            return self._call(wire.READ, wire.READ_REQUEST, size).body
+            return self._call(Read, size).body
         size = min(size, PAGE_SIZE) & -PORT.size
         if not size:
             return b""
         if _waiting(self.fileno()) >= LEAST_RING:  # with fewer there none was lost
-            self._call(wire.READ, wire.READ_REQUEST, size)
+            self._call(Read, size)
         try:
             return self._take(size)
         except DeviceError as error:
             if error.errno != errno.EAGAIN:
                 raise
-        self._call(wire.READ, wire.READ_REQUEST, size)
+        self._call(Read, size)
         return self._take(size)
 
     def write(self, data: bytes) -> int:
         """See `DeviceFile`. Ports go over the home, which the machine looks at before it serves any later call."""
         if self.name != "evtchn":
-            return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=bytes(data)).result
+            return self._call(Write, bytes(data)).result
         ports = bytes(data[: min(len(data), PAGE_SIZE) & -PORT.size])
         if not ports:
             return 0
         try:
             return os.write(self.fileno(), ports)
         except BlockingIOError:  # the real device never says so: the machine has not looked for long, so wait for it
-            return self._call(wire.WRITE, wire.WRITE_REQUEST, rest=ports).result
+            return self._call(Write, ports).result
         except OSError as error:
             raise self._error("written", error) from error
 
     def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
         """See `DeviceFile`."""
-        answer = self._call(wire.HOLDERS, wire.HOLDERS_REQUEST, wait, index, count)
+        answer = self._call(HoldersRequest, wait, index, count)
         released = answer.descriptors[0].detach() if answer.descriptors else None
-        mapped_by = tuple(domid for (domid,) in _DOMIDS.iter_unpack(answer.body))
-        return Holders(bool(answer.result), mapped_by, released)
+        return Holders(bool(answer.result), answer.read(HoldersAnswer).mapped_by, released)
 
     def fileno(self) -> int:
         """The home: to be kept or passed on. Only that of evtchn is to be polled, read and written."""
@@ -319,7 +341,18 @@ class MachineFile:
             raise Closed(f"this {self.name} file is closed; open it again")
         return self._home
 
-    def _call(self, kind: int, layout: Struct, *fields: int, rest: bytes = b"") -> Answer:
+    def _call(self, kind: Any, *fields: Any) -> Answer:
+        """Send a message about this file, whose handle comes before the other fields.
+
+        Raises:
+            DeviceError: the machine's errno and its reason.
+        """
+        answer = self._ask(kind, *fields)
+        if answer.error:
+            raise DeviceError(answer.error, answer.why)
+        return answer
+
+    def _ask(self, kind: Any, *fields: Any) -> Answer:
         home = self._open_home()
         channel = self._channel
         with channel.lock:
@@ -327,12 +360,12 @@ class MachineFile:
                 channel.connect()
             if channel.generation != self._generation:  # a new channel: say which file this is
                 self._show(home)
-            return channel.call(kind, layout.pack(self._handle, *fields) + rest)
+            return channel.ask(kind(self._handle, *fields))
 
     def _show(self, home: Descriptor) -> None:
         channel = self._channel
         try:
-            self._handle = channel.call(wire.SHOW, b"", [home.fileno()]).result
+            self._handle = channel.call(Show(), [home.fileno()]).result
         except DeviceError as refusal:
             if refusal.errno == errno.EBADF:  # that machine, or that domain, is not the one that opened it
                 raise self._gone() from None
@@ -346,6 +379,14 @@ def _waiting(home: int) -> int:
     return size // PORT.size
 
 
-def _write_back(there: dict[int, Buffer], body: bytes) -> None:
-    for region in wire.decode_regions(body):
-        memoryview(there[region.address]).cast("B")[: len(region.data)] = region.data
+def _write_back(there: dict[int, Buffer], written: list[Region]) -> None:
+    """Put what a driver wrote where it belongs.
+
+    Raises:
+        MachineBroke: that is no memory of this call's.
+    """
+    for region in written:
+        buffer = there.get(region.address)
+        if buffer is None or len(region.data) > len(buffer):
+            raise MachineBroke("the machine's answer writes where nothing was asked; use one gntalloc for both")
+        memoryview(buffer).cast("B")[: len(region.data)] = region.data

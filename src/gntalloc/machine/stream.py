@@ -1,4 +1,4 @@
-"""A program's messages in, the machine's replies out, in order.
+"""MessageStream: a program's messages in, the machine's replies out, in order.
 
 The machine never blocks on a program. It sends with MSG_DONTWAIT; what does not go out at once is kept, and no further
 message of that program is served before it has gone. A program that leaves a message half sent, or does not read, is
@@ -8,56 +8,70 @@ dropped after a while; its files live on with their homes.
 from __future__ import annotations
 
 import os
-import select
 import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gntalloc import clock, wire
-from gntalloc.machine import foreign
+from gntalloc import clock
+from gntalloc.machine import descriptors as received
+from gntalloc.machine.loop import READABLE, WRITABLE
+from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
+from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
+from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Channel", "Dropped"]
+    from gntalloc.machine.turns import Speaker
+    from gntalloc.wire.stream import Message
 
-MESSAGES_A_TURN = 8  # then it is somebody else's turn
+__all__ = ["MessageStream"]
+
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
 _DESCRIPTORS_A_MESSAGE = 8  # more than any has
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
-_NOTES = frozenset({wire.PLACED, wire.IOCTL | wire.UNANSWERED})
-_NOTES_A_TURN = 2 * wire.MOST_UNANSWERED  # of who keeps to the rules all, and a PLACED or two that are not counted
+_NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})
+_NOTES_A_TURN = 2 * MOST_UNANSWERED  # all of a program that keeps to the rules, and a Placed or two that do not count
 
 
-class Dropped(Exception):
-    """There is no way to go on with this program."""
-
-
-class Channel:
-    """A stream of messages to and from one program, non-blocking. `serve` answers one."""
+class MessageStream:
+    """A stream of messages to and from one program, non-blocking: a Speaker. `serve` answers one message."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self.inbox: deque[tuple[wire.Message, list[int]]] = deque()
-        self._decoder = wire.Decoder()
+        self.inbox: deque[tuple[Message, list[int]]] = deque()
+        self.companion: Speaker | None = None
+        self._decoder = Decoder()
         self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
         self._admitted = 0  # how many of the inbox
-        self.wanted = select.EPOLLIN  # the loop's: what it waits for here
-        self.notes_expected = 0  # so many more than usual are in order
-        self.queued = False  # the loop's: whether it waits for its turn
 
-    def serve(self, message: wire.Message, descriptors: list[int]) -> None:
+    def serve(self, message: Message, descriptors: list[int]) -> None:
         """Answer one message. The descriptors are closed by the caller."""
         raise Dropped("nobody listens")
 
+    def fileno(self) -> int:
+        """See Speaker."""
+        return self.sock.fileno()
+
     @property
-    def runnable(self) -> bool:
-        """Whether a message waits and may be served."""
-        return bool(self.inbox) and not self._outbox
+    def notes_expected(self) -> int:
+        """How many notes more than usual are in order."""
+        return 0
+
+    @property
+    def standing(self) -> int:
+        """See Speaker. A program that has sent enough waits for answers first."""
+        if self._outbox:
+            wanted = WRITABLE
+        elif self.inbox:
+            wanted = RUNNABLE
+        else:
+            wanted = READABLE
+        return wanted if self._stalled_since is None else wanted | STALLING
 
     @property
     def wants_to_send(self) -> bool:
@@ -65,48 +79,44 @@ class Channel:
         return bool(self._outbox)
 
     def stalled(self, now: float) -> bool:
-        """Whether it has kept the machine waiting for too long."""
+        """See Speaker."""
         return self._stalled_since is not None and now - self._stalled_since > STALL
 
-    def waits(self) -> bool:
-        """Whether it keeps the machine waiting at all."""
-        return self._stalled_since is not None
-
-    def receive(self) -> None:
+    def receive(self, events: int) -> None:
         """Take what has come.
 
         Raises:
             Dropped: the program is gone, or what it sent is no message.
         """
         try:
-            data, descriptors = foreign.receive(self.sock, _BYTES_A_TURN)
+            data, descriptors = received.receive(self.sock, _BYTES_A_TURN)
         except BlockingIOError:
             return
-        except foreign.Truncated:
+        except received.Truncated:
             raise Dropped("there was no room for the descriptors that it sent") from None
         except OSError as error:
             raise Dropped(f"it cannot be read any more: {error.strerror}") from None
         self._received.extend(descriptors)
         if not data:
             raise Dropped("it went away")
-        received = self._received
+        waiting = self._received
         try:
             for message in self._decoder.feed(data):
-                if message.descriptors > len(received):
+                if message.descriptors > len(waiting):
                     raise Dropped("it announced descriptors that did not come")
-                self.inbox.append((message, [received.popleft() for _ in range(message.descriptors)]))
-        except wire.Garbage as error:
+                self.inbox.append((message, [waiting.popleft() for _ in range(message.descriptors)]))
+        except Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
-        if len(received) > (_DESCRIPTORS_A_MESSAGE if self._decoder.in_the_middle else 0):
+        if len(waiting) > (_DESCRIPTORS_A_MESSAGE if self._decoder.in_the_middle else 0):
             raise Dropped("it sent descriptors that belong to no message")
         self._judge()
 
     def admit(self) -> None:
-        """What has come until now may be served at the next turn."""
+        """See Speaker."""
         self._admitted = len(self.inbox)
 
-    def turn(self) -> None:
-        """Serve some of what was admitted.
+    def take_turn(self) -> None:
+        """See Speaker.
 
         Raises:
             Dropped: the program is gone.
@@ -118,7 +128,7 @@ class Channel:
         self._judge()
 
     def take_notes(self) -> None:
-        """Serve what was told before anything was asked, admitted or not: its teller may have told others since.
+        """See Speaker. What was told is served though it was not admitted: its teller may have told others since.
 
         Raises:
             Dropped: the program is gone.
@@ -130,7 +140,7 @@ class Channel:
 
     @property
     def has_notes(self) -> bool:
-        """Whether `take_notes` would do anything."""
+        """See Speaker."""
         return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox
 
     def _serve_next(self) -> None:
@@ -139,7 +149,26 @@ class Channel:
         try:
             self.serve(message, descriptors)
         finally:
-            foreign.let_go(descriptors)
+            received.let_go(descriptors)
+
+    def answer(
+        self,
+        message: Message,
+        *,
+        error: int = 0,
+        why: str = "",
+        result: int = 0,
+        body: bytes = b"",
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """Answer a message, or keep the answer for later. The descriptors may be closed afterwards.
+
+        Raises:
+            Dropped: the program is gone.
+        """
+        count = len(descriptors)
+        data = encode_reply(message.kind, message.id, error=error, why=why, result=result, body=body, descriptors=count)
+        self.send(data, descriptors)
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send, or keep for later. The descriptors may be closed afterwards.
@@ -148,9 +177,9 @@ class Channel:
             Dropped: the program is gone.
         """
         # Descriptors travel with bytes: all but the last part go with one byte of the message each.
-        while len(descriptors) > wire.MAX_DESCRIPTORS:
-            self._send_part(data[:1], descriptors[: wire.MAX_DESCRIPTORS])
-            data, descriptors = data[1:], descriptors[wire.MAX_DESCRIPTORS :]
+        while len(descriptors) > MAX_DESCRIPTORS:
+            self._send_part(data[:1], descriptors[:MAX_DESCRIPTORS])
+            data, descriptors = data[1:], descriptors[MAX_DESCRIPTORS:]
         self._send_part(data, descriptors)
         if self._outbox:
             self._judge()
@@ -199,14 +228,14 @@ class Channel:
         """Let go of the program, and of what was meant for it."""
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
-        foreign.let_go(list(self._received))
+        received.let_go(list(self._received))
         for _, meant in self._outbox:
             for descriptor in meant:
                 os.close(descriptor)
         self._received.clear()
         self.inbox.clear()
         self._outbox.clear()
-        foreign.hang_up(self.sock)
+        received.hang_up(self.sock)
 
     def _judge(self) -> None:
         if not self._outbox and (self.inbox or not self._decoder.in_the_middle):

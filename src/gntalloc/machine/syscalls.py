@@ -19,10 +19,9 @@ import fcntl
 import logging
 import mmap
 import os
-import select
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
@@ -31,19 +30,22 @@ from gntalloc.calls.arguments import regions_of
 from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
 from gntalloc.calls.memory import Denied, Memory
 from gntalloc.calls.serving import IOCTL, Serving, is_shared
-from gntalloc.drivers.chardev import File, MessageCaller, Region
 from gntalloc.errors import DeviceError
+from gntalloc.machine.loop import READABLE
+from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.wire.memory import MessageCaller
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gntalloc.calls.listener import Call
-    from gntalloc.drivers.chardev import Caller
-    from gntalloc.machine.connection import Connection
-    from gntalloc.machine.server import Server
+    from gntalloc.drivers.chardev import Caller, File, Plan
+    from gntalloc.machine.homes import Homes
+    from gntalloc.machine.machine import Guest
+    from gntalloc.machine.turns import Speaker
 
-__all__ = ["Served", "may_be_served", "process_namespace"]
+__all__ = ["Handover", "OpenStore", "Syscalls", "may_be_served", "process_namespace"]
 
 log = logging.getLogger("gntalloc.machine")
 
@@ -68,19 +70,46 @@ def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
     )
 
 
-class Served:
-    """The calls of one run. As `Files` of them it goes to the drivers.
+class Handover(Protocol):
+    """The supervisor, to which calls go that the machine does not answer itself."""
+
+    def place(self, call: Call, plan: Plan, process: int) -> None:
+        """Have it answer this mmap with these pages."""
+
+    def take_over(self, call: Call) -> None:
+        """Have it answer this call and all that follow."""
+
+
+class OpenStore(Protocol):
+    """Opens a connection to xenstore as process `opener` of a domain: the program's end."""
+
+    def __call__(self, guest: Guest, *, opener: int) -> socket.socket:
+        """Raise DeviceError if it cannot be: EMFILE."""
+
+
+class Syscalls:
+    """The calls of one run: a Speaker, and the `Files` of them.
 
     Args:
-        server: the loop.
-        connection: the supervisor's.
+        guest: the run's domain.
         descriptor: the listener; ours from now on.
+        homes: of open files.
+        open_store: for /dev/xen/xenbus.
+        supervisor: answers what is not answered here.
     """
 
-    def __init__(self, server: Server, connection: Connection, descriptor: int) -> None:
-        self.connection = connection
-        self._server = server
-        self._guest = connection.guest
+    companion: Speaker | None = None
+    has_notes = False
+
+    def __init__(
+        self, guest: Guest, descriptor: int, homes: Homes, open_store: OpenStore, supervisor: Handover
+    ) -> None:
+        self.is_heard: Callable[[], bool] = lambda: True
+        """Whether the supervisor reads what it is handed."""
+        self._guest = guest
+        self._homes = homes
+        self._open_store = open_store
+        self._supervisor = supervisor
         with os.fdopen(os.memfd_create("gntalloc calls", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "rb") as notes:
             os.ftruncate(notes.fileno(), NOTES_SIZE)
             self._page = mmap.mmap(notes.fileno(), NOTES_SIZE)
@@ -90,48 +119,72 @@ class Served:
         self._serving = Serving(self._listener, self, say=log.error, one_user=True)
         self._memory = Memory()
         self._taken: deque[Call] = deque()
+        self._admitted = 0
         self._bells: dict[tuple[int, int], File] = {}  # (thread, descriptor) -> a file of evtchn: see _notify
-        server.watch(descriptor, self._take)
+
+    # As a Speaker.
 
     def fileno(self) -> int:
-        """The listener."""
+        """See Speaker: the listener."""
         return self._listener.fileno()
 
-    def _take(self, events: int) -> None:
-        if not events & select.EPOLLIN:
-            self.connection.end_serving()  # nobody is left who could make a call
-            return
+    @property
+    def standing(self) -> int:
+        """See Speaker. What cannot be told to the supervisor must wait."""
+        wanted = READABLE if self.is_heard() else 0
+        return wanted | RUNNABLE if self._taken else wanted
+
+    def receive(self, events: int) -> None:
+        """Take one call.
+
+        Raises:
+            Dropped: nobody is left who could make one.
+        """
+        if not events & READABLE:
+            raise Dropped("nobody is left in that run")
         call = self._listener.receive()
         if call is not None:
             self._taken.append(call)
-            self._server.calls.append(self)
 
-    def serve(self) -> None:
-        """Answer one call, or have it answered, if any is left."""
-        call = self.take_back()
-        if call is None:
-            return
-        arguments = call.arguments
-        try:
-            if not (arguments[1] == NOTIFY and self._notify(call)):
-                self._serving.serve(call)
-        except Denied:
-            self.connection.hand_over(call)
+    def flush(self) -> None:
+        """See Speaker. Answers never wait."""
+
+    def stalled(self, now: float) -> bool:
+        """See Speaker. A run's supervisor may be; its calls are not."""
+        return False
+
+    def admit(self) -> None:
+        """See Speaker."""
+        self._admitted = len(self._taken)
+
+    def take_notes(self) -> None:
+        """See Speaker."""
+
+    def take_turn(self) -> None:
+        """Answer calls, or have them answered."""
+        for _ in range(min(self._admitted, MESSAGES_A_TURN)):
+            call = self.take_back()
+            if call is None:
+                return
+            try:
+                if not (call.arguments[1] == NOTIFY and self._notify(call)):
+                    self._serving.serve(call)
+            except Denied:
+                self._supervisor.take_over(call)
 
     def take_back(self) -> Call | None:
-        """The next of the calls that were taken and are not served yet: the caller's to see to. None: there is none."""
+        """Give back the next of the calls that were taken and are not served; None: there is none."""
         return self._taken.popleft() if self._taken else None
 
     def fail(self, call: Call) -> None:
-        """Nobody can serve it."""
+        """Let a call fail that nobody can serve."""
         with suppress(CallerGone):
             self._listener.answer(call, -errno.EIO)
 
     def close(self) -> None:
-        """Serve no more. What nobody has taken back fails, or its callers would wait for ever."""
+        """Serve no more. Calls that nobody has taken back fail, or their callers would wait for ever."""
         while (call := self.take_back()) is not None:
             self.fail(call)
-        self._server.unwatch(self._listener.fileno())
         self._listener.close()
         self._page.close()  # it has a descriptor
         self._serving.close()
@@ -159,16 +212,16 @@ class Served:
     def open(self, process: int, name: str, flags: int) -> socket.socket:
         """See `Files`."""
         with self._told(process):
-            return self._server.homes.open(self._guest, name, flags, opener=process)[1]
+            return self._homes.open(self._guest, name, flags, opener=process)[1]
 
     def open_store(self, process: int) -> socket.socket:
         """See `Files`."""
         with self._told(process):
-            return self._server.open_store(self._guest, opener=process)
+            return self._open_store(self._guest, opener=process)
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> File | None:
         """See `Files`."""
-        return self._server.homes.file_of(self._guest, identity)
+        return self._homes.file_of(self._guest, identity)
 
     def name(self, file: File) -> str:
         """See `Files`."""
@@ -182,8 +235,7 @@ class Served:
             raise Denied
         caller: Caller
         if request in _FAR:
-            regions = regions_of(file.driver.name, request, address, self._memory, call.thread)
-            there = [Region(at, bytearray(data), writable=writable) for at, writable, data in regions]
+            there = regions_of(file.driver.name, request, address, self._memory, call.thread)
             caller = MessageCaller(there, process=process)
         else:
             caller, there = _Program(self, call, process), []
@@ -216,7 +268,7 @@ class Served:
         _address, length, prot, flags, _descriptor, offset = call.arguments
         with self._told(process):
             plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
-            self.connection.have_placed(call, plan, process)
+            self._supervisor.place(call, plan, process)
 
     @contextmanager
     def _told(self, process: int) -> Iterator[None]:
@@ -232,23 +284,23 @@ class Served:
 class _Program:
     """Its memory, as drivers see it."""
 
-    __slots__ = ("_call", "_served", "process")
+    __slots__ = ("_call", "_calls", "process")
 
     by_offset = False  # whose maps are, its supervisor serves
 
-    def __init__(self, served: Served, call: Call, process: int) -> None:
+    def __init__(self, calls: Syscalls, call: Call, process: int) -> None:
         self.process = process
-        self._served = served
+        self._calls = calls
         self._call = call
 
     def read(self, address: int, size: int) -> bytes:
         """See `Caller`."""
-        data = self._served.get(self._call, address, size)
+        data = self._calls.get(self._call, address, size)
         if len(data) < size:
             raise DeviceError(errno.EFAULT, f"the {size} bytes at {address:#x} are not all in the caller's memory")
         return data
 
     def write(self, address: int, data: bytes) -> None:
         """See `Caller`."""
-        if not self._served.put(self._call, address, data):
+        if not self._calls.put(self._call, address, data):
             raise DeviceError(errno.EFAULT, f"the {len(data)} bytes at {address:#x} cannot all be written")

@@ -1,0 +1,184 @@
+"""Doors: the sockets at which programs knock, and who may come in.
+
+Who may come in is decided at connect, by the user that the kernel names (SO_PEERCRED). The modes of the sockets only
+keep others from knocking.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.places import control_path, domain_path, store_path
+from gntalloc.wire.messages import NOBODY, Hello, kind_of
+from gntalloc.wire.stream import encode_reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.machine.loop import Loop
+    from gntalloc.machine.machine import Guest
+
+__all__ = ["Doors", "Peer"]
+
+log = logging.getLogger("gntalloc.machine")
+
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_BACKLOG = 512
+_NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a socket, as the kernel named it when it connected."""
+
+    pid: int
+    uid: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Peer:
+        """Ask the kernel."""
+        pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        return cls(pid, uid)
+
+
+class Doors:
+    """The sockets in a machine's folder.
+
+    Args:
+        loop: hears who knocks.
+        folder: for the sockets.
+    """
+
+    def __init__(self, loop: Loop, folder: str) -> None:
+        self._loop = loop
+        self._folder = folder
+        self._listeners: dict[str, socket.socket] = {}
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def open_control(self, let_in: Callable[[socket.socket], None]) -> None:
+        """Let the machine's owner, and root, give orders.
+
+        Raises:
+            GntallocError: the socket cannot be made.
+        """
+
+        def accept(sock: socket.socket) -> None:
+            if Peer.of(sock).uid in {os.getuid(), 0}:
+                let_in(sock)
+            else:
+                sock.close()
+
+        self._listen(control_path(self._folder), 0o600, accept)
+
+    def open_domain(
+        self,
+        guest: Guest,
+        let_in: Callable[[socket.socket, Guest, Peer], None],
+        let_in_to_store: Callable[[socket.socket, Guest, Peer], None],
+    ) -> None:
+        """Let programs of the domain's user, and root, into a domain and its xenstore. Either may refuse: DeviceError.
+
+        Raises:
+            GntallocError: a socket cannot be made; then there is none.
+        """
+        mode = 0o600
+        if guest.uid != os.getuid():
+            mode = 0o666
+            os.chmod(self._folder, 0o711)
+        store, domain = store_path(self._folder, guest.domid), domain_path(self._folder, guest.domid)
+
+        def accept(sock: socket.socket) -> None:
+            try:
+                let_in(sock, guest, _entitled(sock, guest))
+            except DeviceError as why:
+                log.info("refused pid %d: %s", Peer.of(sock).pid, why)
+                _refuse(sock, why)
+
+        def accept_to_store(sock: socket.socket) -> None:
+            try:
+                let_in_to_store(sock, guest, _entitled(sock, guest))
+            except DeviceError as why:  # xenstore's wire has no word for it
+                log.info("refused a program at xenstore: %s", why)
+                sock.close()
+
+        self._listen(store, mode, accept_to_store)
+        try:
+            self._listen(domain, mode, accept)
+        except GntallocError:
+            self._shut(store)
+            raise
+
+    def shut_domain(self, domid: int) -> None:
+        """Let nobody into a domain any more."""
+        self._shut(domain_path(self._folder, domid))
+        self._shut(store_path(self._folder, domid))
+
+    def close(self) -> None:
+        """Take all sockets out of the folder."""
+        for path in list(self._listeners):
+            self._shut(path)
+        os.close(self._spare)
+
+    def _listen(self, path: str, mode: int, accept: Callable[[socket.socket], None]) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unheard = path + "-"
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            listener.bind(unheard)
+            os.chmod(unheard, mode)
+            listener.listen(_BACKLOG)
+            os.rename(unheard, path)  # whoever sees it there may connect at once
+        except OSError as error:
+            listener.close()
+            raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
+        listener.setblocking(False)
+        self._listeners[path] = listener
+        self._loop.watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
+
+    def _shut(self, path: str) -> None:
+        listener = self._listeners.pop(path)
+        self._loop.unwatch(listener.fileno())
+        listener.close()
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # somebody tidied the folder up before us
+
+    def _take_in(self, listener: socket.socket, accept: Callable[[socket.socket], None]) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # Out of descriptors. Take the caller in with the spare one and hang up, or it would wake us for ever.
+            os.close(self._spare)
+            try:
+                listener.accept()[0].close()
+            except OSError:
+                pass  # it gave up by itself
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            return
+        accept(sock)
+
+
+def _entitled(sock: socket.socket, guest: Guest) -> Peer:
+    peer = Peer.of(sock)
+    if peer.uid not in {guest.uid, 0}:
+        why = f"domain {guest.domid} is for uid {guest.uid}, and this program runs as {peer.uid}"
+        raise DeviceError(errno.EACCES, why)
+    return peer
+
+
+def _refuse(sock: socket.socket, why: DeviceError) -> None:
+    reply = encode_reply(kind_of(Hello), NOBODY, error=why.errno or errno.EACCES, why=str(why))
+    try:
+        sock.send(reply, _NEVER_WAIT)
+    except OSError:
+        pass  # it did not even wait for the answer
+    sock.close()

@@ -1,0 +1,63 @@
+"""The loop: waits for descriptors, in one epoll, and calls what was left for each. It knows nobody."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["HUNG_UP", "READABLE", "SOMETHING_CAME", "WRITABLE", "Loop"]
+
+READABLE, WRITABLE, HUNG_UP = int(select.EPOLLIN), int(select.EPOLLOUT), int(select.EPOLLHUP)
+SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
+
+_SWALLOW = 4096
+
+
+class Loop:
+    """One epoll, and what to call for each descriptor in it."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[int], None]] = {}
+
+    def watch(self, descriptor: int, ready: Callable[[int], None], events: int = READABLE) -> None:
+        """Call `ready` with the events of `descriptor` whenever there are any of these, or it has hung up."""
+        self._ready[descriptor] = ready
+        self._epoll.register(descriptor, events)
+
+    def change(self, descriptor: int, events: int) -> None:
+        """Wait for these events of a descriptor instead."""
+        self._epoll.modify(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Wait for nothing of a descriptor any more."""
+        del self._ready[descriptor]
+        self._epoll.unregister(descriptor)
+
+    def wake_by(self, descriptor: int) -> None:
+        """Let bytes on `descriptor` end a wait."""
+        self.watch(descriptor, lambda _events: _swallow(descriptor))
+
+    def hear(self, patience: float) -> None:
+        """Call what is left for each descriptor that has events.
+
+        Args:
+            patience: seconds to wait until any has; 0 takes only what is there, -1 waits for ever.
+        """
+        ready = self._ready
+        for descriptor, events in self._epoll.poll(patience, len(ready)):
+            call = ready.get(descriptor)
+            if call is not None:  # one before it may have ended this one
+                call(events)
+
+    def close(self) -> None:
+        """Give the epoll back."""
+        self._epoll.close()
+
+
+def _swallow(descriptor: int) -> None:
+    os.read(descriptor, _SWALLOW)

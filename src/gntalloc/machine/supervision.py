@@ -1,0 +1,154 @@
+"""What a run's supervisor asks of the machine beyond calls of its own, and the calls that it is handed.
+
+The machine serves the system calls of its own user's programs itself (syscalls.py), over a listener that the supervisor
+sends. Maps are placed by the supervisor, since ptrace waits for the program; so are all calls from the moment on when
+the machine may not look into the program, or a debugger has it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from gntalloc.machine.connection import pieces_of_plan
+from gntalloc.machine.syscalls import Syscalls, may_be_served
+from gntalloc.machine.turns import Dropped
+from gntalloc.wire.messages import (
+    PLACE,
+    TAKE_OVER,
+    UNASKED,
+    Behalf,
+    Brought,
+    Home,
+    Keep,
+    Serve,
+    frame,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gntalloc.calls.listener import Call
+    from gntalloc.drivers.chardev import Plan
+    from gntalloc.machine.connection import CarryOut, Connection, Handler
+    from gntalloc.machine.homes import Homes
+    from gntalloc.machine.syscalls import OpenStore
+    from gntalloc.machine.turns import Turns
+    from gntalloc.wire.stream import Message
+
+__all__ = ["Supervision"]
+
+
+class Supervision:
+    """Serves supervisors, of all runs.
+
+    Args:
+        turns: of programs.
+        homes: of open files.
+        open_store: opens a connection to xenstore.
+        carry_out: makes descriptions for a plan.
+    """
+
+    def __init__(self, turns: Turns, homes: Homes, open_store: OpenStore, carry_out: CarryOut) -> None:
+        self._turns = turns
+        self._homes = homes
+        self._open_store = open_store
+        self._carry_out = carry_out
+        self._runs: dict[Connection, _Run] = {}
+        self.handlers: Mapping[type, Handler] = {
+            Serve: self._serve,
+            Behalf: self._behalf,
+            Keep: self._keep,
+            Home: self._home,
+        }
+
+    def _serve(self, connection: Connection, message: Message, asked: Serve, descriptors: list[int]) -> None:
+        if connection in self._runs or not descriptors:
+            connection.answer(message)
+            return
+        if not may_be_served(connection.peer.uid, asked.namespace, descriptors[0]):
+            connection.answer(message)
+            return
+        run = _Run(connection, self._turns, self._carry_out)
+        calls = Syscalls(connection.guest, os.dup(descriptors[0]), self._homes, self._open_store, run)
+        run.begin(calls)
+        self._runs[connection] = run
+        connection.when_ended(lambda: self._ended(connection))
+        try:
+            connection.answer(message, result=1, descriptors=[calls.notes])
+        finally:
+            os.close(calls.notes)
+
+    def _ended(self, connection: Connection) -> None:
+        self._runs.pop(connection).end()
+
+    def _behalf(self, connection: Connection, message: Message, told: Behalf, descriptors: list[int]) -> None:
+        connection.pid, connection.by_offset = told.process, bool(told.by_offset)
+
+    def _keep(self, connection: Connection, message: Message, asked: Keep, descriptors: list[int]) -> None:
+        self._homes.keep(connection.file(asked.handle), descriptors)
+        connection.answer(message)
+
+    def _home(self, connection: Connection, message: Message, asked: Home, descriptors: list[int]) -> None:
+        connection.answer(message, descriptors=[self._homes.kept(connection.file(asked.handle))])
+
+
+class _Run:
+    """One run whose calls the machine serves: what it hands to the supervisor."""
+
+    def __init__(self, connection: Connection, turns: Turns, carry_out: Callable[[Plan], list[Any]]) -> None:
+        self._connection = connection
+        self._turns = turns
+        self._carry_out = carry_out
+        self._calls: Syscalls | None = None
+
+    def begin(self, calls: Syscalls) -> None:
+        """Serve these calls in turn, as long as the supervisor reads what it is handed."""
+        self._calls = calls
+        self._connection.companion = calls
+        calls.is_heard = lambda: not self._connection.wants_to_send
+        self._turns.add(calls, self._forget)
+
+    def end(self) -> None:
+        """Serve no more of them."""
+        if self._calls is not None:
+            self._turns.drop(self._calls, "its supervisor is gone, or serves it")
+
+    def place(self, call: Call, plan: Plan, process: int) -> None:
+        """Have the supervisor answer this mmap with these pages."""
+        loans = self._carry_out(plan)
+        confirm = plan.confirm or plan.locate
+        number = self._connection.placements.expect(plan.record, process) if confirm else 0
+        brought = Brought(PLACE, confirm, number, call.encode(), pieces_of_plan(plan, loans))
+        try:
+            self._bring(call, brought, [loan.descriptor for loan in loans])
+        finally:
+            for loan in loans:
+                loan.close()
+
+    def take_over(self, call: Call) -> None:
+        """Have the supervisor answer this call and all that follow, those that were taken already among them."""
+        calls = self._calls
+        assert calls is not None
+        left: Call | None = call
+        while left is not None:
+            self._bring(left, Brought(TAKE_OVER, 0, 0, left.encode(), ()), ())
+            left = calls.take_back()
+        self.end()
+
+    def _bring(self, call: Call, brought: Brought, descriptors: Sequence[int]) -> None:
+        connection = self._connection
+        data = frame(brought, UNASKED, len(descriptors))
+        try:
+            connection.send(data, descriptors)
+        except Dropped as reason:
+            if self._calls is not None:
+                self._calls.fail(call)
+            self._turns.drop(connection, str(reason))
+        else:
+            if connection.wants_to_send:
+                self._turns.plan(connection)
+
+    def _forget(self) -> None:
+        self._calls = None
+        self._connection.companion = None

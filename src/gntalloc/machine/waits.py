@@ -1,0 +1,71 @@
+"""Sockets that tell programs when no peer holds their pages any more: each comes to its end of file then."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from typing import TYPE_CHECKING
+
+from gntalloc.errors import DeviceError
+
+if TYPE_CHECKING:
+    from gntalloc.drivers.chardev import File
+    from gntalloc.drivers.gntalloc import GntallocDriver
+    from gntalloc.drivers.releases import ReleaseWaiter
+
+__all__ = ["MAX_WAITS", "Waits"]
+
+MAX_WAITS = 1024
+"""So many waits one domain has at most, so that it cannot use up the machine's descriptors."""
+
+
+class Waits:
+    """The waits of all programs."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
+        self._hang_ups = select.epoll()
+
+    def fileno(self) -> int:
+        """Give a descriptor that is readable when `settle` has something to do."""
+        return self._hang_ups.fileno()
+
+    def settle(self) -> None:
+        """Forget waits that their programs have ended."""
+        for descriptor, _ in self._hang_ups.poll(0, len(self._waiters) + 1):
+            if descriptor in self._waiters:
+                _, _, waiter = self._waiters[descriptor]
+                waiter.forget()
+                self._end(descriptor)
+
+    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
+        """Make a socket that comes to its end of file when no peer holds these pages any more: the program's end.
+
+        Raises:
+            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
+        """
+        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
+            raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        descriptor = ours.fileno()
+        waiter = driver.when_released(file, index, count, lambda: self._end(descriptor))
+        self._waiters[descriptor] = ours, driver, waiter
+        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
+        self._hang_ups.register(descriptor, 0)
+        return theirs
+
+    def close(self) -> None:
+        """End all of them."""
+        for sock, _, _ in self._waiters.values():
+            sock.close()
+        self._hang_ups.close()
+
+    def _end(self, descriptor: int) -> None:
+        if descriptor in self._waiters:
+            sock, _, _ = self._waiters.pop(descriptor)
+            self._hang_ups.unregister(descriptor)
+            sock.close()

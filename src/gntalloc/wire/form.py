@@ -1,0 +1,122 @@
+"""How a message's fields become bytes: numbers of fixed size first, then at most one field of any length."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any, NamedTuple
+
+from gntalloc.wire.memory import decode_regions, encode_regions
+from gntalloc.wire.stream import Garbage
+
+__all__ = ["BYTES", "DOMIDS", "PIECES", "REGIONS", "TEXT", "Form", "MapAndReason", "Piece", "Tail"]
+
+_WORD = Struct("=I")
+_PIECE = Struct("=IQQ")
+
+
+class Piece(NamedTuple):
+    """Part of a map: `length` bytes from `offset` on of the memory file behind one of the message's descriptors."""
+
+    descriptor: int
+    offset: int
+    length: int
+
+
+class Tail(NamedTuple):
+    """The last field of a message: what it is called in the docs, and its two ways."""
+
+    name: str
+    encode: Any
+    decode: Any
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _encode_pieces(pieces: tuple[Piece, ...]) -> bytes:
+    return b"".join([_PIECE.pack(*piece) for piece in pieces])
+
+
+def _decode_pieces(data: bytes) -> tuple[Piece, ...]:
+    if len(data) % _PIECE.size:
+        raise Garbage(f"pieces in {len(data)} bytes; each has {_PIECE.size}")
+    return tuple([Piece(*each) for each in _PIECE.iter_unpack(data)])
+
+
+def _encode_domids(domids: tuple[int, ...]) -> bytes:
+    return b"".join([_WORD.pack(domid) for domid in domids])
+
+
+def _decode_domids(data: bytes) -> tuple[int, ...]:
+    if len(data) % _WORD.size:
+        raise Garbage(f"domids in {len(data)} bytes; each has {_WORD.size}")
+    return tuple([domid for (domid,) in _WORD.iter_unpack(data)])
+
+
+BYTES = Tail("bytes", bytes, bytes)
+TEXT = Tail("text", str.encode, _text)
+REGIONS = Tail("regions", encode_regions, decode_regions)
+PIECES = Tail("pieces", _encode_pieces, _decode_pieces)
+DOMIDS = Tail("domids u32", _encode_domids, _decode_domids)
+
+
+class Form:
+    """The layout of one kind of message.
+
+    Args:
+        head: of the fields of fixed size, as struct has it.
+        tail: of the last field, if it has any length.
+        kind: the number of a request; an answer has its request's.
+        descriptors: what descriptors come along with it, in words.
+    """
+
+    def __init__(self, head: str = "=", tail: Tail | None = None, *, kind: int = 0, descriptors: str = "") -> None:
+        self.head = Struct(head)
+        self.tail = tail
+        self.kind = kind
+        self.descriptors = descriptors
+
+    def encode(self, fields: tuple[Any, ...]) -> bytes:
+        """Make a payload of a message's fields."""
+        if self.tail is None:
+            return self.head.pack(*fields)
+        data: bytes = self.head.pack(*fields[:-1]) + self.tail.encode(fields[-1])
+        return data
+
+    def decode(self, payload: bytes) -> tuple[Any, ...]:
+        """Take a payload apart.
+
+        Raises:
+            Garbage: it is too short, or its last field is no whole one.
+        """
+        size = self.head.size
+        if len(payload) < size:
+            raise Garbage(f"{len(payload)} bytes where {size} or more are due")
+        fields = self.head.unpack_from(payload)
+        return fields if self.tail is None else (*fields, self.tail.decode(payload[size:]))
+
+
+class MapAndReason(Form):
+    """Two fields of any length more than others have; the head says how long these are."""
+
+    _lengths = Struct("=iIQII")
+
+    def encode(self, fields: tuple[Any, ...]) -> bytes:
+        """See Form."""
+        error, why, record, confirm, pieces, written = fields
+        reason, parts = TEXT.encode(why, "utf-8", "replace"), PIECES.encode(pieces)
+        head = self._lengths.pack(error, len(reason), record, confirm, len(parts))
+        return b"".join((head, reason, parts, REGIONS.encode(written)))
+
+    def decode(self, payload: bytes) -> tuple[Any, ...]:
+        """See Form."""
+        start = self._lengths.size
+        if len(payload) < start:
+            raise Garbage(f"{len(payload)} bytes where {start} or more are due")
+        error, reason, record, confirm, parts = self._lengths.unpack_from(payload)
+        middle, end = start + reason, start + reason + parts
+        if len(payload) < end:
+            raise Garbage(f"{len(payload)} bytes where {end} or more are due")
+        why, pieces = TEXT.decode(payload[start:middle]), PIECES.decode(payload[middle:end])
+        return error, why, record, confirm, pieces, REGIONS.decode(payload[end:])

@@ -1,0 +1,314 @@
+"""Every kind of message, a named tuple each: its number, its fields, and the form that these have on the wire.
+
+`encode(Open(flags, name))` makes a payload, and `decode(Open, payload)` a message of it. What an answer refuses, its
+error and its reason, is in the frame (`stream.Reply`), and so is its result, a number. docs/wire.md has the table that
+is made from this module.
+
+An IoctlTold, and a Placed, get no reply. The machine serves them before anything that was sent later, by whomever, as
+long as nobody sends more than MOST_UNANSWERED of them between two requests with a reply.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from gntalloc.wire.form import BYTES, DOMIDS, PIECES, REGIONS, TEXT, Form, MapAndReason, Piece
+from gntalloc.wire.stream import UNANSWERED, Garbage
+from gntalloc.wire.stream import encode as encode_frame
+
+if TYPE_CHECKING:
+    from gntalloc.wire.memory import Region
+
+__all__ = [
+    "FORMS",
+    "KINDS",
+    "MOST_UNANSWERED",
+    "NOBODY",
+    "PLACE",
+    "TAKE_OVER",
+    "UNASKED",
+    "VERSION",
+    "Behalf",
+    "Brought",
+    "Control",
+    "Hello",
+    "Holders",
+    "HoldersAnswer",
+    "Home",
+    "Ioctl",
+    "IoctlAnswer",
+    "IoctlMmap",
+    "IoctlMmapAnswer",
+    "IoctlTold",
+    "Keep",
+    "Mmap",
+    "MmapAnswer",
+    "Open",
+    "Piece",
+    "Placed",
+    "Read",
+    "Serve",
+    "Show",
+    "ShowAnswer",
+    "Write",
+    "decode",
+    "encode",
+    "frame",
+    "kind_of",
+]
+
+M = TypeVar("M")
+
+VERSION = 5
+MOST_UNANSWERED = 8
+"""So many messages without an answer may be sent in a row."""
+NOBODY = 0
+"""The id of an answer to a program that is refused at the door."""
+UNASKED = 0xFFFFFFFF
+"""The id of what the machine says by itself."""
+
+
+class Hello(NamedTuple):
+    """Begin. The result is the domid."""
+
+    version: int
+
+
+class Open(NamedTuple):
+    """Open a device. The result is the file's handle; the answer's descriptor is its home."""
+
+    flags: int
+    name: str
+
+
+class Show(NamedTuple):
+    """Show a home over a new channel. The result is the file's handle on this channel. Answer: ShowAnswer."""
+
+
+class ShowAnswer(NamedTuple):
+    """Say what file a home is of."""
+
+    flags: int
+    name: str
+
+
+class Ioctl(NamedTuple):
+    """Call a driver. The result is what it returned. Answer: IoctlAnswer, also if it refuses."""
+
+    handle: int
+    request: int
+    address: int
+    regions: list[Region]
+
+
+class IoctlAnswer(NamedTuple):
+    """Give back what the driver wrote, before it failed too."""
+
+    written: list[Region]
+
+
+class IoctlTold(NamedTuple):
+    """Tell a driver what nobody waits for: DEALLOC_GREF, UNMAP_GRANT_REF, NOTIFY. It is not answered."""
+
+    handle: int
+    request: int
+    address: int
+    regions: list[Region]
+
+
+class Mmap(NamedTuple):
+    """Map part of a file. The result is the number of the record, for Placed. Answer: MmapAnswer."""
+
+    handle: int
+    prot: int
+    shared: int
+    offset: int
+    length: int
+
+
+class MmapAnswer(NamedTuple):
+    """Say what to map, with a descriptor for each memory file. If `confirm` is not 0, a Placed is wanted then."""
+
+    confirm: int
+    pieces: tuple[Piece, ...]
+
+
+class Placed(NamedTuple):
+    """Tell where the program has what Mmap gave. It is not answered."""
+
+    record: int
+    address: int
+
+
+class Read(NamedTuple):
+    """Read a file. The result is the length, the body the bytes. Of evtchn there are none: they are on the home."""
+
+    handle: int
+    size: int
+
+
+class Write(NamedTuple):
+    """Write to a file. The result is the length."""
+
+    handle: int
+    data: bytes
+
+
+class Holders(NamedTuple):
+    """Ask which peers hold pages. The result is 1 if any does. Answer: HoldersAnswer.
+
+    If asked to `wait`, the answer has a descriptor then, which hangs up when none does any more.
+    """
+
+    handle: int
+    wait: int
+    start: int
+    pages: int
+
+
+class HoldersAnswer(NamedTuple):
+    """List the domains that map any of the pages."""
+
+    mapped_by: tuple[int, ...]
+
+
+class Control(NamedTuple):
+    """Give the machine an order, in JSON, over the control channel. The body of the answer is JSON too."""
+
+    order: bytes
+
+
+class IoctlMmap(NamedTuple):
+    """Call ALLOC_GREF or MAP_GRANT_REF, and map at `place` what that made. The result is the ioctl's.
+
+    Answer: IoctlMmapAnswer; if the ioctl itself fails, IoctlAnswer.
+    """
+
+    handle: int
+    request: int
+    address: int
+    prot: int
+    shared: int
+    length: int
+    place: int
+    regions: list[Region]
+
+
+class IoctlMmapAnswer(NamedTuple):
+    """Say what to map. If only the mmap failed, `error` and `why` tell, and what the ioctl made is still there."""
+
+    error: int
+    why: str
+    record: int
+    confirm: int
+    pieces: tuple[Piece, ...]
+    written: list[Region]
+
+
+class Serve(NamedTuple):
+    """Ask the machine to serve the calls of a `run`. The result is 1 if it does.
+
+    The answer's descriptor is the page where calls are noted (calls/listener.py). `namespace` is the caller's of pids.
+    """
+
+    namespace: int
+
+
+class Behalf(NamedTuple):
+    """Say for which process what follows is. It is not answered.
+
+    With `by_offset` the process makes its maps itself, at the offset that it asks for.
+    """
+
+    process: int
+    by_offset: int
+
+
+class Brought(NamedTuple):
+    """Hand a system call over to the supervisor, unasked, also between a request and its reply.
+
+    PLACE: an mmap, to be answered with these pieces. TAKE_OVER: any call, and from now on all others too; those that
+    the machine had taken by then follow in messages of their own. The call is `calls.listener.Call`.
+    """
+
+    what: int
+    confirm: int
+    record: int
+    call: bytes
+    pieces: tuple[Piece, ...]
+
+
+PLACE, TAKE_OVER = 1, 2
+
+
+class Keep(NamedTuple):
+    """Have the machine hold a home as well, as long as anything is mapped of its file."""
+
+    handle: int
+
+
+class Home(NamedTuple):
+    """Ask for the home that is kept, which is the answer's descriptor."""
+
+    handle: int
+
+
+FORMS: dict[type, Form] = {
+    Hello: Form("=I", kind=1),
+    Open: Form("=I", TEXT, kind=2),
+    Show: Form(kind=3, descriptors="the home"),
+    ShowAnswer: Form("=I", TEXT),
+    Ioctl: Form("=IIQ", REGIONS, kind=4),
+    IoctlAnswer: Form("=", REGIONS),
+    IoctlTold: Form("=IIQ", REGIONS, kind=4 | UNANSWERED),
+    Mmap: Form("=IIIQQ", kind=5),
+    MmapAnswer: Form("=B", PIECES),
+    Placed: Form("=QQ", kind=6),
+    Read: Form("=II", kind=7),
+    Write: Form("=I", BYTES, kind=8),
+    Holders: Form("=IIQQ", kind=9),
+    HoldersAnswer: Form("=", DOMIDS),
+    Control: Form("=", BYTES, kind=10),
+    IoctlMmap: Form("=IIQIIQQ", REGIONS, kind=11),
+    IoctlMmapAnswer: MapAndReason(),
+    Serve: Form("=Q", kind=12, descriptors="the seccomp listener"),
+    Behalf: Form("=II", kind=13),
+    Brought: Form("=IIQ64s", PIECES, kind=14, descriptors="one for each memory file"),
+    Keep: Form("=I", kind=15, descriptors="the home"),
+    Home: Form("=I", kind=16),
+}
+"""The form of each kind of message; of a request also its number."""
+KINDS: dict[int, type] = {form.kind: each for each, form in FORMS.items() if form.kind}
+"""Every kind of request, by its number."""
+
+
+def kind_of(message: type) -> int:
+    """Give the number of a kind of request."""
+    return FORMS[message].kind
+
+
+def encode(message: tuple[Any, ...]) -> bytes:
+    """Make the payload of a message."""
+    return FORMS[type(message)].encode(message)
+
+
+def frame(message: tuple[Any, ...], number: int, descriptors: int = 0) -> bytes:
+    """Make a whole request, with so many descriptors to come along."""
+    form = FORMS[type(message)]
+    return encode_frame(form.kind, number, form.encode(message), descriptors)
+
+
+def decode(kind: type[M], payload: bytes) -> M:
+    """Make a message of a payload.
+
+    Raises:
+        Garbage: it is no whole message of that kind.
+    """
+    try:
+        message: M = _new(kind, FORMS[kind].decode(payload))
+    except Garbage as error:
+        raise Garbage(f"{kind.__name__}: {error}") from None
+    return message
+
+
+_new: Any = tuple.__new__  # of a NamedTuple: in half the time

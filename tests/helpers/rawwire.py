@@ -1,0 +1,97 @@
+"""The wire as a hostile client sees it: numbers and layouts to be packed by hand, whole or not."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from gntalloc.wire import memory
+from gntalloc.wire.memory import MAX_REGIONS, decode_regions, encode_regions
+from gntalloc.wire.messages import (
+    FORMS,
+    MOST_UNANSWERED,
+    VERSION,
+    Behalf,
+    Brought,
+    Control,
+    Hello,
+    Holders,
+    Home,
+    Ioctl,
+    IoctlMmap,
+    Keep,
+    Mmap,
+    MmapAnswer,
+    Open,
+    Placed,
+    Read,
+    Serve,
+    Show,
+    Write,
+    kind_of,
+)
+from gntalloc.wire.stream import (
+    HEADER,
+    MAX_PAYLOAD,
+    REPLY,
+    UNANSWERED,
+    Decoder,
+    Garbage,
+    Message,
+    Reply,
+    decode_reply,
+    encode,
+    encode_reply,
+)
+
+__all__ = [
+    "HEADER",
+    "MAX_PAYLOAD",
+    "MAX_REGIONS",
+    "MOST_UNANSWERED",
+    "REPLY",
+    "UNANSWERED",
+    "VERSION",
+    "Decoder",
+    "Garbage",
+    "Message",
+    "Reply",
+    "decode_regions",
+    "decode_reply",
+    "encode",
+    "encode_regions",
+    "encode_reply",
+]
+
+HELLO = kind_of(Hello)
+OPEN = kind_of(Open)
+SHOW = kind_of(Show)
+IOCTL = kind_of(Ioctl)
+MMAP = kind_of(Mmap)
+PLACED = kind_of(Placed)
+READ = kind_of(Read)
+WRITE = kind_of(Write)
+HOLDERS = kind_of(Holders)
+CONTROL = kind_of(Control)
+IOCTL_MMAP = kind_of(IoctlMmap)
+SERVE = kind_of(Serve)
+BEHALF = kind_of(Behalf)
+BROUGHT = kind_of(Brought)
+KEEP = kind_of(Keep)
+HOME = kind_of(Home)
+HELLO_REQUEST = FORMS[Hello].head
+OPEN_REQUEST = FORMS[Open].head
+IOCTL_REQUEST = FORMS[Ioctl].head
+MMAP_REQUEST = FORMS[Mmap].head
+IOCTL_MMAP_REQUEST = FORMS[IoctlMmap].head
+PLACED_REQUEST = FORMS[Placed].head
+HOLDERS_REQUEST = FORMS[Holders].head
+SERVE_REQUEST = FORMS[Serve].head
+KEEP_REQUEST = FORMS[Keep].head
+HOME_REQUEST = FORMS[Home].head
+CONFIRM = FORMS[MmapAnswer].head
+PIECE = Struct("=IQQ")
+
+
+def Region(address: int, writable: bool, data: bytes | bytearray) -> memory.Region:  # noqa: N802  as it was
+    """Make a stretch of memory, of any bytes."""
+    return memory.Region(address, bytearray(data), writable=writable)
