@@ -20,13 +20,13 @@ from struct import Struct
 from gntalloc.abi.evtchn import NOTIFY
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF
 from gntalloc.abi.gntdev import GET_OFFSET_FOR_VADDR, MAP_GRANT_REF, UNMAP_GRANT_REF
-from gntalloc.calls.listener import Call, CallerGone, Listener
-from gntalloc.calls.memory import Memory
-from gntalloc.calls.serving import IOCTL, MMAP
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.run.files import Piece
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector
-from gntalloc.run.machine import Piece
+from gntalloc.syscalls.listener import Call, CallerGone, Listener
+from gntalloc.syscalls.memory import Memory
+from gntalloc.syscalls.serving import IOCTL, MMAP
 
 MARK = 0x1EA57
 INDEX, REFERENCE, OFFSET = Struct("=Q"), Struct("=I"), Struct("=QI")

@@ -20,7 +20,7 @@ import pytest
 from limits import status_of
 
 from gntalloc import Domain, MachineGone
-from gntalloc.guest import channel
+from gntalloc.guest import connection as channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

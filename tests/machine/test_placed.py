@@ -34,7 +34,7 @@ def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Dom
         os.close(home)
 
 
-# A home that is kept: see KEEP in wire.py.
+# A home that is kept: see KEEP in wire/messages.py.
 
 
 def files_of(machine: Machine) -> int:

@@ -20,7 +20,7 @@ import pytest
 from limits import Limited, status_of
 
 from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain
-from gntalloc.guest import channel
+from gntalloc.guest import connection as channel
 from gntalloc.guest.devices.machine import MachineFile
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.wire.messages import Show, kind_of

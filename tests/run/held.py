@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 from limits import status_of
 from runs import wait_for
 
-from gntalloc.calls.listener import Call, Listener
 from gntalloc.run import filter as filter_module
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector
+from gntalloc.syscalls.listener import Call, Listener
 
 MARK = 0x5EA1
 PATIENCE = 20.0  # seconds; against hangs

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from held import PATIENCE, Held, libc, refuse, state_of
 from runs import order, python, said, tell, wait_for
 
-from gntalloc.calls.listener import Call, CallerGone
 from gntalloc.run import injector as injector_module
+from gntalloc.run.files import Piece
 from gntalloc.run.injector import Traced
-from gntalloc.run.machine import Piece
+from gntalloc.syscalls.listener import Call, CallerGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

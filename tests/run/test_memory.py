@@ -12,9 +12,9 @@ import pytest
 from limits import status_of
 
 from gntalloc.abi.gntdev import COPY_SOURCE_GREF, GRANT_COPY, GrantCopy, GrantCopySegment
-from gntalloc.calls.arguments import regions_of
-from gntalloc.calls.memory import Memory
-from gntalloc.calls.threads import leader_of
+from gntalloc.syscalls.arguments import regions_of
+from gntalloc.syscalls.memory import Memory
+from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from held import MARK, PATIENCE, Held, readable, refuse
 from runs import python
 
-from gntalloc.calls.listener import Call, Listener
-from gntalloc.calls.serving import MMAP
 from gntalloc.embed import Machine
 from gntalloc.places import domain_path
 from gntalloc.run import injector as injector_module
-from gntalloc.run.machine import Files
+from gntalloc.run.files import Files
 from gntalloc.run.supervisor import Supervisor
+from gntalloc.syscalls.listener import Call, Listener
+from gntalloc.syscalls.serving import MMAP
 
 if TYPE_CHECKING:
     import pytest

@@ -21,9 +21,9 @@ import pytest
 import rawwire as wire
 
 from gntalloc import waits
-from gntalloc.calls.listener import CallerGone
 from gntalloc.errors import MachineGone
-from gntalloc.guest.channel import Channel
+from gntalloc.guest.connection import MachineConnection
+from gntalloc.syscalls.listener import CallerGone
 from gntalloc.wire.messages import Open, Serve
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -145,7 +145,7 @@ def test_a_supervisor_that_the_machine_hears_no_more(machine: Machine) -> None:
     """It lives, so the kernel goes on bringing it calls; those that the machine had taken must not be forgotten."""
     for _ in range(5):
         held = Held(sys.executable, "-I", "-S", "-c", OPENS)
-        supervisor = Channel(machine.environ(1)["GNTALLOC_DOMAIN"])
+        supervisor = MachineConnection(machine.environ(1)["GNTALLOC_DOMAIN"])
         try:
             namespace = os.stat("/proc/self/ns/pid").st_ino
             assert supervisor.call(Serve(namespace), [held.listener.fileno()]).result == 1
@@ -182,7 +182,7 @@ def unasked(text: bytes, descriptors: int = 0) -> bytes:
 
 
 @contextmanager
-def answering(*before: bytes, then: bytes = b"") -> Iterator[Channel]:
+def answering(*before: bytes, then: bytes = b"") -> Iterator[MachineConnection]:
     """A channel to a machine that says all of this before it answers one call, with a descriptor for each."""
     near, theirs = socket.socketpair()
     ours = waits.Socket(fileno=near.detach())
@@ -195,7 +195,7 @@ def answering(*before: bytes, then: bytes = b"") -> Iterator[Channel]:
 
     machine = threading.Thread(target=answer)
     machine.start()
-    channel = Channel("nowhere", sock=ours, hello=False)
+    channel = MachineConnection("nowhere", sock=ours, hello=False)
     try:
         yield channel
     finally:
@@ -204,7 +204,7 @@ def answering(*before: bytes, then: bytes = b"") -> Iterator[Channel]:
         theirs.close()
 
 
-def heard(channel: Channel) -> list[tuple[bytes, int]]:
+def heard(channel: MachineConnection) -> list[tuple[bytes, int]]:
     """All that there is: the texts, and with how many descriptors."""
     found = []
     while (each := channel.hear(channel.generation)) is not None:

@@ -26,14 +26,14 @@ import rawwire as wire
 from runs import Runs, order, python, refusing_machine, said, tell, wait_for
 
 from gntalloc.abi.gntalloc import ALLOC_GREF
-from gntalloc.calls.listener import Call
-from gntalloc.calls.serving import IOCTL, MMAP
 from gntalloc.embed import Machine
 from gntalloc.errors import DeviceError, MachineGone
-from gntalloc.guest.channel import Answer, Channel
+from gntalloc.guest.connection import Answer, MachineConnection
 from gntalloc.places import domain_path
+from gntalloc.run.files import Files, OpenFile
 from gntalloc.run.filter import filter_program, install
-from gntalloc.run.machine import Files, OpenFile
+from gntalloc.syscalls.listener import Call
+from gntalloc.syscalls.serving import IOCTL, MMAP
 from gntalloc.wire.messages import Serve
 
 if TYPE_CHECKING:
@@ -452,7 +452,7 @@ def test_what_a_killed_machine_has_left_is_no_hindrance(tmp_path: Path) -> None:
 def test_only_a_listener_is_served() -> None:
     with Machine() as machine, listener_of_a_child() as listener:
         machine.domain(1)
-        channel = Channel(domain_path(machine.folder, 1))
+        channel = MachineConnection(domain_path(machine.folder, 1))
         namespace = os.stat("/proc/self/ns/pid").st_ino
 
         def ask(descriptor: int, number: int) -> Answer:

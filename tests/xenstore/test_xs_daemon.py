@@ -20,7 +20,7 @@ from xs_replay import GUESTS, Ours, Player
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.arguments import decimal, integer, number
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
-from gntalloc.xenstore.daemon.server import Server
+from gntalloc.xenstore.daemon.server import Daemon
 from gntalloc.xenstore.daemon.tree import above, is_name, parent
 from gntalloc.xenstore.wire import Message, Type, join
 
@@ -32,7 +32,7 @@ class Shop:
     """A server, domain 0 and guests 1 and 2, each with a home it owns; ask them one at a time."""
 
     def __init__(self, quotas: Quotas | None = None) -> None:
-        self.server = Server(quotas)
+        self.server = Daemon(quotas)
         for domid in (1, 2):
             self.server.create(domid)
             self.server.introduce(domid)
@@ -269,7 +269,7 @@ def test_introduce_of_nobody_is_refused(shop: Shop) -> None:
 # The books: what is written down twice agrees.
 
 
-def recount(server: Server) -> None:
+def recount(server: Daemon) -> None:
     nodes: Counter[int] = Counter()
     memory: Counter[int] = Counter()
     for path, node in server.tree.items():
@@ -285,7 +285,7 @@ def recount(server: Server) -> None:
     for domid, domain in server.domains.items():
         expected = memory[domid]
         watches = transactions = 0
-        for session in domain.sessions:
+        for session in server.sessions.get(domain, ()):
             watches += len(session.watches)
             transactions += len(session.transactions)
             expected += sum(len(watch.path) + len(watch.token) for watch in session.watches.values())

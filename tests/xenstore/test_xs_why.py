@@ -13,7 +13,7 @@ import pytest
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.client import Store
 from gntalloc.xenstore.daemon.limits import Quotas
-from gntalloc.xenstore.daemon.server import Server
+from gntalloc.xenstore.daemon.server import Daemon
 from gntalloc.xenstore.errors import StoreError
 from gntalloc.xenstore.wire import Message, Type, join
 
@@ -88,7 +88,7 @@ def test_what_is_no_socket_is_never_asked(stock: Full, monkeypatch: pytest.Monke
 
 def test_what_goes_over_the_wire_is_what_stock_clients_know() -> None:
     """An ERROR has the errno's name and a zero; WHY is answered to nobody but the connection that was refused."""
-    server = Server(Quotas())
+    server = Daemon(Quotas())
     for domid in (1, 2):
         server.create(domid)
         server.introduce(domid)

@@ -160,10 +160,10 @@ class Ours:
     """Our server, without sockets."""
 
     def __init__(self, domids: dict[str, int]) -> None:
-        from gntalloc.xenstore.daemon.server import Server
+        from gntalloc.xenstore.daemon.server import Daemon
 
         self.domids = domids
-        self._server = Server()
+        self._server = Daemon()
         for domid in domids.values():
             self._server.create(domid)
             self._server.introduce(domid)

@@ -7,8 +7,8 @@ import sys
 
 import click
 
+from gntalloc.cli.probes import Finding, look_at_everything
 from gntalloc.cli.show import table
-from gntalloc.probes import Finding, look_at_everything
 
 __all__ = ["command"]
 

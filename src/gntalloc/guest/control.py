@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gntalloc.guest.channel import Channel
+from gntalloc.guest.connection import MachineConnection
 from gntalloc.places import control_path
 from gntalloc.wire.messages import Control
 
@@ -18,7 +18,7 @@ class ControlClient:
     """The control channel of the machine in `folder`, or at the other end of `sock`."""
 
     def __init__(self, folder: str, *, sock: Socket | None = None) -> None:
-        self._channel = Channel(control_path(folder), sock=sock, hello=False)
+        self._channel = MachineConnection(control_path(folder), sock=sock, hello=False)
 
     def order(self, name: str, **arguments: int | None) -> Any:
         """Give one order and return what it answers.

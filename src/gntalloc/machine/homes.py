@@ -3,8 +3,9 @@
 Each ends when its last copy is closed, in whichever program that is, and the machine sees it here: `fileno` is readable
 then.
 
-A home can also be kept, while anything is mapped of its file. That is for programs under a debugger, which for a while
-have the pages' memory where they had the home (run/swaps.py). Nothing is lost by it: a file lives as long as its maps.
+A home can also be kept, while anything is mapped of its file. That is for programs under a debugger: for a while they
+have the pages' memory where they had the home (run/debugged.py). Nothing is lost by it: a file lives as long as its
+maps.
 """
 
 from __future__ import annotations

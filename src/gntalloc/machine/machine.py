@@ -20,7 +20,7 @@ from gntalloc.hypervisor.grants import GrantTable
 from gntalloc.hypervisor.ports import EventChannels
 from gntalloc.machine.disturbed import DisturbedPorts
 from gntalloc.machine.toolstack import furnish, strip
-from gntalloc.xenstore.daemon.server import Server as Store
+from gntalloc.xenstore.daemon.server import Daemon as Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,7 @@ from gntalloc.xenstore.errors import error_for
 
 if TYPE_CHECKING:
     from gntalloc.machine.turns import Speaker, Turns
-    from gntalloc.xenstore.daemon.server import Server as Daemon
+    from gntalloc.xenstore.daemon.server import Daemon
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.wire import Message
 

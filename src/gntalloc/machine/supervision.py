@@ -28,12 +28,12 @@ from gntalloc.wire.messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from gntalloc.calls.listener import Call
     from gntalloc.drivers.chardev import Plan
     from gntalloc.machine.connection import CarryOut, Connection, Handler
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.syscalls import OpenStore
     from gntalloc.machine.turns import Turns
+    from gntalloc.syscalls.listener import Call
     from gntalloc.wire.stream import Message
 
 __all__ = ["Supervision"]

@@ -26,24 +26,24 @@ from typing import TYPE_CHECKING, Protocol
 from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
 from gntalloc.abi.gntdev import MAP_GRANT_REF
-from gntalloc.calls.arguments import regions_of
-from gntalloc.calls.listener import NOTES_SIZE, CallerGone, Listener
-from gntalloc.calls.memory import Denied, Memory
-from gntalloc.calls.serving import IOCTL, Serving, is_shared
 from gntalloc.errors import DeviceError
 from gntalloc.machine.loop import READABLE
 from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.syscalls.arguments import regions_of
+from gntalloc.syscalls.listener import NOTES_SIZE, CallerGone, Listener
+from gntalloc.syscalls.memory import Denied, Memory
+from gntalloc.syscalls.serving import IOCTL, Serving, is_shared
 from gntalloc.wire.memory import MessageCaller
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-    from gntalloc.calls.listener import Call
     from gntalloc.drivers.chardev import Caller, File, Plan
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.turns import Speaker
+    from gntalloc.syscalls.listener import Call
 
 __all__ = ["Handover", "OpenStore", "Syscalls", "may_be_served", "process_namespace"]
 

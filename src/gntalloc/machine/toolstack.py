@@ -12,7 +12,7 @@ from gntalloc.xenstore.daemon.permissions import READ, Entry
 from gntalloc.xenstore.daemon.tree import home
 
 if TYPE_CHECKING:
-    from gntalloc.xenstore.daemon.server import Server
+    from gntalloc.xenstore.daemon.server import Daemon
 
 __all__ = ["furnish", "strip"]
 
@@ -32,7 +32,7 @@ _WRITABLE = (
 )
 
 
-def furnish(store: Server, domid: int) -> None:
+def furnish(store: Daemon, domid: int) -> None:
     """Make the nodes of a new domain, and introduce it."""
     store.create(domid)
     base = home(domid)
@@ -56,7 +56,7 @@ def furnish(store: Server, domid: int) -> None:
     store.introduce(domid)
 
 
-def strip(store: Server, domid: int) -> None:
+def strip(store: Daemon, domid: int) -> None:
     """Remove the nodes of a domain that ends, and the domain."""
     view = store.own_view()
     if view.find(home(domid)) is not None:
@@ -64,7 +64,7 @@ def strip(store: Server, domid: int) -> None:
     store.destroy(domid)
 
 
-def _set(store: Server, path: str, value: str, entries: tuple[Entry, ...]) -> None:
+def _set(store: Daemon, path: str, value: str, entries: tuple[Entry, ...]) -> None:
     view = store.own_view()
     if view.find(path) is None:
         view.make(path, value.encode())

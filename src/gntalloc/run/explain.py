@@ -9,13 +9,13 @@ import errno
 from typing import TYPE_CHECKING
 
 from gntalloc.abi import evtchn, gntalloc, gntdev, privcmd
-from gntalloc.calls.serving import MMAP
-from gntalloc.calls.threads import leader_of
+from gntalloc.syscalls.serving import MMAP
+from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from gntalloc.calls.listener import Call
+    from gntalloc.syscalls.listener import Call
 
 __all__ = ["Explainer"]
 

@@ -24,8 +24,8 @@ import os
 import struct
 from typing import NamedTuple
 
-from gntalloc.calls.serving import CHANGES_OF_USER, IOCTL, MMAP, OPEN, OPENAT
 from gntalloc.libc import failure, libc
+from gntalloc.syscalls.serving import CHANGES_OF_USER, IOCTL, MMAP, OPEN, OPENAT
 
 __all__ = ["filter_program", "install"]
 

@@ -20,15 +20,15 @@ import signal
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from gntalloc.calls.listener import CallerGone
-from gntalloc.calls.threads import leader_of
 from gntalloc.libc import failure, libc
+from gntalloc.syscalls.listener import CallerGone
+from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gntalloc.calls.listener import Call, Listener
-    from gntalloc.run.machine import Piece
+    from gntalloc.run.files import Piece
+    from gntalloc.syscalls.listener import Call, Listener
 
 __all__ = ["Injector", "Traced"]
 

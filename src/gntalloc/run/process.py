@@ -15,13 +15,13 @@ import signal
 import socket
 from typing import Any, NoReturn
 
-from gntalloc.calls.listener import Listener
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.libc import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc
 from gntalloc.places import store_path
-from gntalloc.run.joining import join, tidy
+from gntalloc.run.join import join, tidy
 from gntalloc.run.program import LIMITS, CannotExecute, Program, signal_descriptor, start
 from gntalloc.run.supervisor import Supervisor
+from gntalloc.syscalls.listener import Listener
 
 __all__ = ["be_the_supervisor", "let_go"]
 

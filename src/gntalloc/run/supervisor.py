@@ -1,6 +1,6 @@
 """Serves one `run`: a process beside the program, one thread around one poll.
 
-Where the machine is of the same user it serves the program's calls itself (machine/served.py), and what is left to us
+Where the machine is of the same user it serves the program's calls itself (machine/syscalls.py), and what is left to us
 are the maps, which are placed by ptrace. Else we serve all of them, as a program in the domain like any other: a
 program's memory may be another program's to fill in (userfaultfd, FUSE), and a thread under ptrace may not stop for
 long; that holds up this process, which serves nobody else, and never the machine.
@@ -13,22 +13,22 @@ import mmap
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gntalloc.calls.listener import NOTES_SIZE, CallerGone
-from gntalloc.calls.memory import Denied
-from gntalloc.calls.serving import Serving
-from gntalloc.calls.threads import fetch, leader_of
 from gntalloc.errors import GntallocError
-from gntalloc.guest.channel import Descriptor
+from gntalloc.guest.connection import Descriptor
+from gntalloc.run.debugged import Place, Swaps
 from gntalloc.run.explain import Explainer
+from gntalloc.run.files import Files
 from gntalloc.run.injector import Injector, Traced
-from gntalloc.run.machine import Files
-from gntalloc.run.swaps import Place, Swaps
+from gntalloc.syscalls.listener import NOTES_SIZE, CallerGone
+from gntalloc.syscalls.memory import Denied
+from gntalloc.syscalls.serving import Serving
+from gntalloc.syscalls.threads import fetch, leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.calls.listener import Call, Listener
-    from gntalloc.run.machine import OpenFile, Plan
+    from gntalloc.run.files import OpenFile, Plan
+    from gntalloc.syscalls.listener import Call, Listener
 
 __all__ = ["Supervisor"]
 
@@ -153,7 +153,7 @@ class Supervisor:
             self.files.placed(plan, result)
 
     def _swap(self, call: Call, plan: Plan) -> bool:
-        """Whether the program's own call could make this map: see run/swaps.py."""
+        """Whether the program's own call could make this map: see run/debugged.py."""
         process, descriptor = leader_of(call.thread), call.arguments[4] & 0xFFFFFFFF
         if plan.file is None or len(plan.pieces) != 1 or plan.pieces[0].offset != call.arguments[5]:
             return False

@@ -208,7 +208,8 @@ class IoctlMmapAnswer(NamedTuple):
 class Serve(NamedTuple):
     """Ask the machine to serve the calls of a `run`. The result is 1 if it does.
 
-    The answer's descriptor is the page where calls are noted (calls/listener.py). `namespace` is the caller's of pids.
+    The answer's descriptor is the page where calls are noted (syscalls/listener.py). `namespace` is the caller's, of
+    processes.
     """
 
     namespace: int
@@ -228,7 +229,7 @@ class Brought(NamedTuple):
     """Hand a system call over to the supervisor, unasked, also between a request and its reply.
 
     PLACE: an mmap, to be answered with these pieces. TAKE_OVER: any call, and from now on all others too; those that
-    the machine had taken by then follow in messages of their own. The call is `calls.listener.Call`.
+    the machine had taken by then follow in messages of their own. The call is `syscalls.listener.Call`.
     """
 
     what: int

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gntalloc import waits
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
 from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, MachineGone
-from gntalloc.guest.channel import Answer, Channel, Descriptor
+from gntalloc.guest.connection import Answer, Descriptor, MachineConnection
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
 from gntalloc.maps import PAGE_SIZE, Mapping
@@ -60,7 +60,7 @@ class MachineDevices:
 
     def __init__(self, path: str) -> None:
         self.address = path
-        self._channel = Channel(path)
+        self._channel = MachineConnection(path)
         with self._channel.lock:
             self._channel.connect()
 
@@ -133,7 +133,7 @@ class MachineFile:
     One that is given as a `descriptor` is open already.
     """
 
-    def __init__(self, channel: Channel, name: str, flags: int = os.O_RDWR, *, descriptor: int = -1) -> None:
+    def __init__(self, channel: MachineConnection, name: str, flags: int = os.O_RDWR, *, descriptor: int = -1) -> None:
         self.name = name
         self._channel = channel
         self._home: Descriptor | None = None

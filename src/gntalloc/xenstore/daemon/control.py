@@ -12,7 +12,7 @@ from gntalloc.xenstore.daemon.limits import Refused
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.xenstore.daemon.domains import Domains
+    from gntalloc.xenstore.daemon.domains import Domain, Domains
     from gntalloc.xenstore.daemon.limits import Quotas
 
 __all__ = ["Control"]
@@ -21,11 +21,18 @@ OK = b"OK\0"
 
 
 class Control:
-    """The commands check, help, log, print, quota and quota-soft."""
+    """The commands check, help, log, print, quota and quota-soft.
 
-    def __init__(self, quotas: Quotas, domains: Domains) -> None:
+    Args:
+        quotas: of every domain.
+        domains: that are known.
+        unread: tells how many answers a domain has not read.
+    """
+
+    def __init__(self, quotas: Quotas, domains: Domains, unread: Callable[[Domain], int]) -> None:
         self._quotas = quotas
         self._domains = domains
+        self._unread = unread
         self._soft = {"memory": 2 << 20}
         self._commands: dict[bytes, Callable[[list[bytes]], bytes]] = {
             b"check": lambda rest: _no(rest) or OK,
@@ -68,8 +75,7 @@ class Control:
         if domain is None:
             raise Refused(errno.ENOENT)
         used = {"nodes": domain.nodes, "watches": domain.watches, "transactions": domain.transactions}
-        outstanding = sum(session.answers for session in domain.sessions)
-        used |= {"outstanding": outstanding, "memory": domain.memory}
+        used |= {"outstanding": self._unread(domain), "memory": domain.memory}
         return b"Domain %d:\n" % domain.domid + _table(used)
 
     def _quota_soft(self, rest: list[bytes]) -> bytes:

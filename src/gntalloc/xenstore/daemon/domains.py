@@ -11,14 +11,13 @@ since. In both a node's owner is a living domain, and its nodes go when it does.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
 
 if TYPE_CHECKING:
     from gntalloc.xenstore.daemon.permissions import Entry
-    from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.daemon.tree import Node, Tree
 
 __all__ = ["Domain", "Domains"]
@@ -38,7 +37,6 @@ class Domain:
     memory: int = 0
     target: int | None = None
     """The domain whose rights it has too."""
-    sessions: list[Session] = field(default_factory=list)
 
     @property
     def privileged(self) -> bool:

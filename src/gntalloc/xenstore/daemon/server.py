@@ -1,4 +1,4 @@
-"""Server: requests to answers and events. What the C daemon of Xen 4.17 answers, errno for errno.
+"""Daemon: requests to answers and events. What the C daemon of Xen 4.17 answers, errno for errno.
 
 Sources: Xen 4.17.7, docs/misc/xenstore.txt and how tools/xenstore behaves, compared with the running daemon request
 by request (tests/xenstore/xs_run.py). docs/xenstore.md lists what is different here, and why.
@@ -25,7 +25,7 @@ from gntalloc.xenstore.wire import Message, Type
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Server"]
+__all__ = ["Daemon"]
 
 SELF = 0x7FF0  # DOMID_SELF
 INTRODUCED, RELEASED = "@introduceDomain", "@releaseDomain"
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
     """Whether the number of a transaction is overlooked."""
 
 
-class Server:
+class Daemon:
     """The whole store. Make sessions with `connect`, feed `handle`; domains come with `create` and `introduce`.
 
     Domain 0 is there from the start.
@@ -71,7 +71,8 @@ class Server:
         self._last_session = 0
         self.talking: set[Session] = set()
         """Connections to which something is to be sent, or that were ended. Whoever sends takes them out."""
-        control = Control(self.quotas, self.domains)
+        self.sessions: dict[Domain, list[Session]] = {}
+        control = Control(self.quotas, self.domains, self._unread)
         self._kinds: dict[int, Kind] = {
             Type.CONTROL: Kind(lambda request: control.obey(request.body), privileged=True),
             Type.DIRECTORY: Kind(self._directory),
@@ -112,7 +113,7 @@ class Server:
         if domain is None:
             raise Refused(errno.ENOENT)
         if domain.introduced:
-            for session in domain.sessions:
+            for session in self.sessions.get(domain, ()):
                 self._reset(session)
                 session.drop_unread()
             return
@@ -155,15 +156,18 @@ class Server:
         domain = self.domains.connected(domid)
         self._last_session += 1
         session = Session(domain, self._last_session, self.talking)
-        domain.sessions.append(session)
+        self.sessions.setdefault(domain, []).append(session)
         return session
 
     def disconnect(self, session: Session) -> None:
         """A connection has ended."""
         self._reset(session)
         session.drop_unread()
-        if session in session.domain.sessions:
-            session.domain.sessions.remove(session)
+        talking = self.sessions.get(session.domain, [])
+        if session in talking:
+            talking.remove(session)
+        if not talking:
+            self.sessions.pop(session.domain, None)
 
     def usage(self, domid: int) -> dict[str, int]:
         """What a domain has in use."""
@@ -206,8 +210,11 @@ class Server:
         view = View(self._keeper, session, transaction)
         return kind.serve(Request(session, transaction, view, message.body))
 
+    def _unread(self, domain: Domain) -> int:
+        return sum(session.answers for session in self.sessions.get(domain, ()))
+
     def _hang_up(self, domain: Domain) -> None:
-        for session in list(domain.sessions):
+        for session in list(self.sessions.get(domain, ())):
             self.disconnect(session)
             session.end()
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from gntalloc.wire.stream import Message
 
-__all__ = ["Answer", "Channel", "Descriptor"]
+__all__ = ["Answer", "Descriptor", "MachineConnection"]
 
 M = TypeVar("M")
 
@@ -108,7 +108,7 @@ class Answer:
         return self.descriptors[0]
 
 
-class Channel:
+class MachineConnection:
     """Calls to the socket at `path`, or over `sock` if that is given and then never anew.
 
     What the machine says by itself may come at any time, also before the answer to a call. It is kept for `hear` if
@@ -357,7 +357,7 @@ def _set_deadline(sock: waits.Socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+_channels: weakref.WeakSet[MachineConnection] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:

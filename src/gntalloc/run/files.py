@@ -15,14 +15,14 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.abi.gntdev import MAP_GRANT_REF
-from gntalloc.calls.arguments import regions_of
-from gntalloc.calls.listener import Call
-from gntalloc.calls.memory import Memory
-from gntalloc.calls.serving import is_shared
-from gntalloc.calls.threads import fetch, is_traced
 from gntalloc.errors import DeviceError, MachineBroke, MachineGone
-from gntalloc.guest.channel import Channel, Descriptor
+from gntalloc.guest.connection import Descriptor, MachineConnection
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.syscalls.arguments import regions_of
+from gntalloc.syscalls.listener import Call
+from gntalloc.syscalls.memory import Memory
+from gntalloc.syscalls.serving import is_shared
+from gntalloc.syscalls.threads import fetch, is_traced
 from gntalloc.wire.form import Piece
 from gntalloc.wire.messages import (
     PLACE,
@@ -46,8 +46,8 @@ from gntalloc.wire.stream import Garbage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gntalloc.run.debugged import Swaps
     from gntalloc.run.explain import Explainer
-    from gntalloc.run.swaps import Swaps
 
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
@@ -62,7 +62,7 @@ class OpenFile(NamedTuple):
     name: str
     generation: int  # of the channel
     inode: int  # of its home
-    away: bool = False  # the descriptor is not its home now, but the pages' memory: see run/swaps.py
+    away: bool = False  # the descriptor is not its home now, but the pages' memory: see run/debugged.py
 
 
 class Plan(NamedTuple):
@@ -84,7 +84,7 @@ class Brought(NamedTuple):
 
 
 class Files:
-    """The device files of the domain whose socket is at `path`, as `calls.serving` uses them.
+    """The device files of the domain whose socket is at `path`, as `syscalls.serving` uses them.
 
     Args:
         path: see there.
@@ -96,7 +96,7 @@ class Files:
     """
 
     def __init__(self, path: str, place: Callable[[Call, Plan], None], waits: Callable[[Call], bool]) -> None:
-        self.channel = Channel(path)
+        self.channel = MachineConnection(path)
         self.channel.connect()
         self.explainer: Explainer | None = None
         """Told of ioctls that fail."""
@@ -237,7 +237,7 @@ class Files:
     # What the machine does for us.
 
     def have_served(self, listener: int) -> Descriptor | None:
-        """Ask the machine to serve these calls. Gives the notes it takes of them (calls/listener.py), if it does.
+        """Ask the machine to serve these calls. Gives the notes it takes of them (syscalls/listener.py), if it does.
 
         Nobody else's machine is asked: who has the listener can do with the program as it likes.
         """

@@ -18,7 +18,7 @@ from gntalloc.wire.stream import MAX_PAYLOAD
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gntalloc.calls.memory import Memory
+    from gntalloc.syscalls.memory import Memory
 
 __all__ = ["regions_of"]
 

@@ -1,7 +1,7 @@
 """What each system call that is brought to us means: opens, ioctls and maps of /dev/xen, and of nothing else.
 
-It is the same in both processes that serve: a run's supervisor, which asks the machine for each (run/machine.py), and
-the machine itself, which has the files (machine/served.py).
+It is the same in both processes that serve: a run's supervisor, which asks the machine for each (run/files.py), and
+the machine itself, which has the files (machine/syscalls.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import socket
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from gntalloc.abi.evtchn import RESET
-from gntalloc.calls.listener import CallerGone
-from gntalloc.calls.memory import Denied, Memory
-from gntalloc.calls.threads import Threads, fetch
 from gntalloc.errors import GntallocError
+from gntalloc.syscalls.listener import CallerGone
+from gntalloc.syscalls.memory import Denied, Memory
+from gntalloc.syscalls.threads import Threads, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.calls.listener import Call, Listener
+    from gntalloc.syscalls.listener import Call, Listener
 
 __all__ = [
     "CHANGES_OF_USER",

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gntalloc import probes
-from gntalloc.probes import PROBES, Finding, Lacking, Probe, look, look_at_everything
+from gntalloc.cli import probes
+from gntalloc.cli.probes import PROBES, Finding, Lacking, Probe, look, look_at_everything
 
 if TYPE_CHECKING:
     from collections.abc import Callable

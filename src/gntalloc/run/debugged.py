@@ -21,14 +21,14 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from gntalloc.calls.serving import MMAP
-from gntalloc.calls.threads import leader_of
 from gntalloc.clock import Deadline
+from gntalloc.syscalls.serving import MMAP
+from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.calls.listener import Call, Listener
+    from gntalloc.syscalls.listener import Call, Listener
 
 __all__ = ["Place", "Swaps"]
 

@@ -14,13 +14,13 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from gntalloc.calls.listener import Call, Listener
-from gntalloc.calls.memory import Memory
 from gntalloc.libc import PR_SET_PDEATHSIG, failure, libc
 from gntalloc.run import program
+from gntalloc.run.files import Piece
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector, Traced
-from gntalloc.run.machine import Piece
+from gntalloc.syscalls.listener import Call, Listener
+from gntalloc.syscalls.memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
