@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import rawwire as wire
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gntalloc.wire.form import MapAndReason, Piece
+from gntalloc.wire.messages import FORMS, decode, encode
 
 BYTES = st.binary(max_size=300)
 U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
@@ -93,3 +99,32 @@ def test_the_largest_answers_fit_into_a_message() -> None:
     """65536 scattered pages in one mmap, and as many references in one MAP_GRANT_REF."""
     assert 65536 * wire.PIECE.size + 1000 < wire.MAX_PAYLOAD
     assert wire.MAX_PAYLOAD > 65536 * 8 + 1000
+
+
+def test_the_page_has_the_table_that_the_classes_make() -> None:
+    root = Path(__file__).parents[1]
+    made = runpy.run_path(str(root / "tools" / "wire_table.py"))["table"]()
+    assert made in (root / "docs" / "wire.md").read_text(), "python tools/wire_table.py prints it"
+
+
+@pytest.mark.parametrize("kind", FORMS, ids=lambda kind: kind.__name__)
+def test_every_message_comes_out_as_it_went_in_and_no_shorter(kind: type) -> None:
+    """Each field another number; cut anywhere in the fixed part it is Garbage, and named."""
+    form = FORMS[kind]
+    if isinstance(form, MapAndReason):
+        fields: tuple[object, ...] = (1, "why", 2, 3, (Piece(0, 4096, 8192),), [wire.Region(5, True, b"six")])
+    else:
+        head = form.head.unpack(bytes(range(form.head.size)))
+        tails = {
+            "bytes": b"more",
+            "text": "name",
+            "regions": [wire.Region(1, True, b"two")],
+            "pieces": (Piece(0, 1, 2),),
+            "domids u32": (1, 2),
+        }
+        fields = head if form.tail is None else (*head, tails[form.tail.name])
+    payload = encode(kind(*fields))
+    assert decode(kind, payload) == kind(*fields)
+    for length in range(form.head.size):
+        with pytest.raises(wire.Garbage, match=kind.__name__):
+            decode(kind, payload[:length])

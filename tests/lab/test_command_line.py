@@ -33,44 +33,44 @@ def exit_of(arguments: list[str]) -> object:
     ],
 )
 def test_wrong_usage_is_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert exit_of(arguments) == 2
-    assert "Error" in capsys.readouterr().err
+    assert "Error" in capfd.readouterr().err
 
 
 def test_no_images_is_3_and_says_what_to_do(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_tools, "need", lambda _asked, *programs: dict.fromkeys(programs, "/bin/false"))
     assert exit_of(["run", "--", "true"]) == 3
-    assert "gntalloc lab build" in capsys.readouterr().err
+    assert "gntalloc lab build" in capfd.readouterr().err
 
 
 def test_no_qemu_is_3_and_says_what_to_do(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_tools, "_SEARCHED", "/nowhere")
     assert exit_of(["run", "--", "true"]) == 3
-    assert "apt install qemu-system-x86" in capsys.readouterr().err
+    assert "apt install qemu-system-x86" in capfd.readouterr().err
 
 
 def test_with_json_an_error_is_json_too(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_tools, "need", lambda _asked, *programs: dict.fromkeys(programs, "/bin/false"))
     assert exit_of(["run", "--json", "--", "true"]) == 3
-    assert json.loads(capsys.readouterr().out)["kind"] == "NothingToRunOn"
+    assert json.loads(capfd.readouterr().out)["kind"] == "NothingToRunOn"
 
 
-def test_info_shows_what_would_boot(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_what_would_boot(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = cache / "images" / "one"
     folder.mkdir(parents=True)
     Manifest("bookworm", "4.17.7", "6.1.1-1", "6.1.0-1-amd64", {"python3": "3.11"}, []).write(folder / "manifest.json")
     (cache / "current").symlink_to(folder)
     assert exit_of(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["xen"] == "4.17.7"
+    assert json.loads(capfd.readouterr().out)["xen"] == "4.17.7"
 
 
 def test_labels_keep_lines_whole(capfdbinary: pytest.CaptureFixture[bytes]) -> None:

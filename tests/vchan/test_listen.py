@@ -38,7 +38,7 @@ def test_one_client_after_another(alice: Domain, bob: Domain) -> None:
     served = []
 
     def serve() -> None:
-        with alice.listen(2, "test") as listener:
+        with alice.listen(2, "test", size=4096) as listener:
             for channel in listener:
                 with channel:
                     name = channel.recv(PATIENCE)

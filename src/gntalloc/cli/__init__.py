@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as end:
         code = _flushed(end)
     except BaseException as error:
-        code = explain(error)
+        code = _flushed(SystemExit(explain(error)))
     sys.exit(code)
 
 

@@ -7,5 +7,7 @@ indexes    which index a map gets, as Linux chooses
 copy       copy from and to granted pages
 evtchn     event channels: bind, send, wait
 notify     what the two grant drivers promise to do when pages go
+releases   programs that are told when no peer holds pages any more
+privcmd    the hypercalls that channel libraries make
 behaviour  where we differ from Linux, switch by switch
 """

@@ -10,6 +10,11 @@ session     a disk and its backend: handshake, requests, checks. What the faces 
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 aio         Disk: the same, for asyncio
 nbd         Server: a disk as a network block device
+handshake   what an NBD client and a server agree on first
+nbdif       the numbers and structs of the NBD protocol. Pure
+extents     which parts of a disk hold data: an extension between our own two ends
 grantio     a backend's way to granted pages: mapped, mapped for good, or copied
 blkback     Backend: serves a file as a disk
+image       the file behind it: its format, its size
+imagelock   the locks on it, which QEMU respects too
 """

@@ -3,7 +3,7 @@
 domain    Domain: share, map; current_domain: which one am I in
 pages     shared and mapped pages, grants
 devices/  the two providers of /dev/xen: the machine, and a real kernel
-channel   messages to the machine
+connection  messages to the machine
 control   orders to the machine, for its owner
 absence   why nobody answers there
 """

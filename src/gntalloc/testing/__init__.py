@@ -15,8 +15,19 @@
 pytest finds `gntalloc_machine`, `gntalloc_domains`, `gntalloc_channels` and `gntalloc_run` by itself.
 docs/testing-your-code.md shows all of it.
 
-`FakeMemory` is a program's memory with holes, for whoever tests a driver; `recount` sees that the books of a machine in
+`FakeMemory` is a program's memory with holes, for tests of a driver; `recount` sees that the books of a machine in
 this process are right.
+
+fixtures    two domains, a pair of channels: context managers
+program     Program: a process of its own in a domain
+unmodified  the same for a program as `gntalloc run` has it
+cleanup     what was left behind, and by whom
+faults      legal faults, on request
+channels    a conformance kit for channels
+checking    what the kit checks with
+blocks      short tracebacks for failures in a `with`
+memory      FakeMemory
+recount     counts the books of a machine again
 """
 
 from gntalloc.testing import faults

@@ -100,21 +100,22 @@ class Form:
 class MapAndReason(Form):
     """Two fields of any length more than others have; the head says how long these are."""
 
-    _lengths = Struct("=iIQII")
+    def __init__(self) -> None:
+        super().__init__("=iIQII")
 
     def encode(self, fields: tuple[Any, ...]) -> bytes:
         """See Form."""
         error, why, record, confirm, pieces, written = fields
         reason, parts = TEXT.encode(why, "utf-8", "replace"), PIECES.encode(pieces)
-        head = self._lengths.pack(error, len(reason), record, confirm, len(parts))
+        head = self.head.pack(error, len(reason), record, confirm, len(parts))
         return b"".join((head, reason, parts, REGIONS.encode(written)))
 
     def decode(self, payload: bytes) -> tuple[Any, ...]:
         """See Form."""
-        start = self._lengths.size
+        start = self.head.size
         if len(payload) < start:
             raise Garbage(f"{len(payload)} bytes where {start} or more are due")
-        error, reason, record, confirm, parts = self._lengths.unpack_from(payload)
+        error, reason, record, confirm, parts = self.head.unpack_from(payload)
         middle, end = start + reason, start + reason + parts
         if len(payload) < end:
             raise Garbage(f"{len(payload)} bytes where {end} or more are due")

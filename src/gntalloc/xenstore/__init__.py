@@ -6,6 +6,7 @@
     connection  one connection for many threads: who reads, who waits
     client      Store, Transaction
     watch       Watch: be told of changes
+    daemon/     xenstored, the half that answers
 
 This module imports none of them, so that importing one does not import all.
 """
