@@ -18,6 +18,7 @@ __all__ = [
     "BIND_UNBOUND_PORT",
     "BIND_VIRQ",
     "CONSTANTS",
+    "DEVICE",
     "IOCTLS",
     "LEAST_RING",
     "NOTIFY",
@@ -34,6 +35,9 @@ __all__ = [
     "RestrictDomid",
     "Unbind",
 ]
+
+DEVICE = "evtchn"
+"""The name of its file in /dev/xen."""
 
 PORT = Struct("=I")
 """One port number, as read() and write() move them."""

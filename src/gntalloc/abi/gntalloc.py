@@ -16,6 +16,7 @@ __all__ = [
     "ALLOC_GREF",
     "CONSTANTS",
     "DEALLOC_GREF",
+    "DEVICE",
     "FLAG_WRITABLE",
     "IOCTLS",
     "SET_UNMAP_NOTIFY",
@@ -26,6 +27,9 @@ __all__ = [
     "DeallocGref",
     "UnmapNotify",
 ]
+
+DEVICE = "gntalloc"
+"""The name of its file in /dev/xen."""
 
 FLAG_WRITABLE = 1
 """ALLOC_GREF flag: the peer may write. The granter always may."""

@@ -17,6 +17,7 @@ __all__ = [
     "CONSTANTS",
     "COPY_DEST_GREF",
     "COPY_SOURCE_GREF",
+    "DEVICE",
     "DMABUF_EXP_FROM_REFS",
     "DMABUF_EXP_WAIT_RELEASED",
     "DMABUF_IMP_RELEASE",
@@ -47,6 +48,9 @@ __all__ = [
     "UnmapGrantRef",
     "UnmapNotify",
 ]
+
+DEVICE = "gntdev"
+"""The name of its file in /dev/xen."""
 
 COPY_SOURCE_GREF = 1
 """GRANT_COPY segment flag: the source is a granted page, not an address. Xen: GNTCOPY_source_gref."""

@@ -12,6 +12,7 @@ from gntalloc.abi.ioc import NONE, ioc
 from gntalloc.abi.layout import KernelStruct
 
 __all__ = [
+    "DEVICE",
     "DOMCTL",
     "DOMCTL_GETDOMAININFO",
     "DOMCTL_SIZE",
@@ -23,6 +24,9 @@ __all__ = [
     "EvtchnStatus",
     "Hypercall",
 ]
+
+DEVICE = "privcmd"
+"""The name of its file in /dev/xen."""
 
 EVENT_CHANNEL_OP = 32
 """Hypercall: a sub-operation, and the address of its struct."""

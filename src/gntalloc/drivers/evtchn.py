@@ -25,6 +25,7 @@ from gntalloc.abi.evtchn import (
     BIND_STATIC,
     BIND_UNBOUND_PORT,
     BIND_VIRQ,
+    DEVICE,
     LEAST_RING,
     NOTIFY,
     PORT,
@@ -143,7 +144,7 @@ class FileState:
 class EvtchnDriver:
     """The driver of the domain whose `ports` these are."""
 
-    name = "evtchn"
+    name = DEVICE
     unknown_request = errno.ENOSYS
 
     def __init__(self, ports: Ports) -> None:

@@ -22,6 +22,7 @@ from gntalloc import clock
 from gntalloc.abi.gntalloc import (
     ALLOC_GREF,
     DEALLOC_GREF,
+    DEVICE,
     FLAG_WRITABLE,
     SET_UNMAP_NOTIFY,
     AllocGref,
@@ -103,7 +104,7 @@ class GntallocDriver:
         behaviour: ours, or as Linux does.
     """
 
-    name = "gntalloc"
+    name = DEVICE
     unknown_request = errno.ENOTTY
 
     def __init__(

@@ -14,6 +14,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, cast
 
 from gntalloc.abi.gntdev import (
+    DEVICE,
     GET_OFFSET_FOR_VADDR,
     GRANT_COPY,
     MAP_GRANT_REF,
@@ -75,7 +76,7 @@ class FileState:
 class GntdevDriver:
     """The driver of one domain, which maps as `domid`."""
 
-    name = "gntdev"
+    name = DEVICE
     unknown_request = errno.ENOTTY
 
     def __init__(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc.abi.grants import DOMID_SELF
 from gntalloc.abi.privcmd import (
+    DEVICE,
     DOMCTL,
     DOMCTL_GETDOMAININFO,
     DOMCTL_SIZE,
@@ -52,7 +53,7 @@ class PrivcmdDriver:
         channels: their ports.
     """
 
-    name = "privcmd"
+    name = DEVICE
     unknown_request = errno.ENOTTY
 
     def __init__(self, domid: int, domids: Iterable[int], channels: EventChannels) -> None:

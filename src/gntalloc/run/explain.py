@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Explainer"]
 
 _REQUESTS: Mapping[str, Mapping[int, str]] = {
-    "gntalloc": gntalloc.IOCTLS,
-    "gntdev": gntdev.IOCTLS,
-    "evtchn": evtchn.IOCTLS,
-    "privcmd": {privcmd.HYPERCALL: "HYPERCALL"},
+    gntalloc.DEVICE: gntalloc.IOCTLS,
+    gntdev.DEVICE: gntdev.IOCTLS,
+    evtchn.DEVICE: evtchn.IOCTLS,
+    privcmd.DEVICE: {privcmd.HYPERCALL: "HYPERCALL"},
 }
 
 

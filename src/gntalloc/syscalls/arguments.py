@@ -50,14 +50,14 @@ def _all_of_it(head: bytes) -> int:
 
 
 _SHAPES: dict[tuple[str, int], _Shape] = {
-    ("gntalloc", gntalloc.ALLOC_GREF): _Shape(gntalloc.AllocGref.SIZE, _alloc, _alloc),
-    ("gntalloc", gntalloc.DEALLOC_GREF): _Shape(gntalloc.DeallocGref.SIZE),
-    ("gntalloc", gntalloc.SET_UNMAP_NOTIFY): _Shape(gntalloc.UnmapNotify.SIZE),
-    ("gntdev", gntdev.MAP_GRANT_REF): _Shape(gntdev.MapGrantRef.SIZE, _map, _all_of_it),
-    ("gntdev", gntdev.UNMAP_GRANT_REF): _Shape(gntdev.UnmapGrantRef.SIZE),
-    ("gntdev", gntdev.GET_OFFSET_FOR_VADDR): _Shape(gntdev.GetOffsetForVaddr.SIZE, None, _all_of_it),
-    ("gntdev", gntdev.SET_UNMAP_NOTIFY): _Shape(gntdev.UnmapNotify.SIZE),
-    **{("evtchn", request): _Shape(request >> 16 & 0x3FFF) for request in evtchn.IOCTLS},
+    (gntalloc.DEVICE, gntalloc.ALLOC_GREF): _Shape(gntalloc.AllocGref.SIZE, _alloc, _alloc),
+    (gntalloc.DEVICE, gntalloc.DEALLOC_GREF): _Shape(gntalloc.DeallocGref.SIZE),
+    (gntalloc.DEVICE, gntalloc.SET_UNMAP_NOTIFY): _Shape(gntalloc.UnmapNotify.SIZE),
+    (gntdev.DEVICE, gntdev.MAP_GRANT_REF): _Shape(gntdev.MapGrantRef.SIZE, _map, _all_of_it),
+    (gntdev.DEVICE, gntdev.UNMAP_GRANT_REF): _Shape(gntdev.UnmapGrantRef.SIZE),
+    (gntdev.DEVICE, gntdev.GET_OFFSET_FOR_VADDR): _Shape(gntdev.GetOffsetForVaddr.SIZE, None, _all_of_it),
+    (gntdev.DEVICE, gntdev.SET_UNMAP_NOTIFY): _Shape(gntdev.UnmapNotify.SIZE),
+    **{(evtchn.DEVICE, request): _Shape(request >> 16 & 0x3FFF) for request in evtchn.IOCTLS},
 }
 
 
@@ -66,9 +66,9 @@ def regions_of(name: str, request: int, address: int, memory: Memory, thread: in
     shape = _SHAPES.get((name, request))
     if shape is not None:
         return _argument(shape, address, memory, thread)
-    if (name, request) == ("gntdev", gntdev.GRANT_COPY):
+    if (name, request) == (gntdev.DEVICE, gntdev.GRANT_COPY):
         return _regions(_copy_ranges(address, memory, thread), memory, thread)
-    if (name, request) == ("privcmd", privcmd.HYPERCALL):
+    if (name, request) == (privcmd.DEVICE, privcmd.HYPERCALL):
         return _regions(_hypercall_ranges(address, memory, thread), memory, thread)
     return []
 

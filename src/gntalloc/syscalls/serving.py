@@ -11,6 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from gntalloc.abi.evtchn import DEVICE as EVTCHN
 from gntalloc.abi.evtchn import RESET
 from gntalloc.errors import GntallocError
 from gntalloc.syscalls.listener import CallerGone
@@ -218,7 +219,7 @@ class Serving(Generic[F]):
             self._listener.go_on(call)
             return
         process = self._threads.process(thread)
-        if arguments[1] & _LOW_INT == RESET and self._files.name(file) == "evtchn":
+        if arguments[1] & _LOW_INT == RESET and self._files.name(file) == EVTCHN:
             _empty(fetch(thread, descriptor), identity)
         self._listener.answer(call, self._files.ioctl(call, process, file))
 

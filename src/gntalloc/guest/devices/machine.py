@@ -11,6 +11,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from gntalloc import waits
+from gntalloc.abi.evtchn import DEVICE as EVTCHN
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
 from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, MachineGone
 from gntalloc.guest.connection import Answer, Descriptor, MachineConnection
@@ -89,12 +90,13 @@ class MachineDevices:
         Raises:
             DeviceError: ENOENT there is no such device.
         """
+        kind = _FILES.get(name, MachineFile)
         try:
-            return MachineFile(self._channel, name, flags)
+            return kind(self._channel, name, flags)
         except MachineGone:
             if not self.is_back():
                 raise
-        return MachineFile(self._channel, name, flags)
+        return kind(self._channel, name, flags)
 
     def is_back(self) -> bool:
         """Whether a machine answers, after MachineGone: one that was started again, with this domain in it."""
@@ -107,7 +109,7 @@ class MachineDevices:
 
     def reopen(self, name: str, descriptor: int) -> MachineFile:
         """See `Devices`: its home is shown with the first call."""
-        return MachineFile(self._channel, name, descriptor=descriptor)
+        return _FILES.get(name, MachineFile)(self._channel, name, descriptor=descriptor)
 
     def close(self) -> None:
         """Hang up. The next call connects again."""
@@ -150,8 +152,6 @@ class MachineFile:
         self, request: int, argument: bytearray | bytes | None, *, memory: Sequence[tuple[int, Buffer]] = ()
     ) -> int:
         """See `DeviceFile`."""
-        if request == RESET and self.name == "evtchn":
-            self._empty()
         there = dict(memory)
         if sum(map(len, there.values())) > _MOST_MEMORY or len(there) >= MAX_REGIONS:
             most = f"{MAX_REGIONS - 1} buffers of {_MOST_MEMORY} bytes together"
@@ -252,39 +252,12 @@ class MachineFile:
         return None
 
     def read(self, size: int) -> bytes:
-        """See `DeviceFile`. Events are on the home already, so the machine is only asked where it may know better.
-
-        That is: were events lost? And has something happened of which it has not heard yet (a munmap, a close, a port
-        written back a moment ago)? Before it answers anything it has heard of all that was before.
-        """
-        if self.name != "evtchn":
-            return self._call(Read, size).body
-        size = min(size, PAGE_SIZE) & -PORT.size
-        if not size:
-            return b""
-        if _waiting(self.fileno()) >= LEAST_RING:  # with fewer there none was lost
-            self._call(Read, size)
-        try:
-            return self._take(size)
-        except DeviceError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-        self._call(Read, size)
-        return self._take(size)
+        """See `DeviceFile`."""
+        return self._call(Read, size).body
 
     def write(self, data: bytes) -> int:
-        """See `DeviceFile`. Ports go over the home, which the machine looks at before it serves any later call."""
-        if self.name != "evtchn":
-            return self._call(Write, bytes(data)).result
-        ports = bytes(data[: min(len(data), PAGE_SIZE) & -PORT.size])
-        if not ports:
-            return 0
-        try:
-            return os.write(self.fileno(), ports)
-        except BlockingIOError:  # the real device never says so: the machine has not looked for long, so wait for it
-            return self._call(Write, ports).result
-        except OSError as error:
-            raise self._error("written", error) from error
+        """See `DeviceFile`."""
+        return self._call(Write, bytes(data)).result
 
     def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
         """See `DeviceFile`."""
@@ -312,29 +285,6 @@ class MachineFile:
             f"the domain that opened this {self.name} file, at {self._channel.path}, has ended, and with it what was "
             "made there; make it anew, from the same Domain if that is there again"
         )
-
-    def _take(self, size: int) -> bytes:
-        try:
-            events = os.read(self.fileno(), size)
-        except OSError as error:
-            raise self._error("read", error) from error
-        if not events:
-            raise self._gone()
-        return events
-
-    def _empty(self) -> None:
-        """Throw away the events on the home, which the machine cannot take back."""
-        with waits.Socket(fileno=os.dup(self.fileno())) as home:
-            while _waiting(home.fileno()):
-                try:
-                    home.recv(PAGE_SIZE, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    break  # another reader was faster
-
-    def _error(self, what: str, error: OSError) -> OSError:
-        if error.errno in {errno.EPIPE, errno.ECONNRESET}:
-            return self._gone()
-        return DeviceError(error.errno, f"{self.name} cannot be {what}: {error.strerror}")
 
     def _open_home(self) -> Descriptor:
         if self._home is None:
@@ -371,6 +321,75 @@ class MachineFile:
                 raise self._gone() from None
             raise
         self._generation = channel.generation
+
+
+class EvtchnFile(MachineFile):
+    """An open file of evtchn: its events are on its home."""
+
+    def ioctl(
+        self, request: int, argument: bytearray | bytes | None, *, memory: Sequence[tuple[int, Buffer]] = ()
+    ) -> int:
+        """See `DeviceFile`."""
+        if request == RESET:
+            self._empty()
+        return super().ioctl(request, argument, memory=memory)
+
+    def read(self, size: int) -> bytes:
+        """See `DeviceFile`. Events are on the home already, so the machine is only asked where it may know better.
+
+        That is: were events lost? And has something happened of which it has not heard yet (a munmap, a close, a port
+        written back a moment ago)? Before it answers anything it has heard of all that was before.
+        """
+        size = min(size, PAGE_SIZE) & -PORT.size
+        if not size:
+            return b""
+        if _waiting(self.fileno()) >= LEAST_RING:  # with fewer there none was lost
+            self._call(Read, size)
+        try:
+            return self._take(size)
+        except DeviceError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+        self._call(Read, size)
+        return self._take(size)
+
+    def write(self, data: bytes) -> int:
+        """See `DeviceFile`. Ports go over the home, which the machine looks at before it serves any later call."""
+        ports = bytes(data[: min(len(data), PAGE_SIZE) & -PORT.size])
+        if not ports:
+            return 0
+        try:
+            return os.write(self.fileno(), ports)
+        except BlockingIOError:  # the real device never says so: the machine has not looked for long, so wait for it
+            return self._call(Write, ports).result
+        except OSError as error:
+            raise self._error("written", error) from error
+
+    def _take(self, size: int) -> bytes:
+        try:
+            events = os.read(self.fileno(), size)
+        except OSError as error:
+            raise self._error("read", error) from error
+        if not events:
+            raise self._gone()
+        return events
+
+    def _empty(self) -> None:
+        """Throw away the events on the home, which the machine cannot take back."""
+        with waits.Socket(fileno=os.dup(self.fileno())) as home:
+            while _waiting(home.fileno()):
+                try:
+                    home.recv(PAGE_SIZE, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break  # another reader was faster
+
+    def _error(self, what: str, error: OSError) -> OSError:
+        if error.errno in {errno.EPIPE, errno.ECONNRESET}:
+            return self._gone()
+        return DeviceError(error.errno, f"{self.name} cannot be {what}: {error.strerror}")
+
+
+_FILES: dict[str, type[MachineFile]] = {EVTCHN: EvtchnFile}
 
 
 def _waiting(home: int) -> int:
