@@ -11,6 +11,7 @@
 Processes of one uid are not isolated from each other: they can read each other's memory through /proc.
 """
 
+from gntalloc.domain import Domain, adopt, current_domain
 from gntalloc.embed import Machine
 from gntalloc.errors import (
     BadGrantText,
@@ -29,7 +30,6 @@ from gntalloc.errors import (
     TimedOut,
     ViewsStillExported,
 )
-from gntalloc.guest.domain import Domain, adopt, current_domain
 from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.maps import PAGE_SIZE

@@ -31,8 +31,8 @@ from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from gntalloc.domain import Domain
     from gntalloc.frontend.aio import Disk
-    from gntalloc.guest.domain import Domain
     from gntalloc.guest.events import Port
     from gntalloc.guest.pages import SharedPages
     from gntalloc.vchan import channel as blocking

@@ -10,10 +10,10 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc import waits
+from gntalloc.domain import Domain
 from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
-from gntalloc.guest.domain import Domain
 from gntalloc.places import clear_folder, domain_path, lock_path, machine_folder, make_top_folder, store_path
 from gntalloc.unclosed import warn_unclosed
 

@@ -250,7 +250,7 @@ class RunSeat(KernelSeat):
 
     def __init__(self) -> None:
         super().__init__()
-        from gntalloc.guest.domain import current_domain
+        from gntalloc.domain import current_domain
 
         self.names: dict[str, str] = {}
         self.domain = current_domain()  # for the limit, which is no file here: as `gntalloc limit` does
@@ -294,7 +294,7 @@ class MachineSeat(Seat):
 
     def __init__(self) -> None:
         super().__init__()
-        from gntalloc.guest.domain import current_domain
+        from gntalloc.domain import current_domain
 
         self.devices = current_domain().devices
         self.files: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import click
 
 from gntalloc.cli.show import progress
 from gntalloc.cli.types import ADDRESS, SECONDS, DomidType, Number
-from gntalloc.guest.domain import current_domain
+from gntalloc.domain import current_domain
 from gntalloc.vchan.pump import LINGER, pump
 
 __all__ = ["command"]

@@ -20,17 +20,17 @@ import click
 
 from gntalloc.cli.copying import copy_in, copy_out, length_from
 from gntalloc.cli.show import bytes_text, progress, table
+from gntalloc.domain import current_domain
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frontend.blkback import WAYS, Backend
 from gntalloc.frontend.blkfront import BlockDevice
 from gntalloc.frontend.image import FORMATS
 from gntalloc.frontend.nodes import Device, attach, detach, disk_number
-from gntalloc.guest.domain import current_domain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
 
 __all__ = ["command"]
 

@@ -15,8 +15,8 @@ import time
 
 from gntalloc.clock import Deadline
 from gntalloc.demo.stream import Sender, receive
+from gntalloc.domain import current_domain
 from gntalloc.errors import GntallocError, TimedOut
-from gntalloc.guest.domain import current_domain
 from gntalloc.xenstore.client import Store
 from gntalloc.xenstore.errors import Denied, NoNode
 

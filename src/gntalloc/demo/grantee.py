@@ -15,8 +15,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from gntalloc.demo.stream import receive
+from gntalloc.domain import Domain, current_domain
 from gntalloc.errors import GntallocError
-from gntalloc.guest.domain import Domain, current_domain
 from gntalloc.guest.grant import Grant
 from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE, Mapping

@@ -30,7 +30,7 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
 
 __all__ = ["Outcome", "Sender", "receive"]
 

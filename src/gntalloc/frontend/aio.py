@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gntalloc.frontend.link import Link
     from gntalloc.frontend.requests import Flight
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
 
 __all__ = ["Disk", "disk"]
 
@@ -331,7 +331,7 @@ class Disk(Described):
 
 
 async def disk(
-    domain: Domain,
+    domain: BareDomain,
     number: int | None = None,
     *,
     pages: int = PAGES,

@@ -48,7 +48,7 @@ from gntalloc.frontend.xenbus import BACK, End, State, StepRefused
 
 if TYPE_CHECKING:
     from gntalloc.frontend.nodes import Device
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
 
 __all__ = ["WAYS", "Backend"]
 
@@ -82,7 +82,7 @@ class Backend:
 
     def __init__(
         self,
-        domain: Domain,
+        domain: BareDomain,
         device: Device,
         path: str | os.PathLike[str],
         *,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gntalloc.frontend.requests import Flight
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
 
 __all__ = ["BlockDevice", "Features"]
 
@@ -52,7 +52,7 @@ class BlockDevice(Described):
 
     def __init__(
         self,
-        domain: Domain,
+        domain: BareDomain,
         number: int | None = None,
         *,
         pages: int = PAGES,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from gntalloc.frontend.blkif import Segment
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
     from gntalloc.guest.pages import MappedPages
 
 __all__ = ["Access", "Copied", "Kept", "Mapped"]
@@ -52,7 +52,7 @@ class Access(Protocol):
 class Mapped:
     """Maps the pages of a request, and unmaps them after it."""
 
-    def __init__(self, domain: Domain, granter: int) -> None:
+    def __init__(self, domain: BareDomain, granter: int) -> None:
         self._domain = domain
         self._granter = granter
 
@@ -79,7 +79,7 @@ class Mapped:
 class Kept:
     """Maps each page once."""
 
-    def __init__(self, domain: Domain, granter: int, most: int = MOST_KEPT) -> None:
+    def __init__(self, domain: BareDomain, granter: int, most: int = MOST_KEPT) -> None:
         self._domain = domain
         self._granter = granter
         self._most = most
@@ -128,7 +128,7 @@ class Copied:
     Its buffer begins at a page: then a segment that is a whole page is one copy, and not two.
     """
 
-    def __init__(self, domain: Domain, granter: int) -> None:
+    def __init__(self, domain: BareDomain, granter: int) -> None:
         self._granter = granter
         self._buffer = mmap.mmap(-1, 8 * SEGMENTS_OF_A_PAGE * PAGE_SIZE)  # no more of it is there than was used
         self._file = domain.devices.open("gntdev")

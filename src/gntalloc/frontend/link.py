@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gntalloc.clock import Deadline
     from gntalloc.frontend.nodes import Device
     from gntalloc.frontend.xenbus import End
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
 
 __all__ = ["Link", "part", "recover"]
 
@@ -86,7 +86,7 @@ class Link:
     """
 
     def __init__(
-        self, domain: Domain, device: Device, end: End, entry: int, nodes: Mapping[str, str], deadline: Deadline
+        self, domain: BareDomain, device: Device, end: End, entry: int, nodes: Mapping[str, str], deadline: Deadline
     ) -> None:
         self._end = end
         self._masked = False

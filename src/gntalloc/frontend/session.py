@@ -33,7 +33,7 @@ from gntalloc.frontend.xenbus import FRONT, End, State, StepRefused
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
 
 __all__ = ["PAGES", "Described", "Features", "Offer", "Session"]
 
@@ -92,7 +92,7 @@ class Session:
 
     offer: Offer
 
-    def __init__(self, domain: Domain, number: int | None, *, pages: int, timeout: float) -> None:
+    def __init__(self, domain: BareDomain, number: int | None, *, pages: int, timeout: float) -> None:
         if pages < 1:
             raise ValueError(f"{pages} pages carry no data; give 1 at least, or {PAGES} for all that a ring can hold")
         self._domain = domain
@@ -331,7 +331,7 @@ class Described:
         return f"<{'closed ' if self._session.closed else ''}{type(self).__name__}: {self._session}>"
 
 
-def _choose(domain: Domain, number: int | None) -> Device:
+def _choose(domain: BareDomain, number: int | None) -> Device:
     found = devices(domain.store, domain.domid, "vbd")
     chosen = [device for device in found if number is None or device.number == number]
     if len(chosen) == 1:

@@ -1,6 +1,7 @@
 """What a program inside a domain uses.
 
-domain    Domain: share, map; current_domain: which one am I in
+domain    BareDomain: share, map
+peers     what every call that takes a domain or a count accepts
 pages     shared and mapped pages, grants
 devices/  the two providers of /dev/xen: the machine, and a real kernel
 connection  messages to the machine

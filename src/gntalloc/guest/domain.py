@@ -1,45 +1,40 @@
-"""A domain, for a program inside it: share pages, map pages. The same on the machine and on real Xen."""
+"""Share pages and map pages, for a program inside a domain. The same on the machine and on real Xen."""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
 from gntalloc.clock import Deadline
-from gntalloc.digits import whole_number
-from gntalloc.errors import DeviceError, MachineGone, NoMachine, TimedOut
-from gntalloc.guest.devices.kernel import FOLDER, KernelDevices
+from gntalloc.errors import DeviceError, MachineGone, TimedOut
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.events import Events
 from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
+from gntalloc.guest.peers import count_of, domid_of
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
-from gntalloc.places import domain_path, machine_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.guest.devices import DeviceFile
+    from gntalloc.guest.devices.kernel import KernelDevices
     from gntalloc.maps import Mapping
-    from gntalloc.vchan.channel import Channel
-    from gntalloc.vchan.server import Listener
-    from gntalloc.vchan.ticket import Ticket
     from gntalloc.xenstore.client import Store
 
-__all__ = ["Domain", "adopt", "current_domain"]
+__all__ = ["BareDomain"]
 
+_MOST_PAGES = 0xFFFF_FFFF  # that one call can ask for
 _LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
 
 
-class Domain:
-    """One domain, seen from inside. Any thread may use it; a pickle of it is its address.
-
-    Get one from `Machine.domain` or `current_domain`.
-    """
+class BareDomain:
+    """One domain, seen from inside, without channels. `gntalloc.Domain` is this with them."""
 
     def __init__(self, devices: MachineDevices | KernelDevices) -> None:
         self.devices = devices
@@ -88,7 +83,7 @@ class Domain:
 
     def share(
         self,
-        peer: int | Domain,
+        peer: int | BareDomain,
         pages: int | None = None,
         *,
         size: int | None = None,
@@ -110,9 +105,7 @@ class Domain:
             DeviceError: ENOSPC the limit or the grant table is exhausted (the text says which), ENOMEM no memory.
         """
         count = _pages(pages, size)
-        domid = peer.domid if isinstance(peer, Domain) else peer
-        if not 0 <= domid <= 0xFFFF:
-            raise ValueError(f"{domid} is no domain's number; they go from 0 to 65535")
+        domid = domid_of(peer)
         flags = FLAG_WRITABLE if writable else 0
         head = AllocGref(domid, flags, count, 0).pack()
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
@@ -132,7 +125,7 @@ class Domain:
 
     def map(
         self,
-        granter: Grant | int | Domain,
+        granter: Grant | int | BareDomain,
         refs: Sequence[int] | int | None = None,
         *,
         writable: bool | None = None,
@@ -171,85 +164,6 @@ class Domain:
         mapping.name = "the map of grant", grant
         return MappedPages(file, index, grant, mapping, count)
 
-    def listen(
-        self,
-        peer: int | Domain,
-        path: str,
-        *,
-        size: int | tuple[int, int] = 65536,
-        extensions: bool | None = None,
-        spin: float | None = None,
-    ) -> Listener:
-        """Wait for clients in `peer`: `with domain.listen(2, "echo") as listener: channel = listener.accept()`.
-
-        Each channel is a vchan, as libxenvchan's: its clients can be C programs.
-
-        Args:
-            peer: a domid or a Domain.
-            path: where in xenstore. "echo" is short for /local/domain/<this>/data/vchan/<peer>/echo.
-            size: bytes of each ring; or a pair: of what is read here, and of what is written. Above 1 MiB only a client
-                of this package has it all; the largest is 16 MiB.
-            extensions: between two ends of this package there is more (see docs/vchan.md). False does without; True
-                takes no client that cannot.
-            spin: seconds to look before sleeping; 0 sleeps at once.
-
-        Raises:
-            DeviceError: ENOSPC there are not enough pages, or no port; ENOSYS this processor needs libatomic.
-            StoreError: xenstore refused.
-            ValueError: the path is too long, or the size.
-        """
-        from gntalloc.vchan.end import SPIN
-        from gntalloc.vchan.server import Listener
-
-        domid = peer.domid if isinstance(peer, Domain) else peer
-        return Listener(self, domid, path, size=size, extensions=extensions, spin=SPIN if spin is None else spin)
-
-    def connect(
-        self,
-        peer: int | Domain,
-        path: str,
-        *,
-        timeout: float | None = None,
-        extensions: bool | None = None,
-        spin: float | None = None,
-    ) -> Channel:
-        """Connect to a server in `peer` that listens for this domain; wait until there is one.
-
-        Args:
-            peer: a domid or a Domain.
-            path: where in xenstore. "echo" is short for /local/domain/<peer>/data/vchan/<this>/echo.
-            timeout: seconds; None waits for ever, 0 takes what is there.
-            extensions: as for `listen`.
-            spin: as for `listen`.
-
-        Raises:
-            TimedOut: there was no server, or it was not free; the text says which.
-            PeerBroke: what the server shows is no vchan.
-            DeviceError: ENOSYS this processor needs libatomic.
-            ValueError: the path is too long.
-        """
-        from gntalloc.vchan.client import connect
-        from gntalloc.vchan.end import SPIN
-
-        domid = peer.domid if isinstance(peer, Domain) else peer
-        look = SPIN if spin is None else spin
-        return connect(self, domid, path, timeout=timeout, extensions=extensions, spin=look)
-
-    def adopt(self, ticket: Ticket) -> Channel:
-        """Have a channel of this domain that another process has detached: it goes on where it was.
-
-        The ticket is closed. `gntalloc.adopt(ticket)` finds the domain by itself.
-
-        Raises:
-            Busy: somebody has adopted it already.
-            Closed: the ticket is closed in this process.
-            MachineGone: the domain is not there any more.
-            PeerBroke: the peer lies about what is in the rings.
-        """
-        from gntalloc.vchan.adopting import adopt
-
-        return adopt(self, ticket)
-
     def destroy(self) -> None:
         """End the domain: nobody enters it any more, its device files close. Only the machine's owner may.
 
@@ -270,9 +184,6 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"<Domain {self.domid} at {self.address}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return current_domain, (self.address,)
 
     def _mmap_when_ready(
         self, file: DeviceFile, index: int, count: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
@@ -317,79 +228,22 @@ class Domain:
         return file
 
 
-def current_domain(address: str | None = None) -> Domain:
-    """The domain this program is in.
-
-    Args:
-        address: a domain's address: the path of its socket, `MACHINE/DOMID` for a machine by name, or /dev/xen.
-            If not given: $GNTALLOC_DOMAIN; if that is not set, /dev/xen where it can be opened.
-
-    Raises:
-        NoMachine: there is none of these; the text says what to do.
-    """
-    if address is None:
-        address = os.environ.get("GNTALLOC_DOMAIN") or None  # an empty one is as good as none
-    if address == FOLDER or (address is None and _on_xen()):
-        return Domain(KernelDevices())
-    if address is None:
-        raise NoMachine(
-            "this program is in no domain: $GNTALLOC_DOMAIN is not set and /dev/xen/gntdev cannot be opened. "
-            "Start it with env=machine.environ(DOMID), or set GNTALLOC_DOMAIN=NAME/DOMID for a machine that was "
-            "started with `gntalloc machine --name NAME --domain DOMID`"
-        )
-    name, _, number = address.rpartition("/")
-    if not name or "\0" in address:
-        raise NoMachine(
-            errno.EINVAL,
-            f"{address[:200]!r} is no domain's address; write MACHINE/DOMID as in default/1, the path of its socket, "
-            f"or {FOLDER}",
-        )
-    if "/" not in name:
-        domid = whole_number(number, 0xFFFF)
-        if domid is None:
-            raise NoMachine(
-                errno.EINVAL,
-                f"{address[:200]!r}: {number[:40]!r} is no domid; write MACHINE/DOMID, as in {name[:40]}/1",
-            )
-        address = domain_path(machine_folder(name), domid)
-    return Domain(MachineDevices(address))
-
-
-def adopt(ticket: Ticket) -> Channel:
-    """Have a channel that another process has detached. See `Domain.adopt` and docs/vchan.md.
-
-    Raises:
-        NoMachine: the domain is not there any more.
-        Busy, Closed, MachineGone, PeerBroke: as `Domain.adopt`.
-    """
-    return current_domain(ticket.tells.address).adopt(ticket)
-
-
-def _on_xen() -> bool:
-    try:
-        os.close(os.open(os.path.join(FOLDER, "gntdev"), os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
-
-
 def _pages(pages: int | None, size: int | None) -> int:
     if pages is not None and size is not None:
         raise ValueError("give `pages` or `size`, not both")
-    count = -(-size // PAGE_SIZE) if size is not None else 1 if pages is None else pages
-    if not 0 < count < 1 << 32:
-        raise ValueError(f"{count} pages cannot be shared; ask for one at least, and fewer than {1 << 32}")
-    return count
+    if size is not None:
+        return -(-count_of(size, "a number of bytes to share", least=1, most=_MOST_PAGES * PAGE_SIZE) // PAGE_SIZE)
+    return 1 if pages is None else count_of(pages, "a number of pages to share", least=1, most=_MOST_PAGES)
 
 
-def _grant(granter: Grant | int | Domain, refs: Sequence[int] | int | None, writable: bool | None) -> Grant:
+def _grant(granter: Grant | int | BareDomain, refs: Sequence[int] | int | None, writable: bool | None) -> Grant:
     if isinstance(granter, Grant):
         if refs is not None:
             raise ValueError("a Grant names its references itself; give a domid to choose others")
         grant = granter if writable is None else granter._replace(writable=writable)
     else:
-        chosen = (refs,) if isinstance(refs, int) else tuple(refs or ())
-        grant = Grant(granter.domid if isinstance(granter, Domain) else granter, chosen, bool(writable))
+        chosen = () if refs is None else tuple(refs) if isinstance(refs, Iterable) else (refs,)
+        grant = Grant(domid_of(granter), tuple(count_of(ref, "a grant reference") for ref in chosen), bool(writable))
     if not grant.refs:
         raise ValueError("no reference was given; give the granter's domid and its references, or a Grant")
     grant.check()

@@ -36,12 +36,14 @@ from gntalloc.abi.evtchn import (
 )
 from gntalloc.clock import Deadline
 from gntalloc.errors import Busy, Closed, DeviceError, EventsLost, TimedOut
+from gntalloc.guest.peers import count_of, domid_of
 from gntalloc.unclosed import warn_unclosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.guest.devices import DeviceFile, Devices
+    from gntalloc.guest.peers import HasDomid
 
 __all__ = ["Events", "Port"]
 
@@ -52,18 +54,19 @@ class Events:
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
 
-    def bind(self, peer: int) -> Port:
-        """A new port that `peer` may connect to: tell it the port's number.
+    def bind(self, peer: int | HasDomid) -> Port:
+        """Bind a new port that `peer`, a Domain or a domid, may connect to: tell it the port's number.
 
         Events sent before it has connected are lost.
 
         Raises:
             DeviceError: ENOSPC the domain has no port left.
         """
-        return self._open(peer, BIND_UNBOUND_PORT, BindUnboundPort(peer).pack())
+        domid = domid_of(peer)
+        return self._open(domid, BIND_UNBOUND_PORT, BindUnboundPort(domid).pack())
 
-    def connect(self, peer: int, number: int) -> Port:
-        """A new port, connected to the port `number` that `peer` has bound for this domain.
+    def connect(self, peer: int | HasDomid, number: int) -> Port:
+        """Connect a new port to the port `number` that `peer` has bound for this domain.
 
         It has an event from the start, without anybody's doing.
 
@@ -71,7 +74,9 @@ class Events:
             DeviceError: ESRCH there is no such domain; EINVAL that port is not for this domain, or is connected
                 already; ENOSPC the domain has no port left.
         """
-        return self._open(peer, BIND_INTERDOMAIN, BindInterdomain(peer, number).pack())
+        domid = domid_of(peer)
+        port = count_of(number, "the number of a port")
+        return self._open(domid, BIND_INTERDOMAIN, BindInterdomain(domid, port).pack())
 
     def reopen(self, descriptor: int, number: int, peer: int) -> Port:
         """A port that is there already, by the descriptor of its file that another process gave. It is owned then."""

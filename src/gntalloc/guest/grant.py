@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from gntalloc.errors import BadGrantText
+from gntalloc.guest.peers import count_of, domid_of
 
 __all__ = ["Grant"]
 
 _RUN = r"[0-9]{1,10}(?:-[0-9]{1,10})?"
 _TEXT = re.compile(rf"([0-9]{{1,5}}):({_RUN}(?:,{_RUN})*):(ro|rw)")
 _MOST_REFS = 65536  # that one map can take
-_LARGEST_DOMID, _LARGEST_REF = 0xFFFF, 0xFFFF_FFFF
 
 
 class Grant(NamedTuple):
@@ -66,10 +66,9 @@ class Grant(NamedTuple):
         """See that these are numbers a domain and its references can have.
 
         Raises:
-            ValueError: one is not.
+            TypeError: one is no whole number.
+            ValueError: one is out of range.
         """
-        if not 0 <= self.granter <= _LARGEST_DOMID:
-            raise ValueError(f"{self.granter} is no domain's number; they go from 0 to {_LARGEST_DOMID}")
-        wrong = next((ref for ref in self.refs if not 0 <= ref <= _LARGEST_REF), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} is no grant reference; they go from 0 to {_LARGEST_REF}")
+        domid_of(self.granter)
+        for ref in self.refs:
+            count_of(ref, "a grant reference")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
 
 __all__ = ["ChannelConformance"]
 

@@ -26,8 +26,8 @@ from gntalloc.vchan.ring import HEADER, Reader, Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gntalloc.domain import Domain
     from gntalloc.embed import Machine
-    from gntalloc.guest.domain import Domain
 
 __all__ = ["events", "machine_dies", "pages", "peer_dies", "store"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
     from gntalloc.vchan.channel import Channel
 
 __all__ = ["Channels", "Domains", "Programs", "channel_pair", "checked_machine", "running_programs", "two_domains"]

@@ -16,8 +16,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any, Self
 
+from gntalloc.domain import current_domain
 from gntalloc.errors import GntallocError, TimedOut
-from gntalloc.guest.domain import current_domain
 from gntalloc.places import store_path
 from gntalloc.testing.cleanup import name_process
 from gntalloc.testing.unmodified import Unmodified
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType, TracebackType
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
 
 __all__ = ["Program", "ProgramFailed", "environ", "last_words", "main"]
 

@@ -26,7 +26,7 @@ from gntalloc.waits import Socket
 
 if TYPE_CHECKING:
     from gntalloc.guest.devices import DeviceFile
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
     from gntalloc.guest.pages import MappedPages
     from gntalloc.vchan.pages import Area
     from gntalloc.vchan.ticket import Ticket
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 
-def adopt(domain: Domain, ticket: Ticket) -> Channel:
+def adopt(domain: BareDomain, ticket: Ticket) -> Channel:
     """See `Domain.adopt`."""
     barriers = atomics()  # first: it may refuse
     ticket.claim()
@@ -62,7 +62,7 @@ def adopt(domain: Domain, ticket: Ticket) -> Channel:
     return Channel(end, domain.address)
 
 
-def _map_anew(domain: Domain, ticket: Ticket, undo: contextlib.ExitStack) -> ChannelPages:
+def _map_anew(domain: BareDomain, ticket: Ticket, undo: contextlib.ExitStack) -> ChannelPages:
     tells = ticket.tells
     file = domain.devices.reopen("gntalloc" if tells.server else "gntdev", os.dup(ticket.held.file))
     undo.callback(file.close)
@@ -84,7 +84,7 @@ def _map_anew(domain: Domain, ticket: Ticket, undo: contextlib.ExitStack) -> Cha
     return pages
 
 
-def _map(domain: Domain, file: DeviceFile, area: Area, *, server: bool) -> SharedPages | MappedPages:
+def _map(domain: BareDomain, file: DeviceFile, area: Area, *, server: bool) -> SharedPages | MappedPages:
     grant = Grant(area.granter, area.refs, area.writable)
     if not server:
         return domain.map(grant, mirrored=area.mirrored, file=file)

@@ -23,7 +23,7 @@ from gntalloc.vchan.nodes import Address, Nodes, full_path
 from gntalloc.vchan.pages import ChannelPages
 
 if TYPE_CHECKING:
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
     from gntalloc.vchan.nodes import Tree
 
 __all__ = ["connect"]
@@ -34,13 +34,13 @@ class _NotNow(Exception):
 
 
 def connect(
-    domain: Domain,
+    domain: BareDomain,
     peer: int,
     path: str,
     *,
     timeout: float | None = None,
     extensions: bool | None = None,
-    spin: float = SPIN,
+    spin: float | None = None,
     store: Tree | None = None,
 ) -> Channel:
     """See `Domain.connect`."""
@@ -49,16 +49,17 @@ def connect(
         raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
     deadline = Deadline(timeout)
     nodes = Nodes(lambda: store or domain.store, full_path(path, peer, domid, only_ours=extensions is True))
+    look = SPIN if spin is None else spin
     reason: object = ""
     for address in nodes.attempts(deadline):
         try:
-            return _try(domain, peer, address, extensions=extensions, spin=spin)
+            return _try(domain, peer, address, extensions=extensions, spin=look)
         except _NotNow as why:
             reason = why
     raise TimedOut(f"no connection with domain {peer} at {nodes.path} within {timeout} s: {reason}")
 
 
-def _try(domain: Domain, peer: int, address: Address, *, extensions: bool | None, spin: float) -> Channel:
+def _try(domain: BareDomain, peer: int, address: Address, *, extensions: bool | None, spin: float) -> Channel:
     barriers = atomics()  # first: it may refuse
     with contextlib.ExitStack() as undo:
         try:

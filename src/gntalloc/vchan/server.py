@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from gntalloc.atomics import atomics
 from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
+from gntalloc.guest.peers import count_of
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gntalloc.guest.devices import DeviceFile
-    from gntalloc.guest.domain import Domain
+    from gntalloc.guest.domain import BareDomain
     from gntalloc.guest.pages import SharedPages
     from gntalloc.vchan.nodes import Tree
 
@@ -48,13 +49,13 @@ class Listener:
 
     def __init__(
         self,
-        domain: Domain,
+        domain: BareDomain,
         peer: int,
         path: str,
         *,
         size: int | tuple[int, int] = SIZE,
         extensions: bool | None = None,
-        spin: float = SPIN,
+        spin: float | None = None,
         store: Tree | None = None,
     ) -> None:
         domid = domain.domid
@@ -64,7 +65,7 @@ class Listener:
         self.path = full_path(path, domid, peer, only_ours=extensions is True)
         self._domain = domain
         self._extensions = extensions
-        self._spin = spin
+        self._spin = SPIN if spin is None else spin
         self._sizes = _sizes(size, extensions)
         self._nodes = Nodes(lambda: store or domain.store, self.path)
         self._accepting = threading.Lock()  # held while a client is waited for
@@ -259,10 +260,10 @@ class Listener:
 
 def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders, Orders]:
     """The rings as libxenvchan shall see them, and as two of our own ends use them."""
-    read, write = (size, size) if isinstance(size, int) else size
+    read, write = size if isinstance(size, tuple) else (size, size)
     most, more = 1 << layout.LARGEST_ORDER, 1 << extension.LARGEST
-    if not (0 <= read <= more and 0 <= write <= more):
-        raise ValueError(f"rings of {read} and {write} bytes: between two ends of this package they are 0 to {more}")
+    for each in read, write:
+        count_of(each, "the size of a ring in bytes", most=more)
     if extensions is False and max(read, write) > most:
         raise ValueError(f"rings of {read} and {write} bytes: libxenvchan's are 0 to {most}")
     orders = Orders.choose(min(read, most), min(write, most))
