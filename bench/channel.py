@@ -105,7 +105,7 @@ class Vchan(Peer):
         path = f"bench/{self.size}"
         if first:
             with domain.listen(2, path, size=self.ring, **settings) as listener:
-                self.channel = listener.accept(30)
+                self.channel = listener.accept(timeout=30)
         else:
             self.channel = domain.connect(1, path, timeout=30, **settings)
         return self.calls()
@@ -343,10 +343,10 @@ def how_soon(machine: Machine, rounds: int) -> dict[str, tuple[float, float]]:
                 other = subprocess.Popen(
                     [sys.executable, "-c", program], env=machine.environ(2), stdout=subprocess.PIPE, text=True
                 )
-                with listener.accept(9) as channel:
+                with listener.accept(timeout=9) as channel:
                     channel.send(b"go")
                     try:
-                        channel.recv(9)
+                        channel.recv(timeout=9)
                     except gntalloc.GntallocError:
                         told = time.monotonic()
                 assert other.stdout

@@ -42,33 +42,33 @@ with stopped:
         seen = Snapshot.of(machine)
         late(lambda: bob.connect(1, "x", timeout=0.3))
         with alice.listen(2, "x", size=4096) as listener:
-            late(lambda: listener.accept(0.05))
+            late(lambda: listener.accept(timeout=0.05))
             offer = listener.offer()
-            late(lambda: offer.wait_connected(0.05))
-            with bob.connect(1, "x", timeout=20) as channel, listener.accept(20) as other:
+            late(lambda: offer.wait_connected(timeout=0.05))
+            with bob.connect(1, "x", timeout=20) as channel, listener.accept(timeout=20) as other:
                 for call in (channel.recv, channel.read, channel.peek):
                     late(lambda: call(timeout=0.05))
                 channel.write(bytes(4096))
-                for call in (lambda: channel.write(b"x", 0.05), lambda: channel.send(b"x", 0.05)):
+                for call in (lambda: channel.write(b"x", timeout=0.05), lambda: channel.send(b"x", timeout=0.05)):
                     late(call)
-                late(lambda: channel.drain(0.05))
-                late(lambda: channel.reserve(1, 0.05))
-                assert other.read(4096, 20) == bytes(4096)
+                late(lambda: channel.drain(timeout=0.05))
+                late(lambda: channel.reserve(1, timeout=0.05))
+                assert other.read(4096, timeout=20) == bytes(4096)
                 other.send(b"hello")
-                assert channel.recv(20) == b"hello"
+                assert channel.recv(timeout=20) == b"hello"
         with alice.events.bind(2) as port:
-            late(lambda: port.wait(0.05))
+            late(lambda: port.wait(timeout=0.05))
             with bob.events.connect(1, port.number) as far:
-                far.wait(20)
+                far.wait(timeout=20)
                 far.notify()
-                port.wait(20)
+                port.wait(timeout=20)
         with alice.share(2) as pages:
             with bob.map(pages.grant):
-                late(lambda: pages.wait_released(0.05))
-            pages.wait_released(20)
+                late(lambda: pages.wait_released(timeout=0.05))
+            pages.wait_released(timeout=20)
         with alice.store.watch("data") as watch:
-            watch.wait(20)
-            late(lambda: watch.wait(0.05))
+            watch.wait(timeout=20)
+            late(lambda: watch.wait(timeout=0.05))
         for domain in alice, bob:
             domain.close()
             domain.devices.close()

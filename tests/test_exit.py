@@ -37,7 +37,7 @@ def everything(disk):
     transaction.__enter__()
     listener = alice.listen(bob, "data/it")
     accepted = []
-    accepting = threading.Thread(target=lambda: accepted.append(listener.accept(20)))
+    accepting = threading.Thread(target=lambda: accepted.append(listener.accept(timeout=20)))
     accepting.start()
     channel = bob.connect(alice, "data/it", timeout=20)
     accepting.join()

@@ -46,17 +46,17 @@ with gntalloc.Machine() as machine:
 
     # Channels: a server and its client, which wait for each other a hundred times.
     def serve():
-        with alice.listen(2, "x", size=4096) as listener, listener.accept(20) as channel:
+        with alice.listen(2, "x", size=4096) as listener, listener.accept(timeout=20) as channel:
             for message in channel:
                 channel.send(message.upper())
 
     def ask():
         with bob.connect(1, "x", timeout=20) as channel:
             for _ in range(100):
-                channel.send(b"hello", 20)
-                assert channel.recv(20) == b"HELLO"
-            late(lambda: channel.recv(0.05))
-            channel.finish(20)
+                channel.send(b"hello", timeout=20)
+                assert channel.recv(timeout=20) == b"HELLO"
+            late(lambda: channel.recv(timeout=0.05))
+            channel.finish(timeout=20)
             assert channel.read(timeout=20) == b""
 
     serving, asking = spawn(serve), spawn(ask)
@@ -65,8 +65,8 @@ with gntalloc.Machine() as machine:
     # More than fits, both ways at once.
     with alice.listen(2, "x", size=4096) as listener:
         connecting = spawn(lambda: bob.connect(1, "x", timeout=20))
-        ends = listener.accept(20), result(connecting)
-    writers = [spawn(lambda end=end: end.write(bytes(100_000), 20)) for end in ends]
+        ends = listener.accept(timeout=20), result(connecting)
+    writers = [spawn(lambda end=end: end.write(bytes(100_000), timeout=20)) for end in ends]
     for end in ends:
         left = 100_000
         while left:
@@ -74,28 +74,28 @@ with gntalloc.Machine() as machine:
     for writer in writers:
         result(writer)
     for end in ends:
-        end.drain(20)
+        end.drain(timeout=20)
         end.close()
 
     # Events, pages and the store.
     with alice.events.bind(2) as port, bob.events.connect(1, port.number) as far:
-        far.wait(20)
-        late(lambda: port.wait(0.05))
-        waiting = spawn(lambda: port.wait(20))
+        far.wait(timeout=20)
+        late(lambda: port.wait(timeout=0.05))
+        waiting = spawn(lambda: port.wait(timeout=20))
         time.sleep(0.01)
         far.notify()
         result(waiting)
     with alice.share(2) as pages:
         mapped = bob.map(pages.grant)
-        late(lambda: pages.wait_released(0.05))
-        releasing = spawn(lambda: pages.wait_released(20))
+        late(lambda: pages.wait_released(timeout=0.05))
+        releasing = spawn(lambda: pages.wait_released(timeout=20))
         time.sleep(0.01)
         mapped.close()
         result(releasing)
     with alice.store.watch("data") as watch:
-        watch.wait(20)
-        late(lambda: watch.wait(0.05))
-        watching = spawn(lambda: watch.wait(20))
+        watch.wait(timeout=20)
+        late(lambda: watch.wait(timeout=0.05))
+        watching = spawn(lambda: watch.wait(timeout=20))
         time.sleep(0.01)
         alice.store.write("data/here", "x")
         assert result(watching) == "data/here"
@@ -103,11 +103,11 @@ with gntalloc.Machine() as machine:
     # A peer in another process, which is killed.
     code = "import gntalloc, time; c = gntalloc.current_domain().connect(1, 'x', timeout=20); c.send(b'!')"
     other = subprocess.Popen([sys.executable, "-c", code + "; time.sleep(60)"], env=machine.environ(2))
-    with alice.listen(2, "x") as listener, listener.accept(20) as channel:
-        assert channel.recv(20) == b"!"
+    with alice.listen(2, "x") as listener, listener.accept(timeout=20) as channel:
+        assert channel.recv(timeout=20) == b"!"
         os.kill(other.pid, 9)
         try:
-            channel.recv(20)
+            channel.recv(timeout=20)
         except PeerDied:
             pass
         else:

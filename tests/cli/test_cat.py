@@ -180,7 +180,7 @@ def test_towards_a_libxenvchan(cat: Cat, bob: Domain, mine: bytes, tmp_path: Pat
             assert channel.read(timeout=PATIENCE) == b""
         else:
             channel.write(b"theirs")
-            channel.drain(PATIENCE)
+            channel.drain(timeout=PATIENCE)
     out, _ = server.communicate(timeout=PATIENCE)
     assert out == (b"" if mine else b"theirs")
     assert server.returncode == 0
@@ -222,7 +222,7 @@ def test_a_libxenvchan_that_has_read_everything_may_answer(cat: Cat, bob: Domain
         assert channel.read(timeout=PATIENCE) == b"question"
         for _ in range(3):
             channel.write(b"answer")
-            channel.drain(PATIENCE)
+            channel.drain(timeout=PATIENCE)
     out, errors = server.communicate(timeout=PATIENCE)
     assert (out, server.returncode) == (b"answer" * 3, 0), errors
 
@@ -237,7 +237,7 @@ def test_bytes_that_the_peer_did_not_read_are_a_failure(alice: Domain, bob: Doma
         source.seek(0)
         listener.offer()
         other = bob.connect(1, "test", timeout=PATIENCE)
-        channel = listener.accept(PATIENCE)
+        channel = listener.accept(timeout=PATIENCE)
 
         def moved(_count: int) -> None:
             other.close()

@@ -214,9 +214,9 @@ def test_a_backend_that_is_killed_is_told_to_all_and_another_is_connected_to(att
             with pytest.raises(PeerDied, match="it died"):
                 await disk.write(0, bytes(512))
             with pytest.raises(PeerDied):
-                await disk.reconnect(0.05)
+                await disk.reconnect(timeout=0.05)
             attached.backend()
-            await disk.reconnect(PATIENCE)
+            await disk.reconnect(timeout=PATIENCE)
             assert await disk.read(0, SIZE) == attached.content
 
     run(main)

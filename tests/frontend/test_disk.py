@@ -126,7 +126,7 @@ def test_a_detached_disk_is_named_and_its_backend_ends(setting: Setting) -> None
     disk = setting.open()
     assert disk.read(0, 1, timeout=PATIENCE) == setting.content[:1]
     setting.detach()
-    assert backend.result(PATIENCE)[1] == 0
+    assert backend.result(timeout=PATIENCE)[1] == 0
     with pytest.raises((PeerClosed, PeerDied)):
         disk.read(0, 1, timeout=PATIENCE)
     assert not setting.dom0.store.exists(DEVICE.back)
@@ -161,7 +161,7 @@ def test_a_frontend_is_killed_and_another_takes_over(setting: Setting, way: str)
             with os.fdopen(ours, "rb") as said:
                 assert said.readline() == b"flushed\n"
             program.kill()
-            program.wait(PATIENCE)
+            program.wait(timeout=PATIENCE)
             program.last_words  # noqa: B018  it was killed on purpose
         with setting.open() as disk:
             assert disk.read(0, 1 << 20, timeout=PATIENCE) == b"\xaa" * (1 << 20)
@@ -191,7 +191,7 @@ def test_a_backend_is_killed_and_that_is_named_and_another_is_connected_to(setti
     with pytest.raises(PeerDied, match="it died"):
         disk.write(0, bytes(512), timeout=PATIENCE)
     setting.backend(way="copy")
-    disk.reconnect(PATIENCE)
+    disk.reconnect(timeout=PATIENCE)
     assert not disk.features.persistent
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
 
@@ -221,7 +221,7 @@ def test_a_backend_that_closes_in_order_has_not_died(setting: Setting) -> None:
     with pytest.raises(PeerClosed, match="went to state"):
         read_for_ever(disk)
     assert backend.running
-    disk.reconnect(PATIENCE)
+    disk.reconnect(timeout=PATIENCE)
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
 
 
@@ -232,5 +232,5 @@ def read_for_ever(disk: BlockDevice) -> None:
 
 def kill(program: Program) -> None:
     program.kill()
-    program.wait(PATIENCE)
+    program.wait(timeout=PATIENCE)
     program.last_words  # noqa: B018  it was killed on purpose

@@ -60,7 +60,7 @@ class Raw:
         deadline = time.monotonic() + PATIENCE
         while not ring.ask():
             assert time.monotonic() < deadline
-            assert not self.link.sleep(PATIENCE) or self.link.verdict() is None
+            assert not self.link.sleep(timeout=PATIENCE) or self.link.verdict() is None
         return Response.parse(ring.take(RESPONSE))
 
 
@@ -75,7 +75,7 @@ def raw_frontend(setting: Setting, **nodes: str) -> Iterator[Raw]:
         try:
             end.go(State.CONNECTED)
             yield Raw(link, page)
-            part(end, PATIENCE)
+            part(end, timeout=PATIENCE)
         finally:
             link.close()
 
@@ -181,7 +181,7 @@ def test_a_backend_that_closes_while_its_frontend_looks_has_not_died(setting: Se
         def held_after_it_closed() -> bool:
             setting.dom0.store.write(f"{DEVICE.front}/state", str(int(State.CLOSING)))
             while held():
-                raw.link.sleep(PATIENCE)
+                raw.link.sleep(timeout=PATIENCE)
             return held()
 
         raw.link._held = held_after_it_closed  # type: ignore[method-assign]
@@ -196,7 +196,7 @@ def test_a_frontend_that_breaks_the_ring_is_let_go_of_and_told_why(setting: Sett
         raw.link.ring._indexes[0] = lie
         raw.link.notify()
         while (verdict := raw.link.verdict()) is None:
-            raw.link.sleep(PATIENCE)
+            raw.link.sleep(timeout=PATIENCE)
         assert isinstance(verdict, PeerClosed)
         assert "count of requests" in str(verdict)
     assert backend.running

@@ -489,8 +489,8 @@ def test_news_that_a_look_has_taken_is_told_to_who_sleeps(setting: Setting, serv
     disk = served()
     link = disk._session.link
     assert link is not None
-    until(lambda: not link.sleep(0) or link.verdict() is not None, "the first event never ends")
+    until(lambda: not link.sleep(timeout=0) or link.verdict() is not None, "the first event never ends")
     setting.dom0.store.write(f"{DEVICE.back}/state", "4")
     until(link.has_news, "no news")
-    assert link.sleep(0)
-    assert not link.sleep(0)
+    assert link.sleep(timeout=0)
+    assert not link.sleep(timeout=0)

@@ -157,5 +157,5 @@ def test_killed_while_it_reads_and_started_again(stock: Stock) -> None:
         read_for_ever(disk)
     stock.dom0.store.write(f"{DEVICE.back}/state", str(int(State.INITIALISING)))  # QEMU takes up no other
     stock.start()
-    disk.reconnect(PATIENCE)
+    disk.reconnect(timeout=PATIENCE)
     assert disk.read(0, SIZE, timeout=PATIENCE) == content

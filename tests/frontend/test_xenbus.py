@@ -70,20 +70,20 @@ def test_waiting_ends_when_the_other_is_there(ends: tuple[End, End]) -> None:
     front, back = ends
     later = threading.Timer(0.05, back.go, (State.INIT_WAIT,))
     later.start()
-    assert front.wait({State.INIT_WAIT, State.CONNECTED}, PATIENCE) == State.INIT_WAIT
+    assert front.wait({State.INIT_WAIT, State.CONNECTED}, timeout=PATIENCE) == State.INIT_WAIT
     later.join(20)
 
 
 def test_waiting_in_vain_says_where_the_other_is_and_what_it_complains_of(ends: tuple[End, End]) -> None:
     front, back = ends
     with pytest.raises(TimedOut, match=r"is in state 1 \(Initialising\), where 4 \(Connected\) was waited for"):
-        front.wait({State.CONNECTED}, 0)
+        front.wait({State.CONNECTED}, timeout=0)
     back.complain("the image is on fire", 1)
     with pytest.raises(TimedOut, match="it says: the image is on fire"):
-        front.wait({State.CONNECTED}, 0)
+        front.wait({State.CONNECTED}, timeout=0)
     back.go(State.CLOSED)
     with pytest.raises(PeerClosed, match=r"state 6 \(Closed\).*on fire"):
-        front.wait({State.CONNECTED}, PATIENCE, unless={State.CLOSED})
+        front.wait({State.CONNECTED}, timeout=PATIENCE, unless={State.CLOSED})
     back.forget_complaint()
     assert front.complaint() is None
 
@@ -93,7 +93,7 @@ def test_a_device_that_is_detached_is_gone_for_both(ends: tuple[End, End], setti
     setting.detach()
     assert front.peer == front.state == State.UNKNOWN
     with pytest.raises(PeerClosed, match="gone from xenstore"):
-        front.wait({State.CONNECTED}, PATIENCE)
+        front.wait({State.CONNECTED}, timeout=PATIENCE)
     with pytest.raises(DeviceError, match="detached") as caught:
         back.go(State.CLOSED)
     assert caught.value.errno == errno.ENODEV

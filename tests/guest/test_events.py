@@ -28,7 +28,7 @@ PATIENCE = 20.0
 def ports(alice: Domain, bob: Domain) -> Iterator[tuple[Port, Port]]:
     """A channel whose second end has had its first event, which comes by itself."""
     with alice.events.bind(2) as first, bob.events.connect(1, first.number) as second:
-        second.wait(PATIENCE)
+        second.wait(timeout=PATIENCE)
         yield first, second
 
 
@@ -36,19 +36,19 @@ def test_an_event_each_way(ports: tuple[Port, Port]) -> None:
     first, second = ports
     for _ in range(100):
         first.notify()
-        second.wait(PATIENCE)
+        second.wait(timeout=PATIENCE)
         second.notify()
-        first.wait(PATIENCE)
+        first.wait(timeout=PATIENCE)
 
 
 def test_an_event_that_is_told_comes_too(ports: tuple[Port, Port]) -> None:
     first, second = ports
     for _ in range(100):  # more than may be told in a row
         first.notify_soon()
-        second.wait(PATIENCE)
+        second.wait(timeout=PATIENCE)
         for _ in range(3):
             second.notify_soon()
-        first.wait(PATIENCE)
+        first.wait(timeout=PATIENCE)
     second.close()
     first.notify_soon()  # nobody is there: no error
     first.notify()
@@ -59,18 +59,18 @@ def test_events_that_nobody_took_are_one(ports: tuple[Port, Port]) -> None:
     second.rearm()
     for _ in range(5):
         first.notify()
-    second.wait(PATIENCE)
-    second.wait(PATIENCE)  # the first masked it, so the other four were one, which came after
+    second.wait(timeout=PATIENCE)
+    second.wait(timeout=PATIENCE)  # the first masked it, so the other four were one, which came after
     with pytest.raises(TimedOut, match=r"no event came to <Port \d+, of domain 1> within 0.05 s"):
-        second.wait(0.05)
+        second.wait(timeout=0.05)
 
 
 def test_an_event_during_the_work_is_not_lost(ports: tuple[Port, Port]) -> None:
     first, second = ports
     first.notify()
-    second.wait(PATIENCE)
+    second.wait(timeout=PATIENCE)
     first.notify()  # while second works
-    second.wait(PATIENCE)
+    second.wait(timeout=PATIENCE)
 
 
 def test_select_take_rearm(ports: tuple[Port, Port]) -> None:
@@ -87,7 +87,7 @@ def test_select_take_rearm(ports: tuple[Port, Port]) -> None:
 
 def test_a_timeout_of_nothing_does_not_wait(ports: tuple[Port, Port]) -> None:
     with pytest.raises(TimedOut):
-        ports[0].wait(0)
+        ports[0].wait(timeout=0)
 
 
 def test_one_waiter_a_port(ports: tuple[Port, Port]) -> None:
@@ -96,7 +96,7 @@ def test_one_waiter_a_port(ports: tuple[Port, Port]) -> None:
 
     def wait() -> None:
         try:
-            second.wait(PATIENCE)
+            second.wait(timeout=PATIENCE)
             outcome.append("event")
         except Busy:
             outcome.append("busy")
@@ -120,7 +120,7 @@ def test_any_thread_may_notify(ports: tuple[Port, Port]) -> None:
     threads = [threading.Thread(target=notify) for _ in range(4)]
     for thread in threads:
         thread.start()
-    second.wait(PATIENCE)
+    second.wait(timeout=PATIENCE)
     for thread in threads:
         thread.join(PATIENCE)
 
@@ -133,7 +133,7 @@ def test_closing_wakes_the_waiter(alice: Domain) -> None:
     def wait() -> None:
         started.set()
         try:
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
         except Closed as error:
             got.append(type(error))
 
@@ -145,7 +145,7 @@ def test_closing_wakes_the_waiter(alice: Domain) -> None:
     thread.join(PATIENCE)
     assert got == [Closed]
     with pytest.raises(Closed):
-        port.wait(0)
+        port.wait(timeout=0)
     with pytest.raises(Closed):
         port.notify()
 
@@ -156,9 +156,9 @@ def test_lost_events_are_named_and_the_port_goes_on(ports: tuple[Port, Port]) ->
         first.notify()
         second.rearm()
     with pytest.raises(EventsLost, match="re-armed without taking"):
-        second.wait(PATIENCE)
+        second.wait(timeout=PATIENCE)
     first.notify()
-    second.wait(PATIENCE)
+    second.wait(timeout=PATIENCE)
 
 
 def test_refusals_are_the_drivers(alice: Domain, bob: Domain) -> None:
@@ -175,7 +175,7 @@ def test_a_peer_that_left_is_no_error_and_may_come_back(alice: Domain, bob: Doma
         for _ in range(2):
             with bob.events.connect(1, first.number) as second:
                 second.notify()
-                first.wait(PATIENCE)
+                first.wait(timeout=PATIENCE)
             first.notify()
 
 
@@ -191,7 +191,7 @@ def test_between_processes_and_after_sigkill(machine: Machine, alice: Domain) ->
             command = [sys.executable, "-c", program, str(port.number)]
             with Limited(command, env=machine.environ(2)) as child:
                 for _ in range(20):
-                    port.wait(PATIENCE)
+                    port.wait(timeout=PATIENCE)
                     port.notify()
                 os.kill(child.pid, signal.SIGKILL)
 
@@ -204,7 +204,7 @@ def test_the_end_of_the_machine_ends_a_wait(make_machine: Callable[..., Machine]
 
         def wait() -> None:
             try:
-                port.wait(PATIENCE)
+                port.wait(timeout=PATIENCE)
             except MachineGone as error:
                 ended.append(type(error))
 

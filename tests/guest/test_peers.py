@@ -53,7 +53,7 @@ def test_what_is_no_domain_is_refused(alice: Domain, call: Callable[[Domain, Any
 @pytest.mark.parametrize("count", [-1, 1 << 80, 2.0, "2", True])
 def test_what_is_no_count_is_refused(alice: Domain, call: Callable[[Domain, Any], Any], count: object) -> None:
     wanted = ValueError if type(count) is int else TypeError
-    with pytest.raises(wanted, match="is a whole number from [01] to [0-9]+, not "):
+    with pytest.raises(wanted, match=r"is a whole number from [01] to [0-9]+, not "):
         call(alice, count)
 
 

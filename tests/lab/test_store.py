@@ -34,9 +34,9 @@ domain = gntalloc.current_domain()
 store = domain.store
 assert store is domain.store and store.domid == domain.domid, (store.domid, domain.domid)
 with store.watch("data/lab-test") as watch:
-    assert watch.wait(20) == "data/lab-test"
+    assert watch.wait(timeout=20) == "data/lab-test"
     store.write("data/lab-test", "0")
-    assert watch.wait(20) == "data/lab-test"
+    assert watch.wait(timeout=20) == "data/lab-test"
 with store.transaction() as transaction:
     transaction.write("data/lab-test", transaction.read("data/lab-test") + b"1")
     transaction.write("data/lab-test/below", "")

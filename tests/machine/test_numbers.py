@@ -43,7 +43,7 @@ class Said:
             assert bytes(mapped.memory[:4]) == b"page"
         with domain.events.connect(self.owner.domid, self.port.number) as port:
             self.port.notify()
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
 
     def close(self) -> None:
         self.port.close()

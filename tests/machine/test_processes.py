@@ -404,7 +404,8 @@ def test_the_machine_is_killed_maps_stay_calls_say_so(make_machine: Callable[...
     mapped = bob.map(shared.grant)
     os.kill(machine.pid, signal.SIGKILL)
     machine._process.wait(20)
-    for call in (lambda: shared.held, lambda: alice.share(bob), machine.statistics, lambda: shared.wait_released(1)):
+    calls = (lambda: shared.held, lambda: alice.share(bob), machine.statistics, lambda: shared.wait_released(timeout=1))
+    for call in calls:
         with pytest.raises(MachineGone) as caught:
             call()
         assert isinstance(caught.value, ConnectionError)

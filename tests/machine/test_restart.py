@@ -133,11 +133,11 @@ def test_what_was_made_there_says_that_it_is_gone(named: Named, restart: Callabl
     asks: list[Callable[[], object]] = [
         lambda: shared.held,
         lambda: shared.mapped_by,
-        lambda: shared.wait_released(PATIENCE),
+        lambda: shared.wait_released(timeout=PATIENCE),
         lambda: mapped.notify_when_unmapped(clear=0),
-        lambda: port.wait(PATIENCE),
+        lambda: port.wait(timeout=PATIENCE),
         port.notify,
-        lambda: watch.wait(PATIENCE),
+        lambda: watch.wait(timeout=PATIENCE),
     ]
     for _ in range(2):  # the second time too
         for ask in asks:

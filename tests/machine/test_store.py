@@ -86,12 +86,12 @@ def test_a_watch_across_domains(alice: Domain, bob: Domain) -> None:
     alice.store.write("data/ring", "")
     alice.store.set_permissions("data/ring", ["r1"])
     with bob.store.watch("/local/domain/1/data/ring") as watch:
-        assert watch.wait(PATIENCE) == "/local/domain/1/data/ring"
+        assert watch.wait(timeout=PATIENCE) == "/local/domain/1/data/ring"
         alice.store.write("data/ring/ref", "8")
-        assert watch.wait(PATIENCE) == "/local/domain/1/data/ring/ref"
+        assert watch.wait(timeout=PATIENCE) == "/local/domain/1/data/ring/ref"
         alice.store.write("data/other", "8")
         alice.store.remove("data/ring")
-        assert watch.wait(PATIENCE) == "/local/domain/1/data/ring/ref"[: -len("/ref")]
+        assert watch.wait(timeout=PATIENCE) == "/local/domain/1/data/ring/ref"[: -len("/ref")]
     alice.store.remove("data/other")
 
 
@@ -168,16 +168,17 @@ def test_a_domain_leaves_nothing_to_the_next_of_its_number(machine: Machine, dom
     old = first.store
     watch = old.watch("data")
     with dom0.store.watch("@releaseDomain") as released, dom0.store.watch("@introduceDomain") as introduced:
-        assert (released.wait(PATIENCE), introduced.wait(PATIENCE)) == ("@releaseDomain", "@introduceDomain")
+        heard = released.wait(timeout=PATIENCE), introduced.wait(timeout=PATIENCE)
+        assert heard == ("@releaseDomain", "@introduceDomain")
         first.devices.destroy()
-        assert released.wait(PATIENCE) == "@releaseDomain"
+        assert released.wait(timeout=PATIENCE) == "@releaseDomain"
         with pytest.raises(MachineGone):
             old.read("data/left")
         watch.close()
         assert not dom0.store.exists("/local/domain/9")
         assert not dom0.store.exists("/gift")
         second = machine.domain(9)
-        assert introduced.wait(PATIENCE) == "@introduceDomain"
+        assert introduced.wait(timeout=PATIENCE) == "@introduceDomain"
     assert second.store.list("data") == ()
     assert second.store.read("/local/domain/1/data/for-nine") == b"1"  # which is alice's, and speaks of a number
     first.close()
@@ -278,7 +279,7 @@ def test_environ_leads_there(machine: Machine) -> None:
 
 def test_a_watch_can_be_selected_on(alice: Domain, bob: Domain) -> None:
     with alice.store.watch("data/s") as watch:
-        watch.wait(PATIENCE)
+        watch.wait(timeout=PATIENCE)
         assert not select.select([watch], [], [], 0)[0]
         alice.store.write("data/s", "1")
         assert select.select([watch], [], [], PATIENCE)[0]

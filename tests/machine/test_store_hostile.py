@@ -68,10 +68,10 @@ def _bystander(alice: Domain, bob: Domain) -> object:
     """Domain 2 uses xenstore before, meanwhile and after, and never notices. Domain 1 is where the hostile ones are."""
     bob.store.write("data/bystander", "before")
     with bob.store.watch("data/bystander") as watch:
-        watch.wait(PATIENCE)
+        watch.wait(timeout=PATIENCE)
         yield
         bob.store.write("data/bystander", "after")
-        assert watch.wait(PATIENCE) == "data/bystander"
+        assert watch.wait(timeout=PATIENCE) == "data/bystander"
     bob.store.remove("data/bystander")
     assert set(alice.store.list("data")) <= {"flood"}
     alice.store.remove("data/flood")
@@ -219,4 +219,4 @@ def test_watches_of_a_connection_that_ended_cost_nothing(machine: Machine, alice
             for _ in range(129):
                 assert raw.answer().type == Type.WATCH
     with alice.store.watch("data") as watch:
-        watch.wait(PATIENCE)
+        watch.wait(timeout=PATIENCE)

@@ -43,8 +43,8 @@ def test_a_client_in_c_of_a_server_of_ours(runs: Runs, build: Build, seat: str, 
     code = f"""
 with here.listen(2, {PATH!r}, size={ring}) as listener:
     print('listening', flush=True)
-    channel = listener.accept(30)
-while data := channel.read(timeout=30): channel.write(data, 30)
+    channel = listener.accept(timeout=30)
+while data := channel.read(timeout=30): channel.write(data, timeout=30)
 print('over', flush=True)
 """
     server = runs.start(1, *python(seat, code))
@@ -64,7 +64,7 @@ def test_a_client_of_ours_of_a_server_in_c(runs: Runs, build: Build, seat: str, 
 channel = here.connect(1, {PATH!r}, timeout=30)
 for n in range(50):
     data, back = os.urandom(1500), b''
-    channel.write(data, 30)
+    channel.write(data, timeout=30)
     while len(back) < len(data): back += channel.read(timeout=30)
     assert back == data
 channel.close(); print('same')
@@ -85,7 +85,7 @@ while at < {size}:
     data = channel.read(timeout=30)
     assert data == whole[at:at + len(data)], at
     at += len(data)
-channel.write(b'!', 30)
+channel.write(b'!', timeout=30)
 try: channel.read(timeout=30)
 except gntalloc.PeerClosed: pass
 print(at)
@@ -98,8 +98,8 @@ print(at)
     code = f"""
 with here.listen(2, {PATH!r}, size={ring}) as listener:
     print('listening', flush=True)
-    channel = listener.accept(30)
-channel.write(pattern(0, {size}), 30)
+    channel = listener.accept(timeout=30)
+channel.write(pattern(0, {size}), timeout=30)
 print(channel.read(1, timeout=30))
 """
     poured = runs.start(1, *python("joined", code))

@@ -33,8 +33,8 @@ def echo(channel):
     for _ in range(100):
         message = b""
         while len(message) < 700:
-            message += channel.read(700 - len(message), 20)
-        channel.write(message, 20)
+            message += channel.read(700 - len(message), timeout=20)
+        channel.write(message, timeout=20)
     print(100, end=" ", flush=True)
 
 def go_on(ticket, method, more):
@@ -43,7 +43,7 @@ def go_on(ticket, method, more):
         if more:
             hand_over(channel, method, more - 1)
         else:
-            assert channel.read(1, 20) == b""  # the program closes when it has all
+            assert channel.read(1, timeout=20) == b""  # the program closes when it has all
             print()
 
 def hand_over(channel, method, more):
@@ -59,7 +59,7 @@ if __name__ == "__main__":
         channel = domain.connect(1, path, timeout=20)
     else:
         with domain.listen(2, path, size=4096) as listener:
-            channel = listener.accept(20)
+            channel = listener.accept(timeout=20)
     echo(channel)
     hand_over(channel, method, 1)
     domain.close()

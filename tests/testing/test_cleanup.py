@@ -91,7 +91,7 @@ def test_what_others_hold_and_who_they_are(machine: Machine, alice: Domain, bob:
     with alice.share(bob, pages=3) as shared:
         with bob.store.watch("data/holding") as watch, Program(bob, hold, str(shared.grant)) as program:
             while bob.store.read("data/holding") != b"x":
-                watch.wait(20)
+                watch.wait(timeout=20)
             shared.close()
             with pytest.raises(AssertionError) as caught:
                 assert_cleaned_up(machine, before)

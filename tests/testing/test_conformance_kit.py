@@ -24,7 +24,7 @@ class TestOurs(ChannelConformance):
     @classmethod
     def serve(cls, domain: Domain, peer: int) -> Any:
         with domain.listen(peer, "conformance", size=cls.ring, **cls.settings) as listener:
-            return listener.accept(PATIENCE)
+            return listener.accept(timeout=PATIENCE)
 
     @classmethod
     def connect(cls, domain: Domain, peer: int) -> Any:
@@ -54,7 +54,7 @@ class TestOursWithSmallRings(TestOurs):
     @classmethod
     def serve(cls, domain: Domain, peer: int) -> Any:
         with domain.listen(peer, "conformance", size=(2048, 1024), **cls.settings) as listener:
-            return listener.accept(PATIENCE)
+            return listener.accept(timeout=PATIENCE)
 
 
 # A kit that lets everything pass would be worse than none.
@@ -75,7 +75,7 @@ class Worse:
         if self._fault == "has no patience":
             timeout = 0
         try:
-            data: bytes = self._channel.read(size, timeout)
+            data: bytes = self._channel.read(size, timeout=timeout)
         except TimeoutError:
             if self._fault == "says end for timeout":
                 return b""
@@ -93,7 +93,7 @@ class Worse:
     def write(self, data: bytes, timeout: float | None = None) -> None:
         try:
             if self._fault != "loses the last words" or len(data) != 10:
-                self._channel.write(data, timeout)
+                self._channel.write(data, timeout=timeout)
         except TimeoutError as error:
             if self._fault == "does not say how much":
                 error.done += 1  # type: ignore[attr-defined]
@@ -104,10 +104,10 @@ class Worse:
 
     def send(self, message: bytes, timeout: float | None = None) -> None:
         if self._fault == "sends by pieces":
-            self._channel.write(len(message).to_bytes(4, "little"), timeout)
-            self._channel.write(message, timeout)
+            self._channel.write(len(message).to_bytes(4, "little"), timeout=timeout)
+            self._channel.write(message, timeout=timeout)
         else:
-            self._channel.send(message, timeout)
+            self._channel.send(message, timeout=timeout)
 
     def close(self) -> None:
         if self._fault == "leaves things behind":

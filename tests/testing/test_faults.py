@@ -81,13 +81,13 @@ def test_pages_are_counted_from_now(gntalloc_domains: Domains) -> None:
 def write_messages(domain: Domain, size: int) -> str:
     with domain.connect(1, "faults", timeout=PATIENCE) as channel:
         for number in range(10):
-            channel.send(bytes([number]) * size, PATIENCE)
+            channel.send(bytes([number]) * size, timeout=PATIENCE)
     return "all of them"
 
 
 def write_bytes(domain: Domain, size: int) -> None:
     with domain.connect(1, "faults", timeout=PATIENCE) as channel:
-        channel.write(bytes(size), PATIENCE)
+        channel.write(bytes(size), timeout=PATIENCE)
 
 
 def read_all(domain: Domain, how: str) -> None:
@@ -99,9 +99,9 @@ def read_all(domain: Domain, how: str) -> None:
                     pass
                 channel.release()
             elif how == "readinto":
-                channel.readinto(buffer, PATIENCE)
+                channel.readinto(buffer, timeout=PATIENCE)
             elif how == "recv_into":
-                channel.recv_into(buffer, PATIENCE)
+                channel.recv_into(buffer, timeout=PATIENCE)
             else:
                 getattr(channel, how)(timeout=PATIENCE)
 
@@ -125,18 +125,18 @@ def receive(channel: Channel) -> bytes:
 
 def send_for_ever(channel: Channel) -> None:
     while True:
-        channel.send(bytes(596), PATIENCE)
+        channel.send(bytes(596), timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 700, 65536 + 5])
 def test_a_writer_dies_at_its_byte(gntalloc_domains: Domains, at: int) -> None:
     alice, bob = gntalloc_domains
     with alice.listen(bob, "faults", size=4096) as listener:
-        with faults.peer_dies(bob, write_bytes, 100_000, at=at), listener.accept(PATIENCE) as channel:
+        with faults.peer_dies(bob, write_bytes, 100_000, at=at), listener.accept(timeout=PATIENCE) as channel:
             assert len(receive_naively(channel)) == at  # and it has not noticed
         with (
             faults.peer_dies(bob, write_bytes, 100_000, at=at),
-            listener.accept(PATIENCE) as channel,
+            listener.accept(timeout=PATIENCE) as channel,
             pytest.raises(PeerDied),
         ):
             receive(channel)
@@ -148,12 +148,12 @@ def test_a_writer_of_messages_dies_at_its_byte(gntalloc_domains: Domains, at: in
     with (
         alice.listen(bob, "faults", size=4096) as listener,
         faults.peer_dies(bob, write_messages, 600, at=at),
-        listener.accept(PATIENCE) as channel,
+        listener.accept(timeout=PATIENCE) as channel,
     ):
         for number in range(at // 604):
-            assert channel.recv(PATIENCE) == bytes([number]) * 600
+            assert channel.recv(timeout=PATIENCE) == bytes([number]) * 600
         with pytest.raises(PeerDied):
-            channel.recv(PATIENCE)
+            channel.recv(timeout=PATIENCE)
         assert channel.ready == at % 604
 
 
@@ -164,7 +164,7 @@ def test_a_reader_dies_at_its_byte(gntalloc_domains: Domains, how: str) -> None:
     with (
         alice.listen(bob, "faults", size=4096) as listener,
         faults.peer_dies(bob, read_all, how, at=1001, moved="read"),
-        listener.accept(PATIENCE) as channel,
+        listener.accept(timeout=PATIENCE) as channel,
     ):
         with pytest.raises(PeerDied):
             send_for_ever(channel)
@@ -178,13 +178,13 @@ def test_a_fault_that_never_comes_is_told(gntalloc_domains: Domains) -> None:
         with (
             pytest.raises(ProgramFailed, match=r"was to die when it had written 99999 bytes.*status 0 before"),
             faults.peer_dies(bob, write_bytes, 10, at=99_999),
-            listener.accept(PATIENCE) as channel,
+            listener.accept(timeout=PATIENCE) as channel,
         ):
             receive(channel)
         with (
             pytest.raises(ProgramFailed, match="was killed by SIGKILL before"),
             faults.peer_dies(bob, write_bytes, 10, at=99_999) as program,
-            listener.accept(PATIENCE) as channel,
+            listener.accept(timeout=PATIENCE) as channel,
         ):
             program.kill()
     with pytest.raises(TypeError, match="argument"), faults.peer_dies(bob, write_bytes, at=1):
@@ -199,7 +199,7 @@ def test_a_fault_that_never_comes_is_told(gntalloc_domains: Domains) -> None:
 def test_events_come_late(gntalloc_domains: Domains) -> None:
     alice, bob = gntalloc_domains
     with alice.events.bind(2) as bell, bob.events.connect(1, bell.number) as port:
-        port.wait(PATIENCE)  # the one that each port has from the start
+        port.wait(timeout=PATIENCE)  # the one that each port has from the start
 
         def naively() -> None:
             port.rearm()
@@ -208,13 +208,13 @@ def test_events_come_late(gntalloc_domains: Domains) -> None:
 
         def careful() -> None:
             bell.notify()
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
 
         naively()
         with faults.events(bob, delay=0.1):
             with pytest.raises(AssertionError):
                 naively()
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
             careful()
         naively()
 
@@ -222,17 +222,17 @@ def test_events_come_late(gntalloc_domains: Domains) -> None:
 def test_what_is_late_comes_when_the_fault_ends(gntalloc_domains: Domains) -> None:
     alice, bob = gntalloc_domains
     with alice.events.bind(2) as bell, bob.events.connect(1, bell.number) as port:
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
         with faults.events(bob, delay=3000):
             for _ in range(3):
                 bell.notify()
             with pytest.raises(TimedOut):
-                port.wait(0)
+                port.wait(timeout=0)
             port.notify()
-            bell.wait(PATIENCE)  # nobody else's are late
-        port.wait(0)
+            bell.wait(timeout=PATIENCE)  # nobody else's are late
+        port.wait(timeout=0)
         with pytest.raises(TimedOut):
-            port.wait(0)  # they were one event
+            port.wait(timeout=0)  # they were one event
         with faults.events(bob, delay=3000):
             bell.notify()
             port.close()
@@ -245,7 +245,7 @@ def test_a_late_event_of_a_port_that_was_closed_is_nobodys(gntalloc_domains: Dom
             bob.events.connect(1, bell.number).close()
         port = bob.events.bind(1)  # it has the same number
     with port, pytest.raises(TimedOut):
-        port.wait(0)
+        port.wait(timeout=0)
 
 
 def another(machine: Machine, port: Port) -> bool:
@@ -263,7 +263,7 @@ def test_events_come_again(gntalloc_machine: Machine, gntalloc_domains: Domains)
         alice.share(bob) as shared,
         bob.map(shared.grant) as mapped,
     ):
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
 
         def send() -> None:
             shared.memory[0] += 1
@@ -273,7 +273,7 @@ def test_events_come_again(gntalloc_machine: Machine, gntalloc_domains: Domains)
             """One event is one item."""
             for _ in range(count):
                 send()
-                port.wait(PATIENCE)
+                port.wait(timeout=PATIENCE)
             more = 0
             while another(gntalloc_machine, port):
                 more += 1
@@ -281,7 +281,7 @@ def test_events_come_again(gntalloc_machine: Machine, gntalloc_domains: Domains)
 
         def careful(seen: int) -> int:
             """What is in the page is the truth."""
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
             return mapped.memory[0] - seen
 
         assert naively(3) == 0
@@ -296,14 +296,14 @@ def test_events_come_again(gntalloc_machine: Machine, gntalloc_domains: Domains)
 def test_late_and_repeated_and_one_in_the_other(gntalloc_machine: Machine, gntalloc_domains: Domains) -> None:
     alice, bob = gntalloc_domains
     with alice.events.bind(2) as bell, bob.events.connect(1, bell.number) as port:
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
         with faults.events(bob, repeat=5):
             with faults.events(bob, delay=0.05, repeat=1):
                 bell.notify()
                 for _ in range(6):
-                    port.wait(PATIENCE)
+                    port.wait(timeout=PATIENCE)
             bell.notify()
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
         assert not another(gntalloc_machine, port)  # with the fault it ends that it comes again
         with faults.events(bob, repeat=5):
             bell.notify()
@@ -321,7 +321,7 @@ def test_our_channels_bear_both(gntalloc_domains: Domains, gntalloc_channels: Ch
     with faults.events(gntalloc_domains.alice, delay=0.002, repeat=2), faults.events(gntalloc_domains.bob, repeat=3):
         from threading import Thread
 
-        writer = Thread(target=server.write, args=(data, PATIENCE))
+        writer = Thread(target=server.write, args=(data,), kwargs={"timeout": PATIENCE})
         writer.start()
         got = b""
         while len(got) < len(data):
@@ -338,9 +338,9 @@ def disturb_and_die(domain: Domain) -> None:
 def test_a_fault_ends_with_who_ordered_it(gntalloc_domains: Domains) -> None:
     alice, bob = gntalloc_domains
     with Program(bob, disturb_and_die) as program:
-        assert program.wait(PATIENCE) == -signal.SIGKILL
+        assert program.wait(timeout=PATIENCE) == -signal.SIGKILL
     with alice.events.bind(2) as bell, bob.events.connect(1, bell.number) as port:
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
     bob.store.write("data/new", "x")
 
 
@@ -449,16 +449,16 @@ def test_the_machine_dies_under_a_program(gntalloc_machine: Machine, gntalloc_do
     with Program(gntalloc_domains.bob, wait_for_an_event) as program:
         with gntalloc_domains.bob.store.watch("data/ready") as watch:
             while not gntalloc_domains.bob.store.exists("data/ready"):
-                watch.wait(PATIENCE)
+                watch.wait(timeout=PATIENCE)
         faults.machine_dies(gntalloc_machine)
-        assert program.result(PATIENCE) == "MachineGone"
+        assert program.result(timeout=PATIENCE) == "MachineGone"
 
 
 def wait_for_an_event(domain: Domain) -> str:
     with domain.events.bind(1) as port:
         domain.store.write("data/ready", "")
         try:
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
         except MachineGone as error:
             return type(error).__name__
     return "an event"

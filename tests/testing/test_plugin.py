@@ -368,7 +368,7 @@ def test_two_suites_at_once_have_machines_of_their_own(tmp_path: Path) -> None:
         "import pytest\n@pytest.mark.parametrize('number', range(8))\n"
         "def test_same(number, gntalloc_channels, gntalloc_domains):\n"
         "    gntalloc_domains.alice.store.write('data/x', str(number))\n"
-        "    gntalloc_channels.server.send(b'x')\n    assert gntalloc_channels.client.recv(30) == b'x'\n"
+        "    gntalloc_channels.server.send(b'x')\n    assert gntalloc_channels.client.recv(timeout=30) == b'x'\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]

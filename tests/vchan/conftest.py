@@ -28,7 +28,7 @@ def pair(alice: Domain, bob: Domain) -> Iterator[Callable[..., tuple[Channel, Ch
         def make(client: dict[str, Any] | None = None, **settings: Any) -> tuple[Channel, Channel]:
             with alice.listen(2, "test", **settings) as listener, ThreadPoolExecutor(1) as other:
                 future = other.submit(bob.connect, 1, "test", timeout=PATIENCE, **(client or {}))
-                server = stack.enter_context(listener.accept(PATIENCE))
+                server = stack.enter_context(listener.accept(timeout=PATIENCE))
                 return server, stack.enter_context(future.result(PATIENCE))
 
         yield make
@@ -47,6 +47,6 @@ def with_program(machine: Machine, alice: Domain) -> Iterator[Callable[..., tupl
                 )
                 stack.callback(process.communicate)
                 stack.callback(process.kill)
-                return stack.enter_context(listener.accept(PATIENCE)), process
+                return stack.enter_context(listener.accept(timeout=PATIENCE)), process
 
         yield start

@@ -188,7 +188,7 @@ def test_ports_and_pages(alice: Domain, bob: Domain) -> None:
             asyncio.get_running_loop().call_later(0.02, port.notify)
             await aio.wait(other)
             with pytest.raises(TimedOut):
-                other.wait(0)
+                other.wait(timeout=0)
         with alice.share(2, writable=True) as shared:
             await aio.wait_released(shared)
             mapped = bob.map(shared.grant)

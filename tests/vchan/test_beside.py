@@ -55,15 +55,15 @@ def at_once(call: Callable[[], Any]) -> Any:
 
 
 WAITS: dict[str, tuple[Callable[[Channel], Any], str]] = {
-    "read": (lambda channel: channel.read(), "_reading"),
-    "readinto": (lambda channel: channel.readinto(bytearray(9)), "_reading"),
-    "recv": (lambda channel: channel.recv(), "_reading"),
-    "recv_into": (lambda channel: channel.recv_into(bytearray(9)), "_reading"),
-    "peek": (lambda channel: channel.peek(), "_reading"),
-    "write": (lambda channel: channel.write(FULL), "_writing"),
-    "send": (lambda channel: channel.send(b"x"), "_writing"),
-    "reserve": (lambda channel: channel.reserve(1), "_writing"),
-    "drain": (lambda channel: channel.drain(), "_draining"),
+    "read": (lambda channel: channel.read(), "reading"),
+    "readinto": (lambda channel: channel.readinto(bytearray(9)), "reading"),
+    "recv": (lambda channel: channel.recv(), "reading"),
+    "recv_into": (lambda channel: channel.recv_into(bytearray(9)), "reading"),
+    "peek": (lambda channel: channel.peek(), "reading"),
+    "write": (lambda channel: channel.write(FULL), "writing"),
+    "send": (lambda channel: channel.send(b"x"), "writing"),
+    "reserve": (lambda channel: channel.reserve(1), "writing"),
+    "drain": (lambda channel: channel.drain(), "draining"),
 }
 
 
@@ -73,7 +73,7 @@ def test_what_tells_of_a_channel_waits_for_nobody(pair: Pair, wait: str, extensi
     ours, theirs = pair(size=SIZE, extensions=extensions)
     ours.write(FULL)
     call, lock = WAITS[wait]
-    with waiting(lambda: call(ours), getattr(ours, lock)):
+    with waiting(lambda: call(ours), getattr(ours._core, lock)):
         assert at_once(lambda: (ours.ready, ours.room, ours.unread)) == (0, 0, SIZE)
         assert at_once(lambda: (ours.connected, ours.closed, ours.waiting)) == (True, False, False)
         assert at_once(lambda: ours.extended) == (extensions is None)
@@ -94,9 +94,9 @@ def test_what_tells_of_a_channel_waits_for_nobody(pair: Pair, wait: str, extensi
 def test_finish_keeps_its_deadline_beside_a_writer(pair: Pair, wait: str) -> None:
     ours, theirs = pair(size=SIZE)
     ours.write(FULL)
-    with waiting(lambda: WAITS[wait][0](ours), ours._writing):
+    with waiting(lambda: WAITS[wait][0](ours), ours._core.writing):
         with pytest.raises(TimedOut, match="another thread"):
-            at_once(lambda: ours.finish(0.05))
+            at_once(lambda: ours.finish(timeout=0.05))
         assert ours.unread == SIZE  # and nothing was said
         at_once(ours.close)
         theirs.close()
@@ -106,8 +106,8 @@ def test_finish_keeps_its_deadline_beside_a_writer(pair: Pair, wait: str) -> Non
 def test_finish_waits_for_no_reader_and_for_no_drain(pair: Pair, wait: str) -> None:
     ours, theirs = pair(size=SIZE)
     ours.write(b"the last")
-    with waiting(lambda: WAITS[wait][0](ours), getattr(ours, WAITS[wait][1])):
-        at_once(lambda: ours.finish(PATIENCE))
+    with waiting(lambda: WAITS[wait][0](ours), getattr(ours._core, WAITS[wait][1])):
+        at_once(lambda: ours.finish(timeout=PATIENCE))
         assert (ours.room, theirs.read(timeout=PATIENCE), theirs.read(timeout=PATIENCE)) == (0, b"the last", b"")
         theirs.close()
 
@@ -116,11 +116,11 @@ def test_what_is_lent_can_be_given_back_beside_anybody(pair: Pair) -> None:
     ours, theirs = pair(size=SIZE)
     ours.write(b"first")
     theirs.write(b"theirs")
-    with waiting(ours.drain, ours._draining):
+    with waiting(ours.drain, ours._core.draining):
         ours.reserve(6)[:] = b"second"
         assert bytes(ours.peek(timeout=PATIENCE)) == b"theirs"
         assert (ours.ready, ours.room, ours.unread) == (0, 0, 5)
-        for call in (lambda: ours.write(b"x")), (lambda: ours.finish(PATIENCE)), ours.read:
+        for call in (lambda: ours.write(b"x")), (lambda: ours.finish(timeout=PATIENCE)), ours.read:
             with pytest.raises(Busy):
                 at_once(call)
         at_once(ours.commit)
@@ -135,12 +135,12 @@ def test_the_numbers_are_right_while_another_thread_moves_the_indexes(pair: Pair
 
     def write() -> None:
         for _ in range(total // 1000):
-            ours.write(bytes(1000), PATIENCE)
+            ours.write(bytes(1000), timeout=PATIENCE)
 
     def read() -> None:
         left = total
         while left:
-            left -= len(theirs.read(777, PATIENCE))
+            left -= len(theirs.read(777, timeout=PATIENCE))
         over.set()
 
     threads = [threading.Thread(target=work) for work in (write, read)]
@@ -174,9 +174,9 @@ def test_a_listener_that_accepts_makes_offers_and_can_be_closed(alice: Domain, b
             assert at_once(lambda: (offer.ready, offer.room, offer.unread)) == (0, SIZE, 0)
             at_once(lambda: offer.write(b"early"))
             with pytest.raises(TimedOut):
-                at_once(lambda: listener.accept(0.01))
+                at_once(lambda: listener.accept(timeout=0.01))
             with pytest.raises(TimedOut):
-                at_once(lambda: offer.finish(0.01))
+                at_once(lambda: offer.finish(timeout=0.01))
             assert "Listener" in at_once(lambda: repr(listener))
             at_once(listener.close)
         with pytest.raises(Closed):

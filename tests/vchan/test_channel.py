@@ -25,7 +25,7 @@ from gntalloc import (
     ViewsStillExported,
 )
 from gntalloc.atomics import plain
-from gntalloc.vchan import end, layout, server
+from gntalloc.vchan import layout, offers, role
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ def any_atomics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param == "libatomic":
         request.getfixturevalue("libatomic")
     else:
-        monkeypatch.setattr(server, "atomics", plain)
+        monkeypatch.setattr(offers, "atomics", plain)
         monkeypatch.setattr("gntalloc.vchan.client.atomics", plain)
 
 
@@ -93,16 +93,16 @@ def test_every_byte_both_ways_at_once(pair: Pair, size: tuple[int, int], mode: d
         pieces = random.Random(me)
         while at < total:
             piece = pieces.choice([1, 7, 64, 1023, 5000])
-            ends[me].write(data[me][at : at + piece], PATIENCE)
+            ends[me].write(data[me][at : at + piece], timeout=PATIENCE)
             at += piece
 
     def read(me: int) -> None:
         buffer = bytearray(3000)
         while lengths[me] < total:
             if lengths[me] % 2:
-                piece = ends[me].read(777, PATIENCE)
+                piece = ends[me].read(777, timeout=PATIENCE)
             else:
-                piece = bytes(buffer[: ends[me].readinto(buffer, PATIENCE)])
+                piece = bytes(buffer[: ends[me].readinto(buffer, timeout=PATIENCE)])
             got[me].update(piece)
             lengths[me] += len(piece)
 
@@ -122,16 +122,16 @@ def test_messages(pair: Pair, mode: dict[str, Any]) -> None:
 
     def send() -> None:
         for message in messages:
-            first.send(message, PATIENCE)
+            first.send(message, timeout=PATIENCE)
 
     sender = threading.Thread(target=send)
     sender.start()
     buffer = bytearray(5000)
     for number, message in enumerate(messages):
         if number % 3 == 0:
-            assert second.recv(PATIENCE) == message
+            assert second.recv(timeout=PATIENCE) == message
         elif number % 3 == 1:
-            assert buffer[: second.recv_into(buffer, PATIENCE)] == message
+            assert buffer[: second.recv_into(buffer, timeout=PATIENCE)] == message
         else:
             assert second.peek(message=True, timeout=PATIENCE) == message
             second.release()
@@ -150,16 +150,16 @@ def test_a_message_too_long_for_the_ring_is_refused_and_nothing_is_written(pair:
         first.send(bytes(4093))
     assert caught.value.errno == errno.EMSGSIZE
     first.send(b"x")
-    assert second.recv(PATIENCE) == b"x"
+    assert second.recv(timeout=PATIENCE) == b"x"
 
 
 def test_a_buffer_too_small_loses_no_message(pair: Pair) -> None:
     first, second = pair()
     first.send(b"12345")
     with pytest.raises(GntallocError, match="5 bytes long") as caught:
-        second.recv_into(bytearray(4), PATIENCE)
+        second.recv_into(bytearray(4), timeout=PATIENCE)
     assert caught.value.errno == errno.EMSGSIZE
-    assert second.recv(PATIENCE) == b"12345"
+    assert second.recv(timeout=PATIENCE) == b"12345"
 
 
 def test_buffers_of_any_items(pair: Pair) -> None:
@@ -167,9 +167,9 @@ def test_buffers_of_any_items(pair: Pair) -> None:
     numbers = np.arange(100, dtype="<u4")
     for put in (first.send, first.write):
         put(numbers)
-    assert np.array_equal(np.frombuffer(second.recv(PATIENCE), "<u4"), numbers)
+    assert np.array_equal(np.frombuffer(second.recv(timeout=PATIENCE), "<u4"), numbers)
     into = np.zeros(100, "<u4")
-    assert second.readinto(into, PATIENCE) == 400
+    assert second.readinto(into, timeout=PATIENCE) == 400
     assert np.array_equal(into, numbers)
 
 
@@ -183,7 +183,7 @@ def test_nothing_to_read(pair: Pair, timeout: float) -> None:
         with pytest.raises(TimedOut, match="domain 1"):
             call(timeout=timeout)
     first.send(b"x")
-    assert second.recv(PATIENCE) == b"x"
+    assert second.recv(timeout=PATIENCE) == b"x"
 
 
 @pytest.mark.parametrize("timeout", [0, 0.02])
@@ -191,24 +191,24 @@ def test_no_room_says_how_much_was_written(pair: Pair, timeout: float) -> None:
     first, second = pair(size=4096)
     data = random.Random(1).randbytes(10000)
     with pytest.raises(TimedOut) as caught:
-        first.write(data, timeout)
+        first.write(data, timeout=timeout)
     assert caught.value.done == 4096
     with pytest.raises(TimedOut) as caught:
-        first.send(b"x", timeout)
+        first.send(b"x", timeout=timeout)
     with pytest.raises(TimedOut):
-        first.reserve(1, timeout)
+        first.reserve(1, timeout=timeout)
     assert (second.ready, first.room) == (4096, 0)
     assert second.read(timeout=PATIENCE) == data[:4096]
 
 
 def test_drain_waits_for_the_reader(pair: Pair) -> None:
     first, second = pair()
-    first.drain(0)
+    first.drain(timeout=0)
     first.write(b"abc")
     with pytest.raises(TimedOut):
-        first.drain(0.02)
+        first.drain(timeout=0.02)
     threading.Timer(0.05, second.read).start()
-    first.drain(PATIENCE)
+    first.drain(timeout=PATIENCE)
 
 
 # In place.
@@ -221,7 +221,7 @@ def test_numpy_fills_the_ring_and_reads_it(pair: Pair) -> None:
         array[:] = np.arange(1000) + turn
         del array
         first.commit()
-        with second.peek(8000, PATIENCE) as view:
+        with second.peek(8000, timeout=PATIENCE) as view:
             seen = np.frombuffer(view, "<u8")
             assert np.array_equal(seen, np.arange(1000) + turn)
             assert not seen.flags.writeable
@@ -261,7 +261,7 @@ def test_a_message_in_place(pair: Pair) -> None:
 def test_what_is_peeked_stays_until_it_is_released(pair: Pair) -> None:
     first, second = pair()
     first.write(b"abcdef")
-    assert bytes(second.peek(4, PATIENCE)) == b"abcd"
+    assert bytes(second.peek(4, timeout=PATIENCE)) == b"abcd"
     for refused in (second.read, second.recv, second.peek):
         with pytest.raises(Busy):
             refused(timeout=0)
@@ -271,7 +271,7 @@ def test_what_is_peeked_stays_until_it_is_released(pair: Pair) -> None:
     with pytest.raises(ValueError, match="nothing was peeked"):
         second.release()
     with pytest.raises(TimedOut):
-        second.peek(1, 0)
+        second.peek(1, timeout=0)
 
 
 def test_closing_with_an_array_alive_is_refused_and_can_be_repeated(pair: Pair) -> None:
@@ -294,9 +294,9 @@ def test_what_was_written_before_the_close_is_read_and_then_the_end(pair: Pair) 
     first, second = pair()
     first.send(b"last")
     first.close()
-    assert second.recv(PATIENCE) == b"last"
+    assert second.recv(timeout=PATIENCE) == b"last"
     with pytest.raises(PeerClosed, match="closed its end"):
-        second.recv(PATIENCE)
+        second.recv(timeout=PATIENCE)
     assert second.read(timeout=PATIENCE) == b""
     assert bytes(second.peek(timeout=PATIENCE)) == b""
     assert not second.connected
@@ -316,7 +316,7 @@ def test_a_close_wakes_reader_and_writer(pair: Pair, mode: dict[str, Any]) -> No
 
     def write() -> None:
         try:
-            first.write(b"more", PATIENCE)
+            first.write(b"more", timeout=PATIENCE)
         except PeerClosed as error:
             ended.append(f"written {error.done}")
 
@@ -342,7 +342,7 @@ def test_closing_ones_own_end_wakes_who_waits_there(pair: Pair, call: str) -> No
     def wait() -> None:
         try:
             if call == "write":
-                first.write(b"more", PATIENCE)
+                first.write(b"more", timeout=PATIENCE)
             else:
                 getattr(first, call)(timeout=PATIENCE)
         except Closed as error:
@@ -361,10 +361,10 @@ def test_one_direction_finishes_and_the_other_goes_on(pair: Pair) -> None:
     first.send(b"question")
     first.finish()
     first.finish()
-    assert second.recv(PATIENCE) == b"question"
+    assert second.recv(timeout=PATIENCE) == b"question"
     assert second.read(timeout=PATIENCE) == b""
     with pytest.raises(PeerClosed):
-        second.recv(PATIENCE)
+        second.recv(timeout=PATIENCE)
     with pytest.raises(Closed, match="finish"):
         first.write(b"x")
     second.send(b"answer")
@@ -385,7 +385,7 @@ def test_a_message_cut_short_by_a_close_is_named(pair: Pair) -> None:
     first.write(b"\x05\0\0\0hel")
     first.close()
     with pytest.raises(PeerBroke, match="middle of a message"):
-        second.recv(PATIENCE)
+        second.recv(timeout=PATIENCE)
 
 
 def test_after_close_every_call_says_so(pair: Pair) -> None:
@@ -408,14 +408,14 @@ def test_several_writers_take_turns(pair: Pair) -> None:
 
     def send(name: int) -> None:
         for number in range(200):
-            first.send(bytes([name, number]) * 20, PATIENCE)
+            first.send(bytes([name, number]) * 20, timeout=PATIENCE)
 
     threads = [threading.Thread(target=send, args=(name,)) for name in range(4)]
     for thread in threads:
         thread.start()
     seen: dict[int, int] = dict.fromkeys(range(4), 0)
     for _ in range(800):
-        message = second.recv(PATIENCE)
+        message = second.recv(timeout=PATIENCE)
         assert message == bytes([message[0], seen[message[0]]]) * 20
         seen[message[0]] += 1
     for thread in threads:
@@ -451,12 +451,12 @@ def test_between_our_own_ends_a_ring_may_be_larger(make_machine: Any) -> None:
                 )
             )
             client.start()
-            with listener.accept(PATIENCE) as first:
+            with listener.accept(timeout=PATIENCE) as first:
                 client.join(PATIENCE)
                 with result[0] as second:
                     assert first.sizes == second.sizes == (size, size)
                     rest = data[1 << 19 :] if extensions is None else data
-                    writer = threading.Thread(target=first.write, args=(rest, PATIENCE))
+                    writer = threading.Thread(target=first.write, args=(rest,), kwargs={"timeout": PATIENCE})
                     writer.start()
                     got = bytearray()
                     while len(got) < len(data):
@@ -475,7 +475,7 @@ def test_a_spin_is_bounded_by_the_timeout(pair: Pair) -> None:
 
 
 def test_roles_mirror_each_other() -> None:
-    one, other = end.SERVER, end.CLIENT
+    one, other = role.SERVER, role.CLIENT
     assert (one.my_live, one.asking, one.my_state) == (other.peer_live, other.asked, other.peer_state)
     assert one.writes == other.reads[::-1]
     assert other.writes == one.reads[::-1]

@@ -54,7 +54,7 @@ def ends(domains: tuple[Domain, Domain], side: int, **mode: Any) -> Iterator[tup
     with domains[0].listen(2, "test", **{"size": 4096, **mode}) as listener:
         listener.offer()
         client = domains[1].connect(1, "test", timeout=PATIENCE)
-        server = listener.accept(PATIENCE)
+        server = listener.accept(timeout=PATIENCE)
     with server, client:
         yield (server, client) if side == 0 else (client, server)
 
@@ -87,14 +87,14 @@ def child(work: Callable[[], None]) -> Iterator[int]:
 def echo(ticket: Ticket) -> None:
     with gntalloc.adopt(ticket) as channel:
         while data := channel.read(timeout=PATIENCE):
-            channel.write(data, PATIENCE)
+            channel.write(data, timeout=PATIENCE)
 
 
 def talk(channel: Channel, *, times: int = 3) -> None:
     """What is written comes back; more than any ring holds, too."""
     for size in (1, 1000, 300_000)[:times]:
         data = os.urandom(size)
-        writer = threading.Thread(target=channel.write, args=(data, PATIENCE))
+        writer = threading.Thread(target=channel.write, args=(data,), kwargs={"timeout": PATIENCE})
         writer.start()
         got = b""
         while len(got) < size:
@@ -137,7 +137,7 @@ def test_it_goes_on_where_it_was(roomy: tuple[Domain, Domain], side: int, mode: 
             assert talkers[0].recv(timeout=PATIENCE) == b"from second"
             assert (talkers[0].unread, talkers[1].unread, talkers[0].ready) == (0, 0, 0)
         if talkers[0].extended:
-            talkers[0].finish(PATIENCE)
+            talkers[0].finish(timeout=PATIENCE)
             talkers[0] = gntalloc.adopt(talkers[0].detach())
             with pytest.raises(Closed, match="finish"):
                 talkers[0].write(b"x")
@@ -158,7 +158,7 @@ with socket.socket(fileno=int(sys.argv[1])) as sock:
     with gntalloc.adopt(ticket) as channel:
         sock.send(b"!")
         while data := channel.read(timeout=20):
-            channel.write(data, 20)
+            channel.write(data, timeout=20)
 """
 
 
@@ -294,12 +294,12 @@ def test_a_dead_parent_is_seen_though_its_child_lives(machine: Machine, alice: D
     with alice.listen(2, "test", size=4096) as listener:
         process = subprocess.Popen([sys.executable, "-c", program], env=machine.environ(2))
         try:
-            with listener.accept(PATIENCE) as channel:
-                pid = int(channel.recv(PATIENCE))
+            with listener.accept(timeout=PATIENCE) as channel:
+                pid = int(channel.recv(timeout=PATIENCE))
                 try:
                     process.kill()
                     with pytest.raises(PeerDied):
-                        channel.recv(PATIENCE)
+                        channel.recv(timeout=PATIENCE)
                 finally:
                     os.kill(pid, signal.SIGKILL)
         finally:
@@ -317,7 +317,7 @@ def test_a_listener_is_its_makers(alice: Domain, bob: Domain) -> None:
     with alice.listen(2, "test", size=4096) as listener:
         with child(work):
             pass
-        with bob.connect(1, "test", timeout=PATIENCE) as client, listener.accept(PATIENCE) as server:
+        with bob.connect(1, "test", timeout=PATIENCE) as client, listener.accept(timeout=PATIENCE) as server:
             client.send(b"hello")
             assert server.recv(timeout=PATIENCE) == b"hello"
 
@@ -410,7 +410,7 @@ def test_what_is_in_use_cannot_be_detached(roomy: tuple[Domain, Domain]) -> None
         waiter = threading.Thread(target=wait)
         waiter.start()
         deadline = time.monotonic() + PATIENCE
-        while not ours._reading.locked():
+        while not ours._core.reading.locked():
             assert time.monotonic() < deadline
         with pytest.raises(Busy, match="another thread"):
             ours.detach()

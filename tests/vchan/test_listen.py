@@ -41,9 +41,9 @@ def test_one_client_after_another(alice: Domain, bob: Domain) -> None:
         with alice.listen(2, "test", size=4096) as listener:
             for channel in listener:
                 with channel:
-                    name = channel.recv(PATIENCE)
+                    name = channel.recv(timeout=PATIENCE)
                     channel.send(name.upper())
-                    channel.drain(PATIENCE)
+                    channel.drain(timeout=PATIENCE)
                     served.append(name)
                     if name == b"last":
                         return
@@ -53,7 +53,7 @@ def test_one_client_after_another(alice: Domain, bob: Domain) -> None:
     for name in (b"a", b"b", b"c", b"last"):
         with bob.connect(1, "test", timeout=PATIENCE) as channel:
             channel.send(name)
-            assert channel.recv(PATIENCE) == name.upper()
+            assert channel.recv(timeout=PATIENCE) == name.upper()
     server.join(PATIENCE)
     assert served == [b"a", b"b", b"c", b"last"]
 
@@ -64,11 +64,11 @@ def test_accepted_channels_live_side_by_side(alice: Domain, bob: Domain) -> None
         for _ in range(5):
             thread = threading.Thread(target=lambda: clients.append(bob.connect(1, "test", timeout=PATIENCE)))
             thread.start()
-            servers.append(listener.accept(PATIENCE))
+            servers.append(listener.accept(timeout=PATIENCE))
             thread.join(PATIENCE)
     for number, (server, client) in enumerate(zip(servers, clients, strict=True)):
         server.send(bytes([number]))
-        assert client.recv(PATIENCE) == bytes([number])
+        assert client.recv(timeout=PATIENCE) == bytes([number])
     for channel in (*servers, *clients):
         channel.close()
 
@@ -79,11 +79,11 @@ def test_a_client_waits_for_its_server(alice: Domain, bob: Domain) -> None:
     waiting.start()
     waiting.join(0.1)
     assert waiting.is_alive()
-    with alice.listen(2, "test") as listener, listener.accept(PATIENCE) as server:
+    with alice.listen(2, "test") as listener, listener.accept(timeout=PATIENCE) as server:
         waiting.join(PATIENCE)
         with got[0] as client:
             server.send(b"x")
-            assert client.recv(PATIENCE) == b"x"
+            assert client.recv(timeout=PATIENCE) == b"x"
 
 
 @pytest.mark.parametrize("timeout", [0, 0.05])
@@ -96,10 +96,10 @@ def test_no_client_and_the_next_accept_goes_on(alice: Domain, bob: Domain) -> No
     with alice.listen(2, "test") as listener:
         first = listener.offer()
         with pytest.raises(TimedOut):
-            listener.accept(0.02)
+            listener.accept(timeout=0.02)
         thread = threading.Thread(target=lambda: bob.connect(1, "test", timeout=PATIENCE).close())
         thread.start()
-        with listener.accept(PATIENCE) as channel:
+        with listener.accept(timeout=PATIENCE) as channel:
             assert channel is first
         thread.join(PATIENCE)
 
@@ -111,7 +111,7 @@ def test_a_server_that_is_taken_is_waited_for(alice: Domain, bob: Domain) -> Non
         address = Nodes(lambda: bob.store, PATH).read()
         assert address is not None
         client = bob.connect(1, "test", timeout=PATIENCE)
-        offered.wait_connected(PATIENCE)
+        offered.wait_connected(timeout=PATIENCE)
         Nodes(lambda: alice.store, PATH).publish(1, 2, address)
         with pytest.raises(TimedOut, match="has another client"):
             bob.connect(1, "test", timeout=0.3)
@@ -125,12 +125,12 @@ def test_what_was_written_before_the_client_came(alice: Domain, bob: Domain) -> 
         offered.send(b"welcome")
         assert not offered.connected
         with pytest.raises(TimedOut):
-            offered.write(bytes(5000), 0.02)
+            offered.write(bytes(5000), timeout=0.02)
         with pytest.raises(TimedOut):
             offered.read(timeout=0.02)
         with bob.connect(1, "test", timeout=PATIENCE) as client:
-            assert client.recv(PATIENCE) == b"welcome"
-            offered.wait_connected(PATIENCE)
+            assert client.recv(timeout=PATIENCE) == b"welcome"
+            offered.wait_connected(timeout=PATIENCE)
         offered.close()
 
 
@@ -140,7 +140,7 @@ def test_closing_a_listener_wakes_who_accepts(alice: Domain) -> None:
 
     def accept() -> None:
         try:
-            listener.accept(PATIENCE)
+            listener.accept(timeout=PATIENCE)
         except Closed:
             ended.append(True)
 
@@ -152,21 +152,21 @@ def test_closing_a_listener_wakes_who_accepts(alice: Domain) -> None:
     thread.join(PATIENCE)
     assert ended == [True]
     with pytest.raises(Closed):
-        listener.accept(0)
+        listener.accept(timeout=0)
 
 
 def test_paths(alice: Domain, bob: Domain) -> None:
     with alice.listen(2, "/local/domain/1/data/other") as listener:
         assert listener.path == "/local/domain/1/data/other"
         bob.connect(1, "/local/domain/1/data/other", timeout=PATIENCE).close()
-        listener.accept(PATIENCE).close()
+        listener.accept(timeout=PATIENCE).close()
     long = "x" * 30
     for call in (alice.listen, bob.connect):
         with pytest.raises(ValueError, match="cuts names off after 49"):
             call(2 if call == alice.listen else 1, long)
     with alice.listen(2, long, extensions=True) as listener:
         bob.connect(1, long, timeout=PATIENCE, extensions=True).close()
-        listener.accept(PATIENCE).close()
+        listener.accept(timeout=PATIENCE).close()
 
 
 def test_a_domain_has_no_channel_with_itself(alice: Domain) -> None:
@@ -181,7 +181,7 @@ def test_extensions_can_be_asked_for(alice: Domain, bob: Domain) -> None:
     with alice.listen(2, "test", extensions=True) as listener:
         bob.connect(1, "test", timeout=PATIENCE, extensions=False).close()
         with pytest.raises(TimedOut):
-            listener.accept(0.1)
+            listener.accept(timeout=0.1)
 
 
 def test_stale_and_strange_pages(alice: Domain, bob: Domain) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = 20.0
 ECHO = """
 while data := channel.read(timeout=20):
-    channel.write(data, 20)
+    channel.write(data, timeout=20)
 channel.close()
 """
 SLEEP = "\nchannel.send(b'ready')\ntime.sleep(60)\n"
@@ -35,7 +35,7 @@ def test_an_echo_and_an_orderly_end(with_program: Start, mode: dict[str, Any]) -
     channel, process = with_program(ECHO, **mode)
     for size in (1, 64, 5000, 100_000):
         data = os.urandom(size)
-        writer = threading.Thread(target=channel.write, args=(data, PATIENCE))
+        writer = threading.Thread(target=channel.write, args=(data,), kwargs={"timeout": PATIENCE})
         writer.start()
         got = b""
         while len(got) < size:
@@ -49,7 +49,7 @@ def test_an_echo_and_an_orderly_end(with_program: Start, mode: dict[str, Any]) -
 @pytest.mark.parametrize("call", ["read", "recv", "write", "send", "drain", "peek", "reserve"])
 def test_sigkill_of_a_peer_is_named_in_every_call(with_program: Start, call: str) -> None:
     channel, process = with_program(SLEEP, size=4096)
-    assert channel.recv(PATIENCE) == b"ready"
+    assert channel.recv(timeout=PATIENCE) == b"ready"
     channel.write(bytes(4096 if call in {"write", "send", "reserve"} else 1))
     outcome: list[BaseException] = []
 
@@ -71,14 +71,14 @@ def test_sigkill_of_a_peer_is_named_in_every_call(with_program: Start, call: str
 def test_what_a_killed_peer_had_written_is_read_first(with_program: Start) -> None:
     channel, process = with_program("channel.send(b'one'); channel.send(b'two'); os.kill(os.getpid(), 9)")
     process.wait(PATIENCE)
-    assert [channel.recv(PATIENCE), channel.recv(PATIENCE)] == [b"one", b"two"]
+    assert [channel.recv(timeout=PATIENCE), channel.recv(timeout=PATIENCE)] == [b"one", b"two"]
     with pytest.raises(PeerDied, match="without closing"):
-        channel.recv(PATIENCE)
+        channel.recv(timeout=PATIENCE)
 
 
 def test_of_a_libxenvchan_nobody_knows_whether_it_closed_or_died(with_program: Start) -> None:
     channel, process = with_program(SLEEP, extensions=False)
-    assert channel.recv(PATIENCE) == b"ready"
+    assert channel.recv(timeout=PATIENCE) == b"ready"
     os.kill(process.pid, signal.SIGKILL)
     assert channel.read(timeout=PATIENCE) == b""
     with pytest.raises(PeerClosed):
@@ -90,23 +90,24 @@ def test_sigkill_of_the_server(machine: Any, alice: Any, bob: Any) -> None:
     program = (
         "import gntalloc, time\n"
         "with gntalloc.current_domain().listen(2, 'test', size=4096) as listener:\n"
-        "    channel = listener.accept(20); channel.send(b'ready'); listener.offer(); channel.recv(20)\n"
+        "    channel = listener.accept(timeout=20); channel.send(b'ready'); listener.offer()\n"
+        "    channel.recv(timeout=20)\n"
         "    channel.send(b'offered'); time.sleep(60)\n"
     )
     command = [sys.executable, "-c", program]
     server = subprocess.Popen(command, env=machine.environ(1))
     with server, bob.connect(1, "test", timeout=PATIENCE) as channel:
-        assert channel.recv(PATIENCE) == b"ready"
+        assert channel.recv(timeout=PATIENCE) == b"ready"
         channel.send(b"go on")
-        assert channel.recv(PATIENCE) == b"offered"
+        assert channel.recv(timeout=PATIENCE) == b"offered"
         os.kill(server.pid, signal.SIGKILL)
         with pytest.raises(PeerDied):
-            channel.recv(PATIENCE)
+            channel.recv(timeout=PATIENCE)
     assert bob.store.exists("/local/domain/1/data/vchan/2/test/event-channel")
     with pytest.raises(TimedOut, match="server is gone"):
         bob.connect(1, "test", timeout=0.3)
     with alice.listen(2, "test", size=0) as listener:
-        accepting = threading.Thread(target=lambda: listener.accept(PATIENCE).close())
+        accepting = threading.Thread(target=lambda: listener.accept(timeout=PATIENCE).close())
         accepting.start()
         bob.connect(1, "test", timeout=PATIENCE).close()
         accepting.join(PATIENCE)
@@ -136,20 +137,20 @@ channel._end.bells.ring()
 time.sleep(60)
 """
     channel, _ = with_program(hostile, size=4096, **mode)
-    assert channel.recv(PATIENCE) == b"ready"
+    assert channel.recv(timeout=PATIENCE) == b"ready"
     channel.write(b"go")
     with pytest.raises(PeerBroke):
         _until_it_is_seen(channel, writing=lie.startswith("cons"))
     with pytest.raises(PeerBroke):  # and so it stays
         channel.read(timeout=PATIENCE)
     with pytest.raises(PeerBroke):
-        channel.write(b"x", PATIENCE)
+        channel.write(b"x", timeout=PATIENCE)
 
 
 def _until_it_is_seen(channel: Channel, *, writing: bool) -> None:
     while writing:
-        channel.write(bytes(1000), PATIENCE)
-    channel.recv(PATIENCE)
+        channel.write(bytes(1000), timeout=PATIENCE)
+    channel.recv(timeout=PATIENCE)
 
 
 def test_a_peer_that_writes_anything_anywhere_causes_named_errors_only(with_program: Start) -> None:
@@ -192,15 +193,15 @@ channel.send(b'done')
 channel.recv()
 """
     channel, _ = with_program(flood)
-    assert channel.recv(PATIENCE) == b"done"
+    assert channel.recv(timeout=PATIENCE) == b"done"
     channel.send(b"go")
 
 
 def test_a_peer_that_does_not_read_its_wake_ups_stops_nobody(with_program: Start) -> None:
     channel, process = with_program("channel.send(b'ready'); os.kill(os.getpid(), 19)")  # SIGSTOP
-    assert channel.recv(PATIENCE) == b"ready"
+    assert channel.recv(timeout=PATIENCE) == b"ready"
     for _ in range(2000):
         channel._end.bells.ring()
     with pytest.raises(TimedOut):
-        channel.recv(0.05)
+        channel.recv(timeout=0.05)
     os.kill(process.pid, signal.SIGCONT)

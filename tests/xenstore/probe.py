@@ -247,26 +247,26 @@ def watches(store: Store) -> Any:
     path = f"{BASE}/watched"
     store.write(path, "0")
     with store.watch(path) as watch:
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
         drain(watch)
         store.write(path, "1")
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
         store.write(f"{path}/below", "1")
-        expect(watch.wait(5), f"{path}/below")
+        expect(watch.wait(timeout=5), f"{path}/below")
         store.set_permissions(path, store.get_permissions(path))
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
         store.remove(f"{path}/below")
-        expect(watch.wait(5), f"{path}/below")
+        expect(watch.wait(timeout=5), f"{path}/below")
         store.remove(path)
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
         store.write(f"{BASE}/not-watched", "1")
         expect(drain(watch), [])
     absolute = f"{store.get_domain_path(store.domid)}/{path}"
     with store.watch(absolute) as watch:
-        expect(watch.wait(5), absolute)
+        expect(watch.wait(timeout=5), absolute)
         drain(watch)
         store.write(path, "1")
-        expect(watch.wait(5), absolute)
+        expect(watch.wait(timeout=5), absolute)
 
 
 @point
@@ -275,7 +275,7 @@ def watch_of_a_parent_that_goes(store: Store) -> Any:
     with store.watch(f"{BASE}/parent/child") as watch:
         drain(watch)
         store.remove(f"{BASE}/parent")
-        expect(watch.wait(5), f"{BASE}/parent/child")
+        expect(watch.wait(timeout=5), f"{BASE}/parent/child")
 
 
 @point
@@ -286,7 +286,7 @@ def watch_and_transaction(store: Store) -> Any:
         with store.transaction() as transaction:
             transaction.write(path, "in")
             expect(drain(watch), [])
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
 
 
 @point
@@ -296,17 +296,17 @@ def several_watches_of_one_path(store: Store) -> Any:
         drain(one)
         drain(two)
         store.write(path, "1")
-        expect((one.wait(5), two.wait(5)), (path, path))
+        expect((one.wait(timeout=5), two.wait(timeout=5)), (path, path))
         one.close()
         store.write(path, "2")
-        expect(two.wait(5), path)
+        expect(two.wait(timeout=5), path)
 
 
 @point
 def watches_come_and_go(store: Store) -> Any:
     for number in range(150):  # more than the quota of 128, were one left behind
         with store.watch(f"{BASE}/come/{number}") as watch:
-            expect(watch.wait(5), f"{BASE}/come/{number}")
+            expect(watch.wait(timeout=5), f"{BASE}/come/{number}")
 
 
 @point
@@ -335,7 +335,7 @@ def another_connection_is_seen(store: Store) -> Any:
     with Store(*sys.argv[1:2]) as other, store.watch(path) as watch:
         drain(watch)
         other.write(path, "from the other")
-        expect(watch.wait(5), path)
+        expect(watch.wait(timeout=5), path)
         expect(store.read(path), b"from the other")
 
 
@@ -345,7 +345,7 @@ def special_watches(store: Store) -> Any:
     for name in ("@releaseDomain", "@introduceDomain"):
         try:
             with store.watch(name) as watch:
-                expect(watch.wait(5), name)
+                expect(watch.wait(timeout=5), name)
             found[name] = "can be watched"
         except StoreError as error:
             found[name] = str(error)
@@ -373,7 +373,7 @@ def threads(store: Store) -> Any:
                 for number in range(20):
                     store.write(f"{BASE}/threads/{name}", f"{name}{number}")
                     expect(store.read_text(f"{BASE}/threads/{name}"), f"{name}{number}")
-                    expect(watch.wait(10), f"{BASE}/threads/{name}")
+                    expect(watch.wait(timeout=10), f"{BASE}/threads/{name}")
         except Exception:
             failures.append(traceback.format_exc(limit=2))
 
@@ -392,7 +392,7 @@ def waiting_has_an_end(store: Store) -> Any:
         drain(watch)
         begin = time.monotonic()
         with refused(TimedOut):
-            watch.wait(0.2)
+            watch.wait(timeout=0.2)
         expect(0.1 < time.monotonic() - begin < 5, True)
 
 

@@ -143,7 +143,7 @@ def test_answers_in_pieces(daemon: Daemon, store: Store) -> None:
     store.write("x", "a value of some length")
     assert store.read("x") == b"a value of some length"
     with store.watch("x") as watch:
-        assert watch.wait(5) == "x"
+        assert watch.wait(timeout=5) == "x"
 
 
 # Refusals
@@ -256,20 +256,20 @@ def test_transact_gives_up(daemon: Daemon, store: Store) -> None:
 
 def test_a_watch(store: Store) -> None:
     with store.watch("data") as watch:
-        assert watch.wait(5) == "data"  # the one that always comes
+        assert watch.wait(timeout=5) == "data"  # the one that always comes
         assert watch.poll() is None
         store.write("data/a", "1")
-        assert watch.wait(5) == "data/a"
+        assert watch.wait(timeout=5) == "data/a"
         store.write(f"{HOME}/data/b", "1")
         store.write("elsewhere", "1")
-        assert watch.wait(5) == "data/b"
+        assert watch.wait(timeout=5) == "data/b"
         with pytest.raises(TimedOut, match="nothing changed at data"):
-            watch.wait(0.01)
+            watch.wait(timeout=0.01)
 
 
 def test_events_of_one_path_are_one(store: Store) -> None:
     with store.watch("data") as watch:
-        watch.wait(5)
+        watch.wait(timeout=5)
         for number in range(5):
             store.write("data/a", str(number))
             store.write("data/b", str(number))
@@ -280,9 +280,9 @@ def test_events_of_one_path_are_one(store: Store) -> None:
 def test_watches_do_not_mix(store: Store) -> None:
     with store.watch("a") as one, store.watch("a") as two, store.watch("b") as other:
         assert len({one.token, two.token, other.token}) == 3
-        assert [watch.wait(5) for watch in (other, two, one)] == ["b", "a", "a"]
+        assert [watch.wait(timeout=5) for watch in (other, two, one)] == ["b", "a", "a"]
         store.write("a", "")
-        assert [two.wait(5), one.wait(5), other.poll()] == ["a", "a", None]
+        assert [two.wait(timeout=5), one.wait(timeout=5), other.poll()] == ["a", "a", None]
 
 
 def test_a_closed_watch(daemon: Daemon, store: Store) -> None:
@@ -299,7 +299,7 @@ def test_a_closed_watch(daemon: Daemon, store: Store) -> None:
 def test_select(store: Store) -> None:
     with store.watch("a") as watch, store.watch("b") as other:
         for each in (watch, other):
-            each.wait(5)
+            each.wait(timeout=5)
             assert select.select([each], [], [], 0) == ([], [], [])
         store.write("a", "1")
         assert select.select([watch], [], [], 5) == ([watch], [], [])
@@ -311,7 +311,7 @@ def test_select(store: Store) -> None:
 def test_select_finds_what_another_call_has_read(store: Store) -> None:
     """The event is off the socket already, so only the watch's own bell can tell."""
     with store.watch("a") as watch:
-        watch.wait(5)
+        watch.wait(timeout=5)
         watch.fileno()
         store.write("a", "1")
         assert store.domid == 7
@@ -328,7 +328,7 @@ def test_fileno_after_the_event(store: Store) -> None:
 
 def test_closing_the_store_wakes_select(store: Store) -> None:
     watch = store.watch("a")
-    watch.wait(5)
+    watch.wait(timeout=5)
     watch.fileno()
     store.close()
     assert select.select([watch], [], [], 5) == ([watch], [], [])
@@ -343,10 +343,10 @@ def test_closing_the_store_wakes_select(store: Store) -> None:
 def test_many_threads(store: Store) -> None:
     def work(name: str) -> int:
         with store.watch(f"threads/{name}") as watch:
-            assert watch.wait(5) == f"threads/{name}"
+            assert watch.wait(timeout=5) == f"threads/{name}"
             for number in range(30):
                 store.write(f"threads/{name}", f"{name} {number}")
-                assert watch.wait(5) == f"threads/{name}"
+                assert watch.wait(timeout=5) == f"threads/{name}"
                 assert store.read_text(f"threads/{name}") == f"{name} {number}"
         return 1
 
@@ -356,8 +356,8 @@ def test_many_threads(store: Store) -> None:
 
 def test_a_waiting_thread_does_not_hold_up_others(store: Store) -> None:
     with store.watch("a") as watch:
-        watch.wait(5)
-        result = in_thread(lambda: watch.wait(5))
+        watch.wait(timeout=5)
+        result = in_thread(lambda: watch.wait(timeout=5))
         time.sleep(0.05)
         assert store.domid == 7
         store.write("a", "")
@@ -367,10 +367,10 @@ def test_a_waiting_thread_does_not_hold_up_others(store: Store) -> None:
 def test_the_reader_may_leave_before_the_others(daemon: Daemon, store: Store) -> None:
     """The thread that reads times out; the one that relied on it goes on reading."""
     with store.watch("a") as watch:
-        watch.wait(5)
-        short = in_thread(lambda: watch.wait(0.1))
+        watch.wait(timeout=5)
+        short = in_thread(lambda: watch.wait(timeout=0.1))
         time.sleep(0.03)
-        long = in_thread(lambda: watch.wait(5))
+        long = in_thread(lambda: watch.wait(timeout=5))
         with pytest.raises(TimedOut):
             short()
         daemon.event("a", watch.token)
@@ -379,8 +379,8 @@ def test_the_reader_may_leave_before_the_others(daemon: Daemon, store: Store) ->
 
 def test_two_threads_at_one_watch(store: Store) -> None:
     with store.watch("a") as watch:
-        watch.wait(5)
-        results = [in_thread(lambda: watch.wait(5)) for _ in range(2)]
+        watch.wait(timeout=5)
+        results = [in_thread(lambda: watch.wait(timeout=5)) for _ in range(2)]
         time.sleep(0.03)
         store.write("a/1", "")
         store.write("a/2", "")
@@ -389,7 +389,7 @@ def test_two_threads_at_one_watch(store: Store) -> None:
 
 def test_close_ends_who_waits(store: Store) -> None:
     watch = store.watch("a")
-    watch.wait(5)
+    watch.wait(timeout=5)
     results = [in_thread(watch.wait) for _ in range(3)]
     time.sleep(0.05)
     store.close()
@@ -424,7 +424,7 @@ def test_a_late_answer_to_watch_is_not_the_next_ones(daemon: Daemon, monkeypatch
         for request in held:
             watch(*request)
         with store.watch("next") as after:
-            assert after.wait(1) == "next"
+            assert after.wait(timeout=1) == "next"
         assert store.read("domid") == b"7"
 
 
@@ -473,7 +473,7 @@ class NeverReady:
 
 def test_the_daemon_goes(daemon: Daemon, store: Store) -> None:
     watch = store.watch("a")
-    watch.wait(5)
+    watch.wait(timeout=5)
     watch.fileno()
     result = in_thread(watch.wait)
     time.sleep(0.03)
@@ -570,7 +570,7 @@ def test_after_a_fork(store: Store) -> None:
             os._exit(code)
     assert os.waitstatus_to_exitcode(status_of(child)) == 0
     assert store.domid == 7
-    assert watch.wait(5) == "a"
+    assert watch.wait(timeout=5) == "a"
     watch.close()
 
 

@@ -62,7 +62,7 @@ def command(
     lock = threading.Lock()
     if listen:
         with here.listen(peer, path, size=size) as listener:
-            channel = listener.accept(timeout)
+            channel = listener.accept(timeout=timeout)
     else:
         channel = here.connect(peer, path, timeout=timeout)
     with channel, progress(f"domain {here.domid} ⇄ {peer}", None) as show:

@@ -14,6 +14,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING, Self
 
+from gntalloc.async_only import AsyncOnly
 from gntalloc.errors import Closed, DeviceError, GntallocError
 from gntalloc.frontend.blkif import SECTOR, Operation
 from gntalloc.frontend.extents import Extent, parse
@@ -40,14 +41,14 @@ class _Landing:
         self.waiter: asyncio.Future[None] | None = None
 
 
-class Disk(Described):
+class Disk(Described, AsyncOnly):
     """A disk whose waiting calls are coroutines. One event loop, any number of tasks.
 
     A call that is cancelled, also by asyncio.timeout, leaves its buffer alone from then on. A write may have been
     written in part; the pages that carried it are free again when the backend has answered.
     """
 
-    def __init__(self, session: Session, patience: float = 0.0) -> None:
+    def __init__(self, session: Session, *, patience: float = 0.0) -> None:
         super().__init__(session)
         self._patience = patience
         self._loop = asyncio.get_running_loop()
@@ -112,16 +113,16 @@ class Disk(Described):
                 raise
         return parse(page, before, length)
 
-    async def reconnect(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  it bounds what a thread does
+    async def reconnect(self, *, timeout: float = 10.0) -> None:  # noqa: ASYNC109  it bounds what a thread does
         """Begin anew with a backend that has returned. See `BlockDevice.reconnect`; calls that wait have failed."""
         if self._closing:
             raise Closed(f"{self!r} cannot be connected again; open another")
         await self._errand_is_done()
-        self._run(lambda: self._session.reconnect(timeout))
+        self._run(lambda: self._session.reconnect(timeout=timeout))
         await self._errand_is_done()
         self._session.check_open()
 
-    async def close(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  the same
+    async def close(self, *, timeout: float = 10.0) -> None:  # noqa: ASYNC109  the same
         """Wait for what is in flight, tell the backend, and take the pages back. See `BlockDevice.close`."""
         if self._closing:
             return
@@ -136,7 +137,7 @@ class Disk(Described):
             self._deafen()
             self._session.closed = True
             self._wake_all()
-            await asyncio.to_thread(self._session.close, timeout)
+            await asyncio.to_thread(self._session.close, timeout=timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -270,7 +271,7 @@ class Disk(Described):
         """The backend is gone: all who wait are told; or, with patience, another is waited for."""
         self._deafen()
         if self._patience and not self._closing and not self._away:
-            self._run(lambda: self._session.reconnect(self._patience))
+            self._run(lambda: self._session.reconnect(timeout=self._patience))
         elif not self._away:
             self._wake_all()
 
@@ -352,7 +353,7 @@ async def disk(
             if wanted:
                 made.append(session)
                 return
-        session.close(timeout)
+        session.close(timeout=timeout)
 
     try:
         await asyncio.to_thread(make)
@@ -360,9 +361,9 @@ async def disk(
         with lock:
             wanted = False
         for session in made:
-            threading.Thread(target=session.close, args=(timeout,)).start()
+            threading.Thread(target=session.close, kwargs={"timeout": timeout}).start()
         raise
-    return Disk(made[0], patience)
+    return Disk(made[0], patience=patience)
 
 
 def _wake(waiters: set[asyncio.Future[None]]) -> None:

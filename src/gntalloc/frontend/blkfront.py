@@ -226,7 +226,7 @@ class BlockDevice(Described):
 
     # Coming and going.
 
-    def reconnect(self, timeout: float = 10.0) -> None:
+    def reconnect(self, *, timeout: float = 10.0) -> None:
         """Begin anew with a backend that has returned. What was submitted and not answered is asked again.
 
         Raises:
@@ -238,10 +238,10 @@ class BlockDevice(Described):
             if self._session.closed:
                 raise Closed(f"{self!r} cannot be connected again; open another")
             self._wake_the_sleeper()
-            self._session.reconnect(timeout)
+            self._session.reconnect(timeout=timeout)
             self._changed.notify_all()
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self, *, timeout: float = 10.0) -> None:
         """Wait for what is in flight, tell the backend, and take the pages back. Can be repeated.
 
         What was not flushed is as safe as the backend sees fit. A backend that does not answer is left alone after
@@ -258,7 +258,7 @@ class BlockDevice(Described):
                     )
             self._session.closed = True
             self._wake_the_sleeper()
-            self._session.close(timeout)
+            self._session.close(timeout=timeout)
             self._changed.notify_all()
 
     def __enter__(self) -> Self:
@@ -382,7 +382,7 @@ class BlockDevice(Described):
         self._asleep = True
         self._changed.release()
         try:
-            look = link.sleep(left)
+            look = link.sleep(timeout=left)
         finally:
             self._changed.acquire()
             self._asleep = False
@@ -401,7 +401,7 @@ class BlockDevice(Described):
         session.failed = failed
         if self._patience and not self._closing:
             with contextlib.suppress(GntallocError):  # then it has failed for good
-                session.reconnect(self._patience)
+                session.reconnect(timeout=self._patience)
         self._changed.notify_all()
 
     def _wake_the_sleeper(self) -> None:

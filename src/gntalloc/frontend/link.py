@@ -38,15 +38,15 @@ def recover(end: End, deadline: Deadline) -> None:
     """
     if end.state not in {State.INITIALISING, State.CLOSED}:
         end.go(State.CLOSING)
-        end.wait({State.CLOSING, State.CLOSED, State.INIT_WAIT, State.INITIALISING}, deadline.remaining)
+        end.wait({State.CLOSING, State.CLOSED, State.INIT_WAIT, State.INITIALISING}, timeout=deadline.remaining)
         end.go(State.CLOSED)
     if end.state == State.CLOSED and end.peer not in {State.INITIALISING, State.INIT_WAIT}:
-        end.wait({State.CLOSED}, deadline.remaining)
+        end.wait({State.CLOSED}, timeout=deadline.remaining)
     end.go(State.INITIALISING)
-    end.wait({State.INIT_WAIT}, deadline.remaining)
+    end.wait({State.INIT_WAIT}, timeout=deadline.remaining)
 
 
-def part(end: End, timeout: float, *, alone: bool = False) -> None:
+def part(end: End, *, timeout: float, alone: bool = False) -> None:
     """Close in order: tell the backend, wait until it has let go. `alone`: there is none that would.
 
     Raises:
@@ -56,11 +56,11 @@ def part(end: End, timeout: float, *, alone: bool = False) -> None:
         end.go(State.CLOSING)
     try:
         if not alone:
-            end.wait({State.CLOSING, State.CLOSED, State.UNKNOWN}, timeout, unless=())
+            end.wait({State.CLOSING, State.CLOSED, State.UNKNOWN}, timeout=timeout, unless=())
     finally:
         end.go(State.CLOSED)
     if not alone:
-        end.wait({State.CLOSED, State.UNKNOWN}, timeout, unless=())
+        end.wait({State.CLOSED, State.UNKNOWN}, timeout=timeout, unless=())
 
 
 class Link:
@@ -101,7 +101,7 @@ class Link:
             where = {"ring-ref": str(self._pages.refs[0]), "event-channel": str(self._port.number)}
             try:
                 end.go(State.INITIALISED, {**where, **nodes})
-                end.wait({State.CONNECTED}, deadline.remaining, unless=_GONE)
+                end.wait({State.CONNECTED}, timeout=deadline.remaining, unless=_GONE)
                 self._watch = undo.enter_context(domain.store.watch(f"{end.other}/state"))
                 self._released = self._released_descriptor()
             except BaseException:
@@ -119,7 +119,7 @@ class Link:
         """Wake the backend."""
         self._port.notify_soon()
 
-    def sleep(self, timeout: float | None) -> bool:
+    def sleep(self, *, timeout: float | None) -> bool:
         """Until something may have happened; one thread at a time. Whether to ask for the `verdict`."""
         self._rearm()
         ready = {number for number, _ in waits.ready(self._poll, timeout)}
@@ -139,7 +139,7 @@ class Link:
 
     def heard(self) -> bool:
         """Take the event that made `fileno` readable, and be ready for the next. Whether to ask for the `verdict`."""
-        look = self.sleep(0)
+        look = self.sleep(timeout=0)
         self._rearm()
         return look
 

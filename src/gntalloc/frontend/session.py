@@ -105,7 +105,7 @@ class Session:
         self._end = End(domain.store, FRONT, front, domain.store.read_text(f"{front}/backend"))
         self._pool = domain.share(self._device.backend, pages=pages, writable=True)
         try:
-            link = self._connect(timeout)
+            link = self._connect(timeout=timeout)
         except BaseException:
             self._pool.close()
             raise
@@ -218,7 +218,7 @@ class Session:
 
     # Coming and going.
 
-    def reconnect(self, timeout: float) -> None:
+    def reconnect(self, *, timeout: float) -> None:
         """Begin anew with a backend that has returned. What is in flight is asked again.
 
         Raises:
@@ -226,17 +226,17 @@ class Session:
         """
         self._disconnect()
         self.failed = self.failed or PeerDied(f"{self} has no backend; call reconnect when there is one")
-        link = self._connect(timeout)
+        link = self._connect(timeout=timeout)
         self.failed = None
         self.flights.restart(link.ring, self._segments())
         self.show()
 
-    def close(self, timeout: float) -> None:
+    def close(self, *, timeout: float) -> None:
         """Tell the backend, and take the pages back. A backend that does not answer is left alone after `timeout`."""
         self.closed = True
         with contextlib.suppress(GntallocError, StepRefused):  # the state may be another's by now
             gone = self.failed is not None or self.link is None or self.link.verdict() is not None
-            part(self._end, timeout, alone=gone)
+            part(self._end, timeout=timeout, alone=gone)
         self._disconnect()
         self._pool.close()
 
@@ -245,7 +245,7 @@ class Session:
         if link is not None:
             link.close()
 
-    def _connect(self, timeout: float) -> Link:
+    def _connect(self, *, timeout: float) -> Link:
         """From wherever both ends are to state 4. The link that was is gone already."""
         deadline = Deadline(timeout)
         nodes = {"protocol": PROTOCOL, "feature-persistent": "1", TELLS_FULL: "1"}

@@ -166,7 +166,7 @@ class End:
         self.store.transact(write)
 
     def wait(
-        self, wanted: Collection[State], timeout: float | None, *, unless: Collection[State] = (State.UNKNOWN,)
+        self, wanted: Collection[State], *, timeout: float | None, unless: Collection[State] = (State.UNKNOWN,)
     ) -> State:
         """Wait until the other end is in one of the states.
 
@@ -194,7 +194,7 @@ class End:
                         f"{told} for {timeout} s{self._complaint()}; see that something serves it, or wait longer"
                     )
                 with contextlib.suppress(TimedOut):
-                    watch.wait(deadline.remaining)
+                    watch.wait(timeout=deadline.remaining)
 
     def read(self, name: str) -> str | None:
         """What the other end has published under a name; None: nothing, or not for this domain."""

@@ -121,7 +121,7 @@ class Port:
         """The same, for who has more to do meanwhile: it may come a moment after the call."""
         self._file.ioctl_unanswered(NOTIFY, self._notify)
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, *, timeout: float | None = None) -> None:
         """Wait for an event. The port stays masked until the next `wait` or `rearm`.
 
         Args:

@@ -173,7 +173,7 @@ class SharedPages(_Pages):
         """
         return self._file.holders(self._index, len(self.refs), wait=True).released
 
-    def wait_released(self, timeout: float | None = None) -> None:
+    def wait_released(self, *, timeout: float | None = None) -> None:
         """Wait until no peer has any of the pages mapped, by whatever way it let go: unmapped, exited, was killed.
 
         Args:

@@ -154,7 +154,7 @@ class ChannelConformance:
             same(read_exactly(near, len(data)), data, "the echo is not what was written")
             writer.result()
             near.close()
-            assert program.wait(PATIENCE) == 0, "the peer did not see the end"
+            assert program.wait(timeout=PATIENCE) == 0, "the peer did not see the end"
 
     # Timeouts.
 

@@ -86,7 +86,7 @@ class Beside:
 
 def killed(program: Program) -> None:
     """SIGKILL has ended it, and nothing before."""
-    assert program.wait(PATIENCE) == -signal.SIGKILL, f"the peer in this check {program.ending} before its time"
+    assert program.wait(timeout=PATIENCE) == -signal.SIGKILL, f"the peer in this check {program.ending} before its time"
 
 
 def read_exactly(channel: Any, length: int) -> bytes:

@@ -124,7 +124,7 @@ def peer_dies(
     with doomed:
         yield doomed
         try:
-            status = doomed.wait(_PATIENCE)
+            status = doomed.wait(timeout=_PATIENCE)
         except TimedOut:
             raise ProgramFailed(f"{doomed!r} was to die when it had {moved} {at} bytes, and is still running") from None
         if status != -signal.SIGKILL or doomed.last_words != _AT_ITS_BYTE:

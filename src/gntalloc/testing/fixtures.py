@@ -146,7 +146,7 @@ def channel_pair(
         how: dict[str, Any] = {"extensions": extensions, "spin": spin}
         with alice.listen(bob, _PATH, size=size, **how) as listener, ThreadPoolExecutor(1) as other:
             connecting = other.submit(bob.connect, alice, _PATH, timeout=PATIENCE, **how)
-            server = stack.enter_context(listener.accept(PATIENCE))
+            server = stack.enter_context(listener.accept(timeout=PATIENCE))
             client = stack.enter_context(connecting.result(PATIENCE))
         yield Channels(server, client)
 

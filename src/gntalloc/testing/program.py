@@ -132,7 +132,7 @@ class Program:
         """Whether it has not ended."""
         return self.process.poll() is None
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, *, timeout: float | None = None) -> int:
         """Wait until it ends.
 
         Returns:
@@ -147,7 +147,7 @@ class Program:
         except subprocess.TimeoutExpired:
             raise TimedOut(f"{self!r} has not ended within {timeout} s") from None
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, *, timeout: float | None = None) -> Any:
         """Wait until it ends.
 
         Returns:
@@ -158,7 +158,7 @@ class Program:
             ProgramFailed: it was killed, or ended in another way; or its result cannot be pickled.
             TimedOut: it has not ended.
         """
-        status = self.wait(timeout)
+        status = self.wait(timeout=timeout)
         words = self.last_words
         if status >= 0 and words:
             returned, value, trace = pickle.loads(words)

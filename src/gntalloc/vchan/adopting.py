@@ -19,9 +19,11 @@ from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
 from gntalloc.vchan import layout
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
-from gntalloc.vchan.end import CLIENT, SERVER, End
+from gntalloc.vchan.core import Core
+from gntalloc.vchan.end import End
 from gntalloc.vchan.layout import Orders
 from gntalloc.vchan.pages import ChannelPages, break_promise
+from gntalloc.vchan.role import CLIENT, SERVER
 from gntalloc.waits import Socket
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def adopt(domain: BareDomain, ticket: Ticket) -> Channel:
         raise
     ticket.pages = None  # they are the channel's now
     ticket.close()
-    return Channel(end, domain.address)
+    return Channel(Core(end, domain.address))
 
 
 def _map_anew(domain: BareDomain, ticket: Ticket, undo: contextlib.ExitStack) -> ChannelPages:

@@ -16,11 +16,13 @@ from gntalloc.errors import DeviceError, PeerBroke, TimedOut
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
-from gntalloc.vchan.end import CLIENT, SPIN, End
+from gntalloc.vchan.core import Core
+from gntalloc.vchan.end import SPIN, End
 from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
 from gntalloc.vchan.layout import Orders, pages_of
 from gntalloc.vchan.nodes import Address, Nodes, full_path
 from gntalloc.vchan.pages import ChannelPages
+from gntalloc.vchan.role import CLIENT
 
 if TYPE_CHECKING:
     from gntalloc.guest.domain import BareDomain
@@ -114,4 +116,4 @@ def _try(domain: BareDomain, peer: int, address: Address, *, extensions: bool | 
         barriers.fence()
         port.notify()
         undo.pop_all()
-        return Channel(end, domain.address)
+        return Channel(Core(end, domain.address))

@@ -1,4 +1,6 @@
-"""End: what both directions of a channel have in common: who the peer is, how to wait for it, how to wake it.
+"""End: the shared page, as one end sees it: what the peer is, and how each asks the other to be woken.
+
+Nobody waits here: see `waiting`.
 
 How an end sleeps. It looks a while (`spin`); then it *asks*: it sets a bit in a byte of the page, and looks once more.
 Whoever moves an index *tells*: it looks at the bit, and rings if it is set. Between moving and looking, and between
@@ -9,79 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gntalloc.clock import now
-from gntalloc.errors import Closed, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone, TimedOut
-from gntalloc.vchan.extension import CLI_STATE, FINISHED, GOODBYE, SRV_STATE
-from gntalloc.vchan.layout import (
-    CLI_LIVE,
-    CLI_NOTIFY,
-    GONE,
-    LEFT_CONS,
-    LEFT_PROD,
-    NOT_YET,
-    NOTIFY_READ,
-    NOTIFY_WRITE,
-    RIGHT_CONS,
-    RIGHT_PROD,
-    SRV_LIVE,
-    SRV_NOTIFY,
-)
+from gntalloc.errors import Closed, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone
+from gntalloc.vchan.extension import FINISHED, GOODBYE
+from gntalloc.vchan.layout import GONE, NOT_YET, NOTIFY_READ, NOTIFY_WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.atomics import Atomics
-    from gntalloc.clock import Deadline
     from gntalloc.vchan.bells import Bells
     from gntalloc.vchan.pages import ChannelPages
+    from gntalloc.vchan.role import Role
 
-__all__ = ["CLIENT", "SERVER", "SPIN", "Asking", "End", "Progress", "Role", "flag_word"]
+__all__ = ["SPIN", "End", "Progress"]
 
 SPIN = 50e-6
 """Seconds to look before sleeping, if not told otherwise: about what a wake-up costs."""
-_LOOKS = 16  # between two looks at the clock
-
-
-class Role(NamedTuple):
-    """Which bytes and words of the page are whose."""
-
-    my_live: int
-    peer_live: int
-    asking: int  # the byte in which this end sets bits
-    asked: int  # the byte in which the peer does
-    writes: tuple[int, int]  # the words of the index this end moves as a writer, and of the reader's
-    reads: tuple[int, int]
-    my_state: int
-    peer_state: int
-    reads_left: bool
-
-
-SERVER = Role(
-    SRV_LIVE,
-    CLI_LIVE,
-    CLI_NOTIFY,
-    SRV_NOTIFY,
-    (RIGHT_PROD, RIGHT_CONS),
-    (LEFT_CONS, LEFT_PROD),
-    SRV_STATE,
-    CLI_STATE,
-    reads_left=True,
-)
-CLIENT = Role(
-    CLI_LIVE,
-    SRV_LIVE,
-    SRV_NOTIFY,
-    CLI_NOTIFY,
-    (LEFT_PROD, LEFT_CONS),
-    (RIGHT_CONS, RIGHT_PROD),
-    CLI_STATE,
-    SRV_STATE,
-    reads_left=False,
-)
 
 
 class Progress(NamedTuple):
@@ -109,6 +57,7 @@ class End:
         writer: the one it writes.
         closing: `close` has begun.
         closed_because: what Closed says of it.
+        broken: how the peer has lied; None: as far as is known it has not.
     """
 
     def __init__(
@@ -131,89 +80,9 @@ class End:
         self._joining = threading.Lock()
         self._state_at: int | None = None  # where the states of the extension are, if the peer is one of ours
         self._state = 0  # what this end's says
-        self._broken: PeerBroke | None = None
+        self.broken: PeerBroke | None = None
         self._left = False  # the peer was told that this end goes
         self.owner = os.getpid()
-
-    def await_peer(self, deadline: Deadline) -> None:
-        """Until a server has its client, and both know what the other is."""
-        while self._join is not None:
-            seen = self.bells.news
-            if self._page[self.role.peer_live] != NOT_YET:
-                with self._joining:  # a reader and a writer may both have waited
-                    if self._join is not None:
-                        try:
-                            self._join(self)
-                        except PeerBroke as broken:
-                            raise self.give_up(broken) from None
-                        finally:
-                            self._join = None
-                return
-            self.check_open()
-            left = deadline.remaining
-            if left == 0:
-                raise TimedOut(f"{self} still has nobody at the other end; wait again")
-            self.bells.sleep(seen, left)
-
-    def wait(
-        self,
-        bit: int,
-        refresh: Callable[[], int],
-        count: int,
-        over: Callable[[], bool],
-        deadline: Deadline,
-        what: str,
-    ) -> bool:
-        """Until there are so many. False: it is `over`, and there are not.
-
-        Written out in one piece, as what it calls most is: of a wake-up's time this is half.
-
-        Args:
-            bit: what the peer is asked to tell.
-            refresh: looks at the page, and says how many there are. If the peer lies there, that is the end.
-            count: wanted.
-            over: whether that will not change any more.
-            deadline: for all of it.
-            what: is waited for, for the TimedOut.
-        """
-        bells = self.bells
-        try:
-            if refresh() >= count or (self.spin and self._look_a_while(refresh, count, over, deadline)):
-                return True
-            self.ask(bit)
-            try:
-                while True:
-                    seen = bells.news
-                    if refresh() >= count:
-                        return True
-                    if over():
-                        return refresh() >= count
-                    if self.closing or self._broken is not None:
-                        self.check_open()
-                    left = deadline.remaining
-                    if left == 0:
-                        raise TimedOut(f"{self} has waited in vain for {what}; wait again")
-                    bells.sleep(seen, left)
-                    if refresh() >= count:
-                        return True
-                    self.ask_again()
-            finally:
-                self.ask_no_more(bit)
-        except PeerBroke as broken:
-            raise self.give_up(broken) from None
-
-    def _look_a_while(
-        self, refresh: Callable[[], int], count: int, over: Callable[[], bool], deadline: Deadline
-    ) -> bool:
-        """Whether there were enough before `spin` had passed."""
-        until = now() + deadline.within(self.spin)
-        while now() < until:
-            for _ in range(_LOOKS):
-                if refresh() >= count:
-                    return True
-            if over() or self.closing:
-                break
-        return False
 
     def __repr__(self) -> str:
         return f"the channel with domain {self.peer}"
@@ -267,6 +136,25 @@ class End:
     def wait_with(self, join: Callable[[End], None]) -> None:
         """This end has no peer yet. When one has come, call `join`."""
         self._join = join
+
+    def has_come(self) -> bool:
+        """Tell whether there is a peer to `join`, or whether another thread has joined it meanwhile."""
+        return self._join is None or self._page[self.role.peer_live] != NOT_YET
+
+    def join(self) -> None:
+        """Find out what the peer is that has come.
+
+        Raises:
+            PeerBroke: it is none that this end can have.
+        """
+        with self._joining:  # a reader and a writer may both have waited
+            if self._join is not None:
+                try:
+                    self._join(self)
+                except PeerBroke as broken:
+                    raise self.give_up(broken) from None
+                finally:
+                    self._join = None
 
     def joined(self, state_at: int) -> None:
         """The peer is an end of this package; the extension's states are at this byte of the page."""
@@ -337,8 +225,8 @@ class End:
         """Raise Closed or PeerBroke, if this end is."""
         if self.closing:
             raise Closed(f"{self} {self.closed_because}")
-        if self._broken is not None:
-            raise PeerBroke(str(self._broken)) from None
+        if self.broken is not None:
+            raise PeerBroke(str(self.broken)) from None
 
     def look(self, refresh: Callable[[], int]) -> int:
         """Call a ring's `refresh`. If the peer lies there, that is the end."""
@@ -349,7 +237,7 @@ class End:
 
     def give_up(self, broken: PeerBroke) -> PeerBroke:
         """The channel is of no more use."""
-        self._broken = broken
+        self.broken = broken
         self.reader.ready = self.writer.room = 0
         return broken
 
@@ -370,27 +258,3 @@ class End:
         self.atomics.fence()
         with contextlib.suppress(MachineGone):  # then the peer hears of it by itself
             self.bells.ring_both()
-
-
-class Asking:
-    """As long as this is entered, the peer is asked to ring."""
-
-    def __init__(self, end: End, bit: int) -> None:
-        self._end = end
-        self._bit = bit
-
-    def again(self) -> None:
-        """A bell has rung, and the next is asked for."""
-        self._end.ask_again()
-
-    def __enter__(self) -> Self:
-        self._end.ask(self._bit)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.ask_no_more(self._bit)
-
-
-def flag_word(at: int, value: int) -> int:
-    """The four bytes from cli_live on as one number, with `value` in one of them."""
-    return int.from_bytes(bytes(value if byte == at else 0 for byte in range(CLI_LIVE, CLI_LIVE + 4)), sys.byteorder)

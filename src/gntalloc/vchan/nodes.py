@@ -34,7 +34,7 @@ _LOOK_AGAIN = 0.25  # seconds: what is not seen in xenstore (a port that is free
 class Watching(Protocol):
     """See `gntalloc.xenstore.watch.Watch`."""
 
-    def wait(self, timeout: float | None = None) -> str:
+    def wait(self, *, timeout: float | None = None) -> str:
         """Until something may have changed."""
 
 
@@ -136,7 +136,7 @@ class Nodes:
             with self._store.watch(self._port) as watch:
                 while not deadline.expired:
                     with contextlib.suppress(TimedOut):
-                        watch.wait(deadline.within(_LOOK_AGAIN))
+                        watch.wait(timeout=deadline.within(_LOOK_AGAIN))
                     address = self.read()
                     if address:
                         found = address

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gntalloc.atomics import Atomics
     from gntalloc.guest.devices import DeviceFile
     from gntalloc.guest.pages import SharedPages
-    from gntalloc.vchan.end import Role
     from gntalloc.vchan.layout import Orders
+    from gntalloc.vchan.role import Role
 
 __all__ = ["Area", "Areas", "ChannelPages", "break_promise"]
 

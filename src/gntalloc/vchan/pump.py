@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc import waits
 from gntalloc.errors import Closed, GntallocError, PeerClosed, PeerGone, TimedOut
+from gntalloc.vchan.channel import core_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,12 +100,13 @@ def _wait_for(sender: _Sender, channel: Channel) -> None:
     """The peer writes no more, but may read: until all is sent, or the peer is gone."""
     poll = waits.poll()
     poll.register(sender.done, waits.POLLIN)
-    poll.register(channel.fileno(), waits.POLLIN)
+    bells = core_of(channel).end.bells
+    poll.register(bells.fileno(), waits.POLLIN)
     while channel.connected:
         for descriptor, _ in poll.poll():
             if descriptor == sender.done:
                 return
-            channel.heard()
+            bells.hear_now()
 
 
 def _write(sink: int, view: memoryview) -> int:

@@ -1,42 +1,22 @@
-"""listen: a page for each client, one after another.
-
-The order of things is libxenvchan's: the port, the page with its notification, the page's contents, the rings, the
-nodes. Once a client has come the nodes go, so that nobody finds a page that is taken; the next `accept` makes another.
-"""
+"""Listener: clients are waited for by a thread. `gntalloc.aio` has the same for asyncio."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import struct
 import threading
 from typing import TYPE_CHECKING, Self
 
-from gntalloc.atomics import atomics
 from gntalloc.clock import Deadline
-from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke, TimedOut
-from gntalloc.guest.peers import count_of
-from gntalloc.vchan import extension, layout
-from gntalloc.vchan.bells import Bells
-from gntalloc.vchan.channel import Channel
-from gntalloc.vchan.end import SERVER, SPIN, End
-from gntalloc.vchan.extension import DIRECT, LARGE, Confirmation, Offer
-from gntalloc.vchan.layout import Orders, pages_of
-from gntalloc.vchan.nodes import Address, Nodes, full_path
-from gntalloc.vchan.pages import ChannelPages
+from gntalloc.errors import Closed, GntallocError, TimedOut
+from gntalloc.vchan.offers import SIZE, Offers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gntalloc.guest.devices import DeviceFile
     from gntalloc.guest.domain import BareDomain
-    from gntalloc.guest.pages import SharedPages
+    from gntalloc.vchan.channel import Channel
     from gntalloc.vchan.nodes import Tree
 
 __all__ = ["SIZE", "Listener"]
-
-SIZE = 65536
-"""Bytes of each ring, if not told otherwise."""
 
 
 class Listener:
@@ -58,22 +38,10 @@ class Listener:
         spin: float | None = None,
         store: Tree | None = None,
     ) -> None:
-        domid = domain.domid
-        if peer == domid:
-            raise ValueError(f"a channel of domain {domid} with itself crashes real kernels; use another domain")
-        self.peer = peer
-        self.path = full_path(path, domid, peer, only_ours=extensions is True)
-        self._domain = domain
-        self._extensions = extensions
-        self._spin = SPIN if spin is None else spin
-        self._sizes = _sizes(size, extensions)
-        self._nodes = Nodes(lambda: store or domain.store, self.path)
+        self._offers = Offers(domain, peer, path, size=size, extensions=extensions, spin=spin, store=store)
         self._accepting = threading.Lock()  # held while a client is waited for
-        self._making = threading.Lock()  # held while the next offer is made, or taken
-        self._offer: Channel | None = None
-        self._closed = False
-        self._owner = os.getpid()
-        self.offer()
+        self.peer = peer
+        self.path = self._offers.path
 
     def offer(self) -> Channel:
         """The channel of the next client, who may not have come yet: what is written is there when it comes.
@@ -85,11 +53,9 @@ class Listener:
         Raises:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does.
         """
-        self._check_owner()
-        with self._making:
-            return self._next()
+        return self._offers.offer()
 
-    def accept(self, timeout: float | None = None) -> Channel:
+    def accept(self, *, timeout: float | None = None) -> Channel:
         """Wait for a client.
 
         Args:
@@ -105,29 +71,23 @@ class Listener:
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does: accept
                 again.
         """
-        self._check_owner()
+        offers = self._offers
+        offers.check_owner()
         deadline = Deadline(timeout)
         if not deadline.acquire(self._accepting):
             raise TimedOut(f"another thread accepts at {self.path}, and had nobody within {timeout} s")
         try:
             while True:
-                channel = self.offer()
+                channel = offers.offer()
                 try:
-                    channel.wait_connected(deadline.remaining)
-                except PeerBroke:  # or a libxenvchan where none is wanted: it is no client
-                    channel.close()
-                    continue
-                except Closed:
-                    if self._closed:
-                        raise Closed(f"nobody can be accepted at {self.path}: this listener was closed") from None
-                    continue  # the offer was closed by its user
-                except MachineGone:
-                    if not self._domain.devices.is_back():
-                        raise
-                    continue  # `_next` publishes another offer there
-                with self._making:
-                    self._offer = None
-                return channel
+                    channel.wait_connected(timeout=deadline.remaining)
+                except TimedOut:
+                    raise
+                except GntallocError as error:
+                    offers.go_on_after(error, channel)
+                else:
+                    offers.take()
+                    return channel
         finally:
             self._accepting.release()
 
@@ -141,16 +101,7 @@ class Listener:
 
     def close(self) -> None:
         """Wait for nobody any more. Channels that were accepted live on. Can be repeated."""
-        if self._closed:
-            return
-        self._closed = True
-        if os.getpid() != self._owner:
-            return
-        with self._making:  # so that no offer is made after this
-            offer = self._offer
-        if offer is not None and offer.waiting:
-            self._withdraw()
-            offer.close()
+        self._offers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -159,118 +110,4 @@ class Listener:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{'closed ' if self._closed else ''}Listener for domain {self.peer} at {self.path}>"
-
-    def _next(self) -> Channel:
-        if self._closed:
-            raise Closed(f"nobody can be accepted at {self.path}: this listener was closed")
-        if self._offer is not None and not self._offer.closed and self._port.lost:
-            self._offer.close()
-        if self._offer is None or self._offer.closed:
-            self._offer, address = self._make()
-            try:
-                self._nodes.publish(self._domain.domid, self.peer, address)
-            except BaseException:
-                self._offer.close()
-                raise
-        return self._offer
-
-    def _check_owner(self) -> None:
-        """Before any lock: one may be held by a thread that a child made by fork does not have."""
-        if os.getpid() != self._owner:
-            raise Closed(
-                f"nobody can be accepted at {self.path}: this listener is process {self._owner}'s, which forked this "
-                "one; accept there, `detach` the channel, and `adopt` it here"
-            )
-
-    def _withdraw(self) -> None:
-        if os.getpid() == self._owner:
-            with contextlib.suppress(GntallocError):  # of a store that is gone, or a path that somebody removed
-                self._nodes.withdraw()
-
-    def _make(self) -> tuple[Channel, Address]:
-        """A channel that waits, and what its client needs to know."""
-        barriers = atomics()  # first: it may refuse
-        domain, peer = self._domain, self.peer
-        orders, large = self._sizes
-        with contextlib.ExitStack() as undo:
-            port = self._port = undo.enter_context(domain.events.bind(peer))
-            bells = Bells(port)
-            undo.callback(bells.close)
-            file = domain.devices.open("gntalloc")
-            undo.callback(file.close)
-            header = undo.enter_context(domain.share(peer, pages=1, writable=True, file=file))
-            header.notify_when_unmapped(clear=layout.SRV_LIVE, port=port.number)
-            page = header.memory
-            orders.write(page)
-            page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
-            page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
-            left, right = rings = [
-                undo.enter_context(domain.share(peer, pages=count, writable=True, mirrored=True, file=file))
-                if count
-                else None
-                for count in map(pages_of, large)
-            ]
-            at = layout.REFERENCES
-            for order, ring in zip(orders, rings, strict=True):
-                if ring is not None:
-                    listed = ring.refs[: pages_of(order)]
-                    struct.pack_into(f"={len(listed)}I", page, at, *listed)
-                    at += 4 * len(listed)
-            directory = self._directory(rings, file) if large != orders else None
-            if directory is not None:
-                undo.enter_context(directory)
-            pages = ChannelPages(header, orders, left, right, directory, file=file)
-            undo.callback(pages.release)
-            offer = self._extend(pages, large, bells, directory)
-            end = End(SERVER, peer, pages, bells, barriers, spin=self._spin)
-            end.wait_with(lambda end: self._join(end, offer))
-            undo.pop_all()
-        return Channel(end, domain.address), Address(header.refs[0], port.number)
-
-    def _directory(self, rings: list[SharedPages | None], file: DeviceFile) -> SharedPages:
-        refs = [ref for ring in rings if ring is not None for ref in ring.refs]
-        directory = self._domain.share(self.peer, size=4 * len(refs), writable=True, file=file)
-        struct.pack_into(f"={len(refs)}I", directory.memory, 0, *refs)
-        return directory
-
-    def _extend(self, pages: ChannelPages, large: Orders, bells: Bells, directory: SharedPages | None) -> Offer | None:
-        if self._extensions is False:
-            return None
-        name = bells.offer_direct() if self._domain.on_machine else b""
-        flags = (DIRECT if name else 0) | (LARGE if directory is not None else 0)
-        offer = Offer(flags, large, name, directory.refs if directory is not None else ())
-        offer.write(pages.memory, extension.place(pages.orders))
-        return offer
-
-    def _join(self, end: End, offer: Offer | None) -> None:
-        """A client has come: what is it, and what does it take of the offer?"""
-        self._withdraw()
-        at = extension.place(end.pages.orders)
-        confirmed: Confirmation | None = None if offer is None else Confirmation.read(end.pages.memory, at, offer.flags)
-        end.bells.accept_direct(confirmed.name if confirmed is not None else b"")
-        if offer is None or confirmed is None:
-            if self._extensions:
-                raise PeerBroke("a libxenvchan has connected, and `extensions=True` asks for an end of this package")
-            return
-        if confirmed.flags & LARGE:
-            end.enlarge(1 << offer.orders.left, 1 << offer.orders.right)
-        end.joined(at)
-
-
-def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders, Orders]:
-    """The rings as libxenvchan shall see them, and as two of our own ends use them."""
-    read, write = size if isinstance(size, tuple) else (size, size)
-    most, more = 1 << layout.LARGEST_ORDER, 1 << extension.LARGEST
-    for each in read, write:
-        count_of(each, "the size of a ring in bytes", most=more)
-    if extensions is False and max(read, write) > most:
-        raise ValueError(f"rings of {read} and {write} bytes: libxenvchan's are 0 to {most}")
-    orders = Orders.choose(min(read, most), min(write, most))
-    large = Orders(
-        *(
-            max(order, (each - 1).bit_length()) if each > most else order
-            for order, each in zip(orders, (read, write), strict=True)
-        )
-    )
-    return orders, large
+        return repr(self._offers)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gntalloc.errors import Busy, Closed, GntallocError, PeerGone
 from gntalloc.unclosed import warn_unclosed
-from gntalloc.vchan.end import SERVER, End, Progress
+from gntalloc.vchan.end import End, Progress
 from gntalloc.vchan.pages import Area, Areas, ChannelPages
+from gntalloc.vchan.role import SERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable

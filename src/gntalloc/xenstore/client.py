@@ -199,7 +199,7 @@ class Store(_Tree):
         number = whole_number(text, 0xFFFFFFFF)
         if not number:
             raise PeerBroke(f"xenstored: {text[:40]!r} is not the number of a transaction")
-        return Transaction(self._connection, number, self._timeout)
+        return Transaction(self._connection, number, timeout=self._timeout)
 
     def transact(self, work: Callable[[Transaction], Result], *, timeout: float | None = None) -> Result:
         """Call `work` with a transaction and commit, again and again until there is no conflict.
@@ -266,7 +266,7 @@ class Store(_Tree):
 class Transaction(_Tree):
     """Reads and writes that happen at once or not at all. Made by `Store.transaction`."""
 
-    def __init__(self, connection: Connection, tx_id: int, timeout: float | None) -> None:
+    def __init__(self, connection: Connection, tx_id: int, *, timeout: float | None) -> None:
         self._connection = connection
         self._tx_id = tx_id
         self._timeout = timeout

@@ -44,7 +44,7 @@ class Watch:
             connection.remove_watcher(self.token)
             raise
 
-    def wait(self, timeout: float | None = None) -> str:
+    def wait(self, *, timeout: float | None = None) -> str:
         """The path of the next change; relative if the watch is.
 
         Raises:

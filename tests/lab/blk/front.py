@@ -89,7 +89,7 @@ def _let_dom0_look() -> None:
     with domain.store.watch(look) as watch:
         domain.store.write(look, "please")
         while domain.store.read_text(look) == "please":
-            watch.wait(PATIENCE)
+            watch.wait(timeout=PATIENCE)
 
 
 RECORD = 64 << 10

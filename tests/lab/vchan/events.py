@@ -31,14 +31,14 @@ def main() -> None:
 def bind(domain: gntalloc.Domain, peer: int) -> None:
     store = domain.store
     with domain.events.bind(peer) as port:
-        raises(gntalloc.TimedOut, lambda: port.wait(0.05))
+        raises(gntalloc.TimedOut, lambda: port.wait(timeout=0.05))
         store.write("data/events/port", str(port.number))
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
         port.notify()
         await_value(store, "data/events/killed")
         port.notify()  # nobody is there: no error
         store.write("data/events/told", "1")
-        port.wait(PATIENCE)  # the second program's: the port was free again
+        port.wait(timeout=PATIENCE)  # the second program's: the port was free again
         # Masked until it is re-armed: what comes meanwhile comes then.
         store.write("data/events/heard", "1")
         await_value(store, "data/events/again")
@@ -59,31 +59,31 @@ def connect(domain: gntalloc.Domain, peer: int) -> None:
     child = os.fork()
     if not child:
         with gntalloc.current_domain().events.connect(peer, number) as port:
-            port.wait(PATIENCE)  # it has one from the start
-            raises(gntalloc.TimedOut, lambda: port.wait(0.05))
+            port.wait(timeout=PATIENCE)  # it has one from the start
+            raises(gntalloc.TimedOut, lambda: port.wait(timeout=0.05))
             raises(gntalloc.DeviceError, lambda: domain.events.connect(peer, number))  # it is taken
             port.notify()
-            port.wait(PATIENCE)
+            port.wait(timeout=PATIENCE)
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     store.write(f"{data}/killed", "1")
     await_value(store, f"{data}/told")
     with domain.events.connect(peer, number) as port:
-        port.wait(PATIENCE)
-        raises(gntalloc.TimedOut, lambda: port.wait(0.05))  # what was sent to nobody is lost
+        port.wait(timeout=PATIENCE)
+        raises(gntalloc.TimedOut, lambda: port.wait(timeout=0.05))  # what was sent to nobody is lost
         port.notify()
         await_value(store, f"{data}/heard")
         for _ in range(3):
             port.notify()
         store.write(f"{data}/again", "1")
-        port.wait(PATIENCE)
+        port.wait(timeout=PATIENCE)
         store.write(f"{data}/over", "1")
 
 
 def await_value(store: Store, path: str) -> bytes:
     with store.watch(path) as watch:
         while not store.exists(path):
-            watch.wait(PATIENCE)
+            watch.wait(timeout=PATIENCE)
     return store.read(path)
 
 

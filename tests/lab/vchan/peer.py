@@ -124,9 +124,9 @@ class End:
 
     def send_turns(self) -> None:
         for size in self.out.sizes(self.case.amount):
-            self.channel.write(self.out.piece(size), PATIENCE)
+            self.channel.write(self.out.piece(size), timeout=PATIENCE)
         if self.case.mode == "turns":
-            self.channel.drain(PATIENCE)  # a proxy throws away what it has not read before a close
+            self.channel.drain(timeout=PATIENCE)  # a proxy throws away what it has not read before a close
 
     def receive_turns(self) -> None:
         left = self.case.amount
@@ -134,31 +134,31 @@ class End:
             left -= self.receive_some(left)
 
     def receive_some(self, most: int = 1 << 20) -> int:
-        count = self.channel.readinto(self.buffer[:most], PATIENCE)
+        count = self.channel.readinto(self.buffer[:most], timeout=PATIENCE)
         self.into.check(self.buffer[:count])
         return count
 
     def send_packets(self) -> None:
         for size in self.out.sizes(self.case.amount):
-            with self.channel.reserve(size, PATIENCE) as view:
+            with self.channel.reserve(size, timeout=PATIENCE) as view:
                 view[:] = self.out.piece(size)
             self.channel.commit()
 
     def receive_packets(self) -> None:
         for size in self.into.sizes(self.case.amount):
-            with self.channel.peek(size, PATIENCE) as view:
+            with self.channel.peek(size, timeout=PATIENCE) as view:
                 assert self.into.check(view) == size
             self.channel.release()
 
     def send_messages(self) -> None:
         for size, _ in zip(self.out.sizes(1 << 40), range(self.case.amount), strict=False):
-            self.channel.send(self.out.piece(size // 4), PATIENCE)
-        self.channel.finish(PATIENCE)
+            self.channel.send(self.out.piece(size // 4), timeout=PATIENCE)
+        self.channel.finish(timeout=PATIENCE)
 
     def receive_messages(self) -> None:
         received = sum(1 for message in self.channel if self.into.check(message) >= 0)
         assert received == self.case.amount, received
-        self.channel.drain(PATIENCE)
+        self.channel.drain(timeout=PATIENCE)
 
     def both(self) -> None:
         writer = threading.Thread(target=self.send_turns)
@@ -216,7 +216,7 @@ class End:
     def name_of_refusal(self) -> str:
         while True:
             try:
-                self.channel.write(self.out.piece(1000), PATIENCE)
+                self.channel.write(self.out.piece(1000), timeout=PATIENCE)
             except (PeerClosed, PeerDied) as gone:
                 return type(gone).__name__
 
@@ -238,40 +238,40 @@ class End:
     def send_chunks(self) -> None:
         chunk = self.out.data[:CHUNK]
         for _ in range(0, self.case.amount, CHUNK):
-            self.channel.write(chunk, PATIENCE)
-        assert self.channel.read(1, PATIENCE)
+            self.channel.write(chunk, timeout=PATIENCE)
+        assert self.channel.read(1, timeout=PATIENCE)
 
     def receive_chunks(self) -> None:
         left, buffer, readinto = self.case.amount, bytearray(CHUNK), self.channel.readinto
         while left:
-            left -= readinto(buffer, PATIENCE)
-        self.channel.write(b"!", PATIENCE)
+            left -= readinto(buffer, timeout=PATIENCE)
+        self.channel.write(b"!", timeout=PATIENCE)
 
     def look_at_chunks(self) -> None:
         left, peek, release = self.case.amount, self.channel.peek, self.channel.release
         while left:
-            with peek(None, PATIENCE) as view:
+            with peek(None, timeout=PATIENCE) as view:
                 left -= len(view)
             release()
-        self.channel.write(b"!", PATIENCE)
+        self.channel.write(b"!", timeout=PATIENCE)
 
     def turn(self, *, first: bool) -> None:
         channel, ball = self.channel, bytes(64)
         for _ in range(self.case.amount):
             if first:
-                channel.write(ball, PATIENCE)
-            got = len(channel.read(64, PATIENCE))
+                channel.write(ball, timeout=PATIENCE)
+            got = len(channel.read(64, timeout=PATIENCE))
             while got < 64:
-                got += len(channel.read(64 - got, PATIENCE))
+                got += len(channel.read(64 - got, timeout=PATIENCE))
             if not first:
-                channel.write(ball, PATIENCE)
+                channel.write(ball, timeout=PATIENCE)
 
 
 def run(case: Case, peer: int, data: memoryview) -> None:
     with contextlib.closing(gntalloc.current_domain()) as domain:
         if case.role == "server":
             with domain.listen(peer, case.path, size=case.sizes, spin=SPIN) as listener:
-                channel = listener.accept(PATIENCE)
+                channel = listener.accept(timeout=PATIENCE)
         else:
             channel = domain.connect(peer, case.path, timeout=PATIENCE, spin=SPIN)
         with channel:
