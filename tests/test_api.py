@@ -190,10 +190,10 @@ def test_closing_while_held_then_waiting(machine: Machine, alice: Domain, bob: D
     assert (shared.held, shared.mapped_by) == (True, (2,))
     with pytest.raises(DeviceError, match="has ended grant"):
         bob.map(shared.grant)
-    assert machine.statistics()["domains"][0]["pages_in_use"] == 1
+    assert machine.statistics().domains[0].pages_in_use == 1
     mapped.close()
     assert not shared.held
-    assert machine.statistics()["domains"][0]["pages_in_use"] == 0
+    assert machine.statistics().domains[0].pages_in_use == 0
 
 
 def test_any_number_of_threads_may_wait(alice: Domain, bob: Domain) -> None:

@@ -58,17 +58,24 @@ def test_a_domain_that_another_thread_has_just_made_is_there(
     first = machine.domain(1)
     answers = iter([False, True])  # not there when it was looked for, and there after all
     monkeypatch.setattr("os.path.exists", lambda _path: next(answers))
-    again = machine.domain(1, limit=7)
+    again = machine.domain(1)
     monkeypatch.undo()
-    assert (again.domid, first.limit) == (1, 7)
+    assert again.domid == 1
     for domain in (first, again):
         domain.devices.close()
 
 
 def test_a_domain_is_made_once(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(limit=10)
-    first, again, other = machine.domain(1), machine.domain(1, limit=5), machine.domain(2)
-    assert (first.domid, again.domid, first.limit, other.limit) == (1, 1, 5, 10)
+    first, again, other = machine.domain(1), machine.domain(1, limit=10, uid=os.getuid()), machine.domain(2, limit=5)
+    assert (first.domid, again.domid, first.limit, other.limit) == (1, 1, 10, 5)
+    for asked in ({"limit": 5}, {"uid": os.getuid() + 1}, {"limit": 0, "uid": os.getuid()}):
+        with pytest.raises(ValueError, match=f"{next(iter(asked))}=.* it is there already, with limit=10, uid="):
+            machine.domain(1, **asked)
+    other.limit = 7
+    with pytest.raises(ValueError, match="with limit=7"):
+        machine.domain(2, limit=5)
+    machine.domain(2, limit=7).devices.close()
     for domid in (-1, 0x7FF0, 1 << 20):
         with pytest.raises(DeviceError, match="0 to 32751") as caught:
             machine.domain(domid)
@@ -89,10 +96,10 @@ def test_a_domain_that_is_destroyed(make_machine: Callable[..., Machine]) -> Non
     assert shared.memory[0] == 1
     with pytest.raises(DeviceError, match="no domain 1"):
         bob.map(shared.grant)
-    assert machine.statistics()["pages"] == 1
+    assert machine.statistics().pages == 1
     shared.close()
     mapped.close()
-    assert machine.statistics()["pages"] == 0
+    assert machine.statistics().pages == 0
     again = machine.domain(1)
     again.share(bob).close()
     for domain in (alice, bob, again):
@@ -119,13 +126,13 @@ def test_the_machine_cannot_be_looked_into(machine: Machine) -> None:
 def test_statistics_and_grants(machine: Machine, alice: Domain, bob: Domain) -> None:
     with alice.share(bob, pages=3) as shared, bob.map(1, shared.refs[0]):
         statistics = machine.statistics()
-        assert (statistics["pid"], statistics["pages"], statistics["extents"]) == (machine.pid, 3, 1)
-        assert [domain["pages_in_use"] for domain in statistics["domains"]] == [3, 0, 0]
+        assert (statistics.pid, statistics.pages, statistics.extents) == (machine.pid, 3, 1)
+        assert [domain.pages_in_use for domain in statistics.domains] == [3, 0, 0]
         grants = machine.grants()
-        assert [grant["ref"] for grant in grants] == list(shared.refs)
-        assert [grant["mapped_by"] for grant in grants] == [[2], [], []]
-        assert [grant["held"] for grant in grants] == [True, False, False]
-        assert {(grant["granter"], grant["peer"], grant["opener"]) for grant in grants} == {(1, 2, os.getpid())}
+        assert [grant.ref for grant in grants] == list(shared.refs)
+        assert [grant.mapped_by for grant in grants] == [(2,), (), ()]
+        assert [grant.held for grant in grants] == [True, False, False]
+        assert {(grant.granter, grant.peer, grant.opener) for grant in grants} == {(1, 2, os.getpid())}
 
 
 def test_a_machine_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +158,7 @@ def test_a_child_of_fork_neither_ends_the_machine_nor_commands_it(machine: Machi
         finally:
             os._exit(code)
     assert status_of(child) == 0
-    assert machine.statistics()["pid"] == machine.pid
+    assert machine.statistics().pid == machine.pid
 
 
 def test_threads_that_make_the_same_domains(make_machine: Callable[..., Machine]) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 from gntalloc import waits
 from gntalloc.domain import Domain
 from gntalloc.errors import GntallocError, MachineGone
+from gntalloc.guest.books import GrantedPage, OpenFile, Statistics
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
+from gntalloc.guest.peers import count_of, domid_of
 from gntalloc.places import clear_folder, domain_path, lock_path, machine_folder, make_top_folder, store_path
 from gntalloc.unclosed import warn_unclosed
 
@@ -95,12 +97,34 @@ class Machine:
 
         Args:
             domid: 0 to 32751.
-            limit: pages it may have granted at once, if not the machine's.
+            limit: pages it may have granted at once, if not the machine's. `Domain.limit` changes it later.
             uid: whose programs may enter it; this user's if not given. (The folder must let them in.)
+
+        Raises:
+            ValueError: the domain is there already, with another limit or uid.
         """
-        if not self._create(domid, os.getuid() if uid is None else uid, limit) and limit is not None:
-            self._control.order("set_limit", domid=domid, limit=limit)
+        for value, what in (limit, "a limit"), (uid, "a uid"):
+            if value is not None:
+                count_of(value, what)
+        if type(domid) is not int:  # the machine says of a whole number what it has against it
+            domid = domid_of(domid)
+        if not self._create(domid, os.getuid() if uid is None else uid, limit):
+            self._check_same(domid, limit, uid)
         return Domain(MachineDevices(domain_path(self.folder, domid)))
+
+    def _check_same(self, domid: int, limit: int | None, uid: int | None) -> None:
+        """See that a domain that is there already is as it was asked for."""
+        if limit is uid is None:
+            return
+        for domain in self.statistics().domains:
+            if domain.domid == domid and (limit not in {None, domain.limit} or uid not in {None, domain.uid}):
+                asked = ", ".join(
+                    f"{name}={value}" for name, value in (("limit", limit), ("uid", uid)) if value is not None
+                )
+                raise ValueError(
+                    f"domain {domid} cannot be made with {asked}: it is there already, with limit={domain.limit}, "
+                    f"uid={domain.uid}. Its limit is changed by setting `limit` of the Domain, its uid never"
+                )
 
     def _create(self, domid: int, uid: int, limit: int | None) -> bool:
         """False: the domain is there already."""
@@ -122,20 +146,17 @@ class Machine:
         where = {"GNTALLOC_DOMAIN": domain_path(self.folder, domid), "XENSTORED_PATH": store_path(self.folder, domid)}
         return {**os.environ, **where}
 
-    def statistics(self) -> dict[str, Any]:
-        """Counters of the machine and of each domain."""
-        statistics: dict[str, Any] = self._control.order("statistics")
-        return statistics
+    def statistics(self) -> Statistics:
+        """Get the counters of the machine and of each domain."""
+        return Statistics.of(self._control.order("statistics"))
 
-    def grants(self) -> list[dict[str, Any]]:
-        """Every granted page: granter, peer, ref, who maps it, whether it is held, its age in seconds."""
-        grants: list[dict[str, Any]] = self._control.order("grants")
-        return grants
+    def grants(self) -> list[GrantedPage]:
+        """Get every granted page: whose it is, for whom, who maps it."""
+        return [GrantedPage.of(each) for each in self._control.order("grants")]
 
-    def files(self) -> list[dict[str, Any]]:
-        """Every open device file: domid, device, the pid that opened it, ports bound, bytes mapped."""
-        files: list[dict[str, Any]] = self._control.order("files")
-        return files
+    def files(self) -> list[OpenFile]:
+        """Get every open device file: of which domain, who opened it, what is bound and mapped of it."""
+        return [OpenFile.of(each) for each in self._control.order("files")]
 
     def store_connections(self) -> list[dict[str, Any]]:
         """Every connection to xenstore that keeps something: domid, pid, its watches and its open transactions.

@@ -122,8 +122,8 @@ def test_an_episode_leaves_nothing_behind(behaviour: str, make_machine: Callable
     for seed in SEEDS:
         sides = {name: Player("machine", {"GNTALLOC_DOMAIN": domain.address}) for name, domain in domains.items()}
         replay(generate(seed, 80), dict(sides), {"g": 1, "p": 2})
-        for domain in machine.statistics()["domains"]:
-            assert (domain["pages_in_use"], domain["references"], domain["files"]) == (0, 0, 0), seed
+        for counted in machine.statistics().domains:
+            assert (counted.pages_in_use, counted.references, counted.files) == (0, 0, 0), seed
         assert domains["g"].limit == 1024
     for domain in domains.values():
         domain.close()

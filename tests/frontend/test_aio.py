@@ -300,8 +300,8 @@ def test_an_opening_that_is_cancelled_leaves_nothing(attached: Setting) -> None:
     run(main)
     attached.backend()
     run(too_late)  # which waits for its threads
-    assert [grant for grant in attached.machine.grants() if grant["granter"] == 1] == []
+    assert [grant for grant in attached.machine.grants() if grant.granter == 1] == []
     run(many)
-    assert [grant for grant in attached.machine.grants() if grant["granter"] == 1] == []
+    assert [grant for grant in attached.machine.grants() if grant.granter == 1] == []
     with attached.open() as disk:
         assert disk.read(0, 1) == attached.content[:1]

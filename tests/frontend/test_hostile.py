@@ -167,7 +167,7 @@ def test_a_page_once_used_and_taken_back_is_let_go_of_when_others_come(setting: 
                     segments = tuple(Segment(ref, 0, 7) for ref in many.refs[at : at + 11])
                     assert raw.ask(Request(READ, number, 0, segments).pack()).status == OKAY
                 assert many.memory[: 11 * 4096] == setting.content[: 11 * 4096]
-        held = sum(grant["held"] for grant in setting.machine.grants() if grant["granter"] == 1)
+        held = sum(grant.held for grant in setting.machine.grants() if grant.granter == 1)
         assert held <= 1056 + 3
     setting.guest.limit = 1024
 

@@ -243,9 +243,9 @@ def test_a_child_made_by_fork_reads_and_writes(ends: tuple[End, End]) -> None:
 
 def test_closing_the_file_frees_its_ports(machine: Machine, ends: tuple[End, End], bob: Domain) -> None:
     first, second = ends
-    assert machine.statistics()["domains"][1]["ports"] == 1
+    assert machine.statistics().domains[1].ports == 1
     second.file.close()
-    assert machine.statistics()["domains"][1]["ports"] == 0
+    assert machine.statistics().domains[1].ports == 0
     first.notify()
     again = End(bob, 1, first.port)
     assert again.file.read(4) == words(again.port)
@@ -297,12 +297,12 @@ def test_one_that_writes_rubbish_without_end(ends: tuple[End, End]) -> None:
 
 
 def test_one_that_sends_descriptors_to_its_home(machine: Machine, ends: tuple[End, End]) -> None:
-    before = machine.statistics()["descriptors"]
+    before = machine.statistics().descriptors
     with socket.socket(fileno=os.dup(ends[1].file.fileno())) as home:
         for descriptors in ([0, 1, 2], [home.fileno()]):
             with suppress(PermissionError):  # since Linux 6.16 none get that far
                 socket.send_fds(home, [words(ends[1].port)], descriptors)
-    assert machine.statistics()["descriptors"] == before
+    assert machine.statistics().descriptors == before
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])

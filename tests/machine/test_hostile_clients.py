@@ -244,7 +244,7 @@ def test_more_descriptors_than_any_message_has(alice: Domain) -> None:
 def test_a_message_that_brings_descriptors_without_end_cannot_use_up_the_machines(
     machine: Machine, alice: Domain
 ) -> None:
-    before = machine.statistics()["descriptors"]
+    before = machine.statistics().descriptors
     with RawClient(alice) as client:
         client.sock.sendall(wire.HEADER.pack(wire.MAX_PAYLOAD, wire.SHOW, 0xFFFF, 1))
 
@@ -255,9 +255,9 @@ def test_a_message_that_brings_descriptors_without_end_cannot_use_up_the_machine
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             pour()
     deadline = time.monotonic() + 20  # files are closed beside the machine
-    while machine.statistics()["descriptors"] > before and time.monotonic() < deadline:
+    while machine.statistics().descriptors > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert machine.statistics()["descriptors"] <= before
+    assert machine.statistics().descriptors <= before
 
 
 def test_showing_what_is_no_home(alice: Domain, tmp_path: Path) -> None:
@@ -412,13 +412,13 @@ def test_a_client_that_asks_for_everything_gets_no_more_than_its_share(make_mach
     ],
 )
 def test_wrong_orders_are_refused_with_a_reason(machine: Machine, order: bytes) -> None:
-    before = machine.statistics()["domains"]
+    before = machine.statistics().domains
     with RawClient(machine) as client:
         answer = client.call(wire.CONTROL, order)
         assert answer.error != 0
         assert answer.why != ""
         assert client.call(wire.CONTROL, b'{"do": "grants"}').error == 0
-    assert machine.statistics()["domains"] == before
+    assert machine.statistics().domains == before
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())

@@ -44,7 +44,7 @@ def test_programs_killed_at_any_moment_leave_nothing(machine: Machine, alice: Do
         assert all(done.values()), done
         lasting.wait_released(timeout=20)
         assert bytes(lasting.memory[:5]) == b"still"
-        assert {grant["ref"] for grant in machine.grants() if not grant["held"]} == set(lasting.refs)
+        assert {grant.ref for grant in machine.grants() if not grant.held} == set(lasting.refs)
     while machine.grants():  # what a killed granter's peer held goes with the peer: the kernel says when
         time.sleep(0.01)
     with alice.share(bob, pages=LIMIT, writable=True) as all_there_is, bob.map(all_there_is.grant):

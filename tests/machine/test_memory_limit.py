@@ -37,7 +37,7 @@ with gntalloc.Machine(limit=1_000_000) as machine:
         for shared in got:
             shared.close()
     alice.share(2, 4).close()
-    print("the machine lives:", len(machine.statistics()["domains"]))
+    print("the machine lives:", len(machine.statistics().domains))
     alice.close(), bob.close()
 """
 
@@ -111,7 +111,7 @@ def test_a_machine_with_little_address_space(make_machine: Callable[..., Machine
     assert refused.value.errno in {errno.ENOMEM, errno.ENOSPC}
     for pages in pairs:
         pages.close()
-    assert len(machine.statistics()["domains"]) == 2
+    assert len(machine.statistics().domains) == 2
     alice.close()
     bob.close()
 

@@ -120,10 +120,10 @@ def test_a_dead_domains_own_pass_to_nobody(machine: Machine, alice: Domain) -> N
     assert second.store.list("data") == ()
     with pytest.raises((NoNode, Denied)):
         second.store.read("/local/domain/1/data/open/mine")
-    own = next(each for each in machine.statistics()["domains"] if each["domid"] == 9)
-    fresh = next(each for each in machine.statistics()["domains"] if each["domid"] == 3)
+    own = next(each for each in machine.statistics().domains if each.domid == 9)
+    fresh = next(each for each in machine.statistics().domains if each.domid == 3)
     for name in ("nodes", "watches", "transactions", "pages_in_use", "references", "ports"):
-        assert own[name] == fresh[name], name
+        assert getattr(own, name) == getattr(fresh, name), name
     with pytest.raises(DeviceError):
         alice.map(shared.grant)
     shared.close()

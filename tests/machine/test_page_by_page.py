@@ -127,8 +127,8 @@ def peer(bob: Domain) -> Iterator[Peer]:
 
 def counted(machine: Machine) -> tuple[int, int]:
     """Pages that count against domain 1's limit, and its references."""
-    domain = machine.statistics()["domains"][0]
-    return domain["pages_in_use"], domain["references"]
+    domain = machine.statistics().domains[0]
+    return domain.pages_in_use, domain.references
 
 
 @pytest.fixture(params=[True, False], ids=["rw", "ro"])
@@ -154,7 +154,7 @@ def test_one_page_kept_is_one_page_counted(
         assert peer("read", page) == {SECRET}
     shared.close()
     assert counted(machine) == (1, 1)
-    assert [grant["ref"] for grant in machine.grants()] == [shared.refs[kept]]
+    assert [grant.ref for grant in machine.grants()] == [shared.refs[kept]]
     assert (shared.held, shared.mapped_by) == (True, (2,))
     assert peer("read", kept) == {SECRET}
     for page in others(kept):
@@ -218,6 +218,6 @@ def test_pages_of_several_allocs_in_one_map(machine: Machine, alice: Domain, bob
         first.close()
         second.close()
         assert counted(machine) == (2, 2)
-        assert {grant["ref"] for grant in machine.grants()} == {first.refs[1], second.refs[0]}
+        assert {grant.ref for grant in machine.grants()} == {first.refs[1], second.refs[0]}
         assert len(mapped.memory) == 2 * PAGE_SIZE
     assert counted(machine) == (0, 0)

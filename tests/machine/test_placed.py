@@ -38,7 +38,7 @@ def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Dom
 
 
 def files_of(machine: Machine) -> int:
-    return sum(int(domain["files"]) for domain in machine.statistics()["domains"])
+    return sum(int(domain.files) for domain in machine.statistics().domains)
 
 
 def test_a_home_is_kept_as_long_as_something_is_mapped(machine: Machine, alice: Domain) -> None:

@@ -201,7 +201,7 @@ def test_a_page_released_here_counts_until_the_peer_ends(
     child = Child(work)
     shared.close()
     assert shared.held
-    assert [(grant["users"], grant["held"]) for grant in machine.grants()] == [(0, True)] * 2
+    assert [(grant.users, grant.held) for grant in machine.grants()] == [(0, True)] * 2
     getattr(child, end)()
     shared.wait_released(timeout=20)
     assert machine.grants() == []
@@ -234,12 +234,12 @@ def test_a_peer_that_hides_its_map_is_still_waited_for(machine: Machine, alice: 
         os.close(home)
     shared.close()
     assert (shared.held, shared.mapped_by) == (True, ())
-    assert machine.statistics()["pages"] == 1
+    assert machine.statistics().pages == 1
     with pytest.raises(TimeoutError, match="hides"):
         shared.wait_released(timeout=0)
     os.close(again)
     shared.wait_released(timeout=20)
-    assert machine.statistics()["pages"] == 0
+    assert machine.statistics().pages == 0
 
 
 def test_held_is_told_also_while_a_map_of_the_granters_is_left(alice: Domain, bob: Domain) -> None:
@@ -265,7 +265,7 @@ def test_what_a_child_shares_dies_with_the_child(machine: Machine, alice: Domain
         deadline = time.monotonic() + 20
         while len(machine.grants()) > 1 and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert [grant["ref"] for grant in machine.grants()] == list(before.refs)
+        assert [grant.ref for grant in machine.grants()] == list(before.refs)
 
 
 def test_a_child_goes_on_with_its_parents_file_and_both_answers_are_their_own(alice: Domain, bob: Domain) -> None:
@@ -304,7 +304,7 @@ def test_closing_in_a_child_gives_back_nothing_of_its_parents(machine: Machine, 
             shared.close()
 
         Child(work).exit()
-        assert [grant["users"] for grant in machine.grants()] == [2]  # the file's list, and the map here
+        assert [grant.users for grant in machine.grants()] == [2]  # the file's list, and the map here
         with bob.map(shared.grant) as mapped:
             mapped.memory[0] = 4
             assert shared.memory[0] == 4
@@ -314,7 +314,7 @@ def test_closing_in_a_child_gives_back_nothing_of_its_parents(machine: Machine, 
 def test_the_last_copy_of_a_file_is_its_release(machine: Machine, alice: Domain, method: str) -> None:
     file = alice.devices.open("gntalloc")
     assert isinstance(file, MachineFile)
-    assert machine.statistics()["domains"][0]["files"] == 1
+    assert machine.statistics().domains[0].files == 1
     ours, theirs = socket.socketpair()
     with ours, theirs:
         if method == "dup":
@@ -327,7 +327,7 @@ def test_the_last_copy_of_a_file_is_its_release(machine: Machine, alice: Domain,
             child = Child(lambda: None)
             close = child.kill
         file.close()
-        assert machine.statistics()["domains"][0]["files"] == 1
+        assert machine.statistics().domains[0].files == 1
         close()
 
 

@@ -273,13 +273,13 @@ def test_a_storm_leaves_a_machine_that_is_clean_and_works(
     machine = make_machine(limit=64, behaviour=behaviour, table_frames=1)
     domains = [machine.domain(1), machine.domain(2)]
     clients = storm(seed, domains, 2500)
-    assert machine.statistics()["descriptors"] > 10
+    assert machine.statistics().descriptors > 10
     for client in clients:
         client.end()
     statistics = machine.statistics()
-    assert (statistics["pages"], statistics["extents"]) == (0, 0)
-    for domain in statistics["domains"]:
-        assert (domain["pages_in_use"], domain["references"], domain["files"]) == (0, 0, 0)
+    assert (statistics.pages, statistics.extents) == (0, 0)
+    for domain in statistics.domains:
+        assert (domain.pages_in_use, domain.references, domain.files) == (0, 0, 0)
     assert machine.grants() == []
     alice, bob = domains
     with alice.share(bob, pages=64, writable=True) as shared, bob.map(shared.grant):

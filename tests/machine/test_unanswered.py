@@ -133,7 +133,7 @@ def test_what_nobody_heard_of_is_undone(machine: Machine, alice: Domain, bob: Do
             assert undo.error in {errno.EINVAL, errno.ENOENT}
         os.close(home)
         after = machine.statistics()
-        assert after["pages"] == before["pages"]
+        assert after.pages == before.pages
         assert not shared.held
 
 

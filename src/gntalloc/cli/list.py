@@ -12,6 +12,7 @@ import click
 from gntalloc.cli.show import table
 from gntalloc.cli.types import MACHINE
 from gntalloc.errors import MachineGone, NoMachine
+from gntalloc.guest.books import GrantedPage, Statistics
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.grant import Grant
 from gntalloc.places import machine_folder, machines
@@ -45,21 +46,21 @@ def command(name: str | None, as_json: bool) -> None:
             "no machine runs; start one with `gntalloc machine`, or in Python with gntalloc.Machine()", file=sys.stderr
         )
     for each, what in found.items():
-        _show(each, what["statistics"], what["grants"])
+        _show(each, Statistics.of(what["statistics"]), [GrantedPage.of(grant) for grant in what["grants"]])
 
 
-def _show(name: str, statistics: dict[str, Any], grants: list[dict[str, Any]]) -> None:
+def _show(name: str, statistics: Statistics, grants: list[GrantedPage]) -> None:
     domains = [
         (
-            str(domain["domid"]),
-            str(domain["uid"]),
-            f"{domain['pages_in_use']} of {domain['limit']}",
-            str(domain["references"]),
-            str(domain["files"]),
+            str(domain.domid),
+            str(domain.uid),
+            f"{domain.pages_in_use} of {domain.limit}",
+            str(domain.references),
+            str(domain.files),
         )
-        for domain in statistics["domains"]
+        for domain in statistics.domains
     ]
-    title = f"machine {name}, pid {statistics['pid']}: {statistics['pages']} pages"
+    title = f"machine {name}, pid {statistics.pid}: {statistics.pages} pages"
     table(("domain", "uid", "pages in use", "references", "open files"), domains, title=title)
     if not grants:
         print("nothing is granted")
@@ -68,23 +69,23 @@ def _show(name: str, statistics: dict[str, Any], grants: list[dict[str, Any]]) -
     table(("granter", "peer", "references", "rights", "by pid", "mapped by", "state", "age"), rows)
 
 
-def _alike(grant: dict[str, Any]) -> tuple[Any, ...]:
+def _alike(grant: GrantedPage) -> tuple[Any, ...]:
     """Neighbours alike in all of this are shown in one row."""
     fields = ("granter", "peer", "writable", "opener", "mapped_by", "held", "users")
-    return (*(grant[field] for field in fields), int(grant["age"]))
+    return (*(getattr(grant, field) for field in fields), int(grant.age))
 
 
-def _row(group: list[dict[str, Any]]) -> tuple[str, ...]:
+def _row(group: list[GrantedPage]) -> tuple[str, ...]:
     first = group[0]
-    _, refs, _ = str(Grant(0, tuple(grant["ref"] for grant in group), writable=False)).split(":")
-    state = "granted" if first["users"] else "released, still held"
+    _, refs, _ = str(Grant(0, tuple(grant.ref for grant in group), writable=False)).split(":")
+    state = "granted" if first.users else "released, still held"
     return (
-        str(first["granter"]),
-        str(first["peer"]),
+        str(first.granter),
+        str(first.peer),
         refs,
-        "rw" if first["writable"] else "ro",
-        str(first["opener"]),
-        ", ".join(map(str, first["mapped_by"])) or "-",
+        "rw" if first.writable else "ro",
+        str(first.opener),
+        ", ".join(map(str, first.mapped_by)) or "-",
         state,
-        f"{first['age']:.0f} s",
+        f"{first.age:.0f} s",
     )

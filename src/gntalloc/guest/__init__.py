@@ -7,4 +7,5 @@ devices/  the two providers of /dev/xen: the machine, and a real kernel
 connection  messages to the machine
 control   orders to the machine, for its owner
 absence   why nobody answers there
+books     what a machine tells its owner: grants, files, statistics
 """

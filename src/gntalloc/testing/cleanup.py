@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from gntalloc.clock import now
 from gntalloc.descriptors import open_files
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from gntalloc.embed import Machine
+    from gntalloc.guest.books import GrantedPage
 
 __all__ = ["Snapshot", "assert_cleaned_up", "name_process"]
 
@@ -61,12 +62,12 @@ class Snapshot:
         if machine is None:
             return cls(*here, {})
         try:
-            grants = {(each["granter"], each["ref"]): _Grant.of(each) for each in machine.grants()}
+            grants = {(each.granter, each.ref): _Grant.of(each) for each in machine.grants()}
             files: Counter[_File] = Counter()
             for each in machine.files():
-                who = each["domid"], each["device"], each["opener"]
-                files[_File("mapped", *who)] += each["mapped"]
-                files.update(_File(f"port {number}", *who) for number in each["ports"])
+                who = each.domid, each.device, each.opener
+                files[_File("mapped", *who)] += each.mapped
+                files.update(_File(f"port {number}", *who) for number in each.ports)
             kept = Counter(_kept(machine))
             return cls(*here, _counts(machine), grants, files, kept)
         except MachineGone:
@@ -84,10 +85,8 @@ class _Grant:
     released: bool
 
     @classmethod
-    def of(cls, grant: dict[str, Any]) -> Self:
-        return cls(
-            grant["granter"], grant["peer"], grant["opener"], tuple(grant["mapped_by"]), released=not grant["users"]
-        )
+    def of(cls, grant: GrantedPage) -> Self:
+        return cls(grant.granter, grant.peer, grant.opener, grant.mapped_by, released=not grant.users)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +254,8 @@ def _kept(machine: Machine) -> Iterator[_Kept]:
 
 def _counts(machine: Machine) -> dict[str, int]:
     statistics = machine.statistics()
-    counts = {name: statistics[name] for name in ("pages", "extents")}
+    counts = {"pages": statistics.pages, "extents": statistics.extents}
     over_all = "references", "ports", "pages_in_use", "files", "files_mapped", "watches", "transactions"
     for name in over_all:
-        counts[name] = sum(domain[name] for domain in statistics["domains"])
+        counts[name] = sum(getattr(domain, name) for domain in statistics.domains)
     return counts
