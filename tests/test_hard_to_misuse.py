@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -94,3 +96,23 @@ def test_a_listener_that_is_left_ends_the_tasks_that_accept(alice: Domain, bob: 
 
     for _ in range(5):
         asyncio.run(main())
+
+
+def test_what_users_name_is_at_the_top_and_costs_nothing_until_then() -> None:
+    program = """
+import sys, gntalloc
+loaded = set(sys.modules)
+assert not [name for name in loaded if name.startswith(("gntalloc.vchan", "gntalloc.frontend"))], loaded
+assert set(gntalloc.__all__) <= set(dir(gntalloc))
+for name in gntalloc.__all__:
+    assert getattr(gntalloc, name) is not None
+from gntalloc import BlockDevice, Channel, Listener, Port, StoreError
+import gntalloc.vchan.channel, gntalloc.frontend.blkfront
+assert Channel is gntalloc.vchan.channel.Channel and BlockDevice is gntalloc.frontend.blkfront.BlockDevice
+assert issubclass(StoreError, gntalloc.GntallocError)
+try:
+    gntalloc.Chanel
+except AttributeError as error:
+    assert "Chanel" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
