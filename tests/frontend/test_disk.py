@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.frontend.kit import CHECKS
 
 from gntalloc import Closed, DeviceError, PeerClosed, PeerDied, TimedOut
 from gntalloc.frontend.blkfront import BlockDevice
+from gntalloc.frontend.blkif import Operation
 from gntalloc.frontend.nodes import disk_number
 from gntalloc.frontend.xenbus import State
 from gntalloc.testing import Program
@@ -234,3 +237,57 @@ def kill(program: Program) -> None:
     program.kill()
     program.wait(timeout=PATIENCE)
     program.last_words  # noqa: B018  it was killed on purpose
+
+
+NEVER = 10 * PATIENCE
+
+
+def until(look: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not look():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("way", ["read with patience", "submit with patience", "reconnect", "read"])
+def test_nobody_hangs_behind_a_thread_that_waits_for_the_backend(setting: Setting, way: str) -> None:
+    setting.attach()
+    backend = setting.backend()
+    disk = setting.open(patience=NEVER if "patience" in way else 0)
+    backend.process.send_signal(signal.SIGSTOP)
+    buffer = bytearray(512)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        waiting: concurrent.futures.Future[object] = threads.submit(lambda: disk.read(0, SIZE, timeout=NEVER))
+        try:
+            if way != "read":
+                until(lambda: len(disk._session.flights.in_flight) > 0, "nothing is in flight")
+                kill(backend)
+            if way == "reconnect":
+                with pytest.raises(PeerDied):
+                    waiting.result(PATIENCE)
+                waiting = threads.submit(lambda: disk.reconnect(timeout=NEVER))
+            if way != "read":
+                until(lambda: disk._away, "nobody waits for another backend")
+            if way == "submit with patience":
+                beside = threads.submit(disk.submit, Operation.READ, 0, buffer)
+            else:
+                for call in (
+                    lambda: disk.read(0, 512, timeout=0.05),
+                    lambda: disk.write(0, buffer, timeout=0.05),
+                    lambda: disk.reconnect(timeout=0.05),
+                )[: 2 if way == "read" else 3]:
+                    with pytest.raises(TimedOut):
+                        call()
+            assert (disk.size, disk.read_only, disk.number) == (SIZE, False, DEVICE.number)
+            assert disk.features.flush
+            assert "disk" in repr(disk)
+        finally:
+            disk.close(timeout=0.05)
+        with pytest.raises(Closed):
+            waiting.result(PATIENCE)
+        if way == "submit with patience":
+            with pytest.raises(Closed):
+                beside.result(PATIENCE)
+    disk.close()
+    if way == "read":
+        kill(backend)

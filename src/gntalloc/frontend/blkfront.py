@@ -5,7 +5,9 @@
         disk.flush()
         disk.read(512, 100)
 
-One thread sleeps for all that wait; the others are told by it. `gntalloc.frontend.aio` has the same for asyncio.
+One thread sleeps for all that wait; the others are told by it. The lock is never held while the backend is waited for,
+not in a handshake either: then one thread has the session, and the others wait, each as long as it was told, or close.
+`gntalloc.frontend.aio` has the same for asyncio.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from gntalloc.frontend.session import PAGES, Described, Features, Session
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from gntalloc.frontend.requests import Flight
     from gntalloc.guest.domain import BareDomain
@@ -64,6 +66,7 @@ class BlockDevice(Described):
         self._asleep = False
         self._others = 0  # threads that wait for the one that sleeps
         self._closing = False
+        self._away = False  # a thread waits for the backend's handshake: nobody else touches the session meanwhile
         super().__init__(Session(domain, number, pages=pages, timeout=timeout))
 
     @property
@@ -203,6 +206,7 @@ class BlockDevice(Described):
         self._catch_up(offset + len(view))
         session.check_request(operation, offset, len(view))
         with self._changed:
+            self._until_settled(Deadline(None))
             session.check_open()
             if not session.flights.has_room(len(view)):
                 return None
@@ -234,12 +238,13 @@ class BlockDevice(Described):
             PeerClosed: it does not want it.
             Closed: this was closed.
         """
+        deadline = Deadline(timeout)
         with self._changed:
-            if self._session.closed:
+            self._until_settled(deadline)
+            if self._closing:
                 raise Closed(f"{self!r} cannot be connected again; open another")
-            self._wake_the_sleeper()
-            self._session.reconnect(timeout=timeout)
-            self._changed.notify_all()
+            with self._apart():
+                self._session.reconnect(timeout=deadline.within(timeout))
 
     def close(self, *, timeout: float = 10.0) -> None:
         """Wait for what is in flight, tell the backend, and take the pages back. Can be repeated.
@@ -247,19 +252,22 @@ class BlockDevice(Described):
         What was not flushed is as safe as the backend sees fit. A backend that does not answer is left alone after
         `timeout` seconds: the pages go when it lets go.
         """
+        deadline = Deadline(timeout)
         with self._changed:
-            if self._session.closed:
+            if self._closing:
+                while not self._session.closed or self._away:
+                    self._changed.wait()  # for the thread that closes it
                 return
             self._closing = True
+            self._session.interrupt()
+            while self._away:
+                self._changed.wait()
             with contextlib.suppress(GntallocError):
                 if self._session.failed is None:
-                    self._until(
-                        lambda: len(self._session.flights.in_flight), Deadline(timeout), "the requests in flight"
-                    )
+                    self._until(lambda: len(self._session.flights.in_flight), deadline, "the requests in flight")
             self._session.closed = True
-            self._wake_the_sleeper()
-            self._session.close(timeout=timeout)
-            self._changed.notify_all()
+            with self._apart():
+                self._session.close(timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -273,7 +281,8 @@ class BlockDevice(Described):
             return
         if self._changed.acquire(blocking=False):
             try:
-                self._session.catch_up()
+                if not self._away:
+                    self._session.catch_up()
             finally:
                 self._changed.release()
 
@@ -288,6 +297,7 @@ class BlockDevice(Described):
             with self._changed:
                 at = 0
                 while at < len(view):
+                    self._until_settled(deadline)
                     session.check_open()
                     piece = view[at : at + session.flights.most]
                     if not session.flights.has_room(len(piece)):
@@ -343,8 +353,10 @@ class BlockDevice(Described):
             deadline: for all of it.
             what: is waited for.
         """
+        self._until_settled(deadline)
         self._session.show()
         while True:
+            self._until_settled(deadline)
             if not (count := self._collect(missing)):
                 return
             self._session.check_open()
@@ -387,7 +399,7 @@ class BlockDevice(Described):
             self._changed.acquire()
             self._asleep = False
             self._changed.notify_all()
-        if not look:
+        if not look or self._away:
             return
         if (failed := link.verdict()) is not None:
             self._lose(failed)
@@ -400,9 +412,53 @@ class BlockDevice(Described):
         session.collect()  # what it had answered before
         session.failed = failed
         if self._patience and not self._closing:
-            with contextlib.suppress(GntallocError):  # then it has failed for good
-                session.reconnect(timeout=self._patience)
+            self._away = True
+            threading.Thread(target=self._await_return, name="gntalloc disk: patience", daemon=True).start()
         self._changed.notify_all()
+
+    def _until_settled(self, deadline: Deadline) -> None:
+        """Wait until no thread has the session for itself.
+
+        Raises:
+            TimedOut: one had it until the deadline.
+            Closed: this is being closed.
+        """
+        while self._away:
+            left = deadline.remaining
+            if left == 0:
+                raise TimedOut(f"{self!r} has waited in vain for the backend to return; wait again")
+            if not self._closing:
+                self._changed.wait(left)
+            if self._closing:  # which the handshake was given up for
+                raise Closed(f"{self._session} cannot be used, it was closed here; open another")
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Have the session for this thread alone, and the lock released: for what waits for the backend."""
+        self._away = True
+        self._wake_the_sleeper()
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+            self._away = False
+            self._changed.notify_all()
+
+    def _await_return(self) -> None:
+        """Wait for another backend, in a thread of its own, so that each call keeps its own deadline."""
+        session = self._session
+        try:
+            session.reconnect(timeout=self._patience)
+        except GntallocError:
+            pass  # `failed` says what is to be said
+        except OSError as error:  # of the kernel: no descriptor left, say
+            why = f"{session} is of no more use ({error.strerror}); close it, and open it again"
+            session.failed = DeviceError(error.errno or errno.EIO, why)
+        finally:
+            with self._changed:
+                self._away = False
+                self._changed.notify_all()
 
     def _wake_the_sleeper(self) -> None:
         while self._asleep and self._session.link is not None:

@@ -231,9 +231,14 @@ class Session:
         self.flights.restart(link.ring, self._segments())
         self.show()
 
+    def interrupt(self) -> None:
+        """Let a thread that is in `reconnect` come back, with Closed: this will be closed."""
+        self._end.given_up = True
+
     def close(self, *, timeout: float) -> None:
         """Tell the backend, and take the pages back. A backend that does not answer is left alone after `timeout`."""
         self.closed = True
+        self._end.given_up = False
         with contextlib.suppress(GntallocError, StepRefused):  # the state may be another's by now
             gone = self.failed is not None or self.link is None or self.link.verdict() is not None
             part(self._end, timeout=timeout, alone=gone)

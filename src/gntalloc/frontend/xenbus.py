@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.clock import Deadline
 from gntalloc.digits import whole_number
-from gntalloc.errors import DeviceError, PeerClosed, TimedOut
+from gntalloc.errors import Closed, DeviceError, PeerClosed, TimedOut
 from gntalloc.xenstore.errors import Denied, NoNode, StoreError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gntalloc.xenstore.client import Store, Transaction
 
 __all__ = ["BACK", "FRONT", "TABLE", "End", "State", "Step", "StepRefused", "draw", "may"]
+
+_LOOK_AGAIN = 0.25  # seconds: how soon a thread that waits sees that it was given up
 
 
 class State(IntEnum):
@@ -123,6 +125,9 @@ class End:
         side: FRONT or BACK.
         folder: this end's, in full.
         other: the other's.
+
+    Attributes:
+        given_up: set by another thread: `wait` is to end soon.
     """
 
     def __init__(self, store: Store, side: str, folder: str, other: str) -> None:
@@ -130,6 +135,7 @@ class End:
         self.side = side
         self.folder = folder
         self.other = other
+        self.given_up = False
 
     @property
     def state(self) -> State:
@@ -178,6 +184,7 @@ class End:
         Raises:
             TimedOut: it was not; the text says where it is, and what it complains of.
             PeerClosed: it went to one of `unless`.
+            Closed: another thread has `given_up`.
         """
         deadline = Deadline(timeout)
         with self.store.watch(f"{self.other}/state") as watch:
@@ -193,8 +200,10 @@ class End:
                     raise TimedOut(
                         f"{told} for {timeout} s{self._complaint()}; see that something serves it, or wait longer"
                     )
+                if self.given_up:
+                    raise Closed(f"{told}, and it was closed here meanwhile")
                 with contextlib.suppress(TimedOut):
-                    watch.wait(timeout=deadline.remaining)
+                    watch.wait(timeout=deadline.within(_LOOK_AGAIN))
 
     def read(self, name: str) -> str | None:
         """What the other end has published under a name; None: nothing, or not for this domain."""
