@@ -60,7 +60,7 @@ class Dice:
     def _wait(self) -> int:
         """Until there are responses: how many."""
         while not (there := self._link.ring.ask()):  # from here on the backend wakes us
-            if self._link.sleep(PATIENCE) and (gone := self._link.verdict()):
+            if self._link.sleep(timeout=PATIENCE) and (gone := self._link.verdict()):
                 raise gone
         return there
 
@@ -68,7 +68,7 @@ class Dice:
         return self
 
     def __exit__(self, *_: object) -> None:
-        part(self._end, PATIENCE)
+        part(self._end, timeout=PATIENCE)
         self._link.close()
 
 
@@ -76,7 +76,7 @@ def serve(domain: gntalloc.Domain) -> None:
     """Be the backend, in domain 0, for one frontend."""
     end = End(domain.store, BACK, DEVICE.back, DEVICE.front)
     end.go(State.INIT_WAIT)
-    end.wait({State.INITIALISED}, PATIENCE)
+    end.wait({State.INITIALISED}, timeout=PATIENCE)
     with (
         domain.map(DEVICE.frontend, end.number("ring-ref"), writable=True) as page,
         domain.events.connect(DEVICE.frontend, end.number("event-channel")) as port,

@@ -23,7 +23,7 @@ PATIENCE = 30.0  # seconds that one waits for the other
 def alice(domain: gntalloc.Domain) -> None:
     with domain.share(BOB) as shared:  # for reading: not even root can write there now, but by this map
         shared.memory[:5] = b"hello"
-        with domain.listen(BOB, "page") as listener, listener.accept(PATIENCE) as channel:
+        with domain.listen(BOB, "page") as listener, listener.accept(timeout=PATIENCE) as channel:
             channel.send(str(shared.grant).encode())
             try:
                 print(f"alice: bob says {channel.recv(timeout=PATIENCE)!r}", flush=True)

@@ -230,7 +230,7 @@ def test_distrust_of_one_who_is_killed(gntalloc_machine: Machine) -> None:
         domain.store.watch("data/maps") as watch,
     ):
         while not domain.store.exists("data/maps"):
-            watch.wait(30)
+            watch.wait(timeout=30)
         bob.kill()
         said, _ = alice.communicate(timeout=40)
     assert re.match(

@@ -42,10 +42,10 @@ def lives(pid: int) -> bool:
 def test_a_pair_in_c(gntalloc_run: Programs, build: Callable[..., str]) -> None:
     granter = gntalloc_run(1, [build("share"), "2", "2", "1", "page"], **TALKS)
     grantee = gntalloc_run(2, [build("map"), "1", "1", *line(granter).split()], **TALKS)
-    assert grantee.result(40) is None
+    assert grantee.result(timeout=40) is None
     assert [line(grantee), line(grantee)] == ["page 0", "page 1"]
     assert granter.process.communicate("look\n", timeout=40)[0] == "answer\n"
-    assert granter.result(40) is None
+    assert granter.result(timeout=40) is None
 
 
 def test_the_pid_is_the_program_s(gntalloc_domains: Domains) -> None:
@@ -54,14 +54,14 @@ def test_the_pid_is_the_program_s(gntalloc_domains: Domains) -> None:
         assert program.pid != program.process.pid
         assert str(program.pid) in repr(program)
         program.kill(signal.SIGTERM)
-        assert program.wait(40) == -signal.SIGTERM
+        assert program.wait(timeout=40) == -signal.SIGTERM
 
 
 def test_one_that_is_killed(gntalloc_machine: Machine, gntalloc_run: Programs, build: Callable[..., str]) -> None:
     """It is gone when `kill` returns, and its pages with it: the fixtures see to that."""
     granter = gntalloc_run(1, [build("share"), "2", "3", "1", "page"], **TALKS)
     line(granter)
-    assert {grant["opener"] for grant in gntalloc_machine.grants()} == {granter.pid}
+    assert {grant.opener for grant in gntalloc_machine.grants()} == {granter.pid}
     granter.kill()
     assert not lives(granter.pid)
     assert (granter.running, granter.ending) == (False, "was killed by SIGKILL")
@@ -77,7 +77,7 @@ def test_all_that_it_has_left_ends_with_the_block(gntalloc_domains: Domains, how
         left = [int(line(program)) for _ in range(2)]
         if how == "ends":
             program.process.stdin.close()  # type: ignore[union-attr]
-            program.wait(40)
+            program.wait(timeout=40)
         elif how == "is killed":
             program.kill()
         elif how == "is stopped":
@@ -102,7 +102,7 @@ def test_one_that_fails(gntalloc_domains: Domains) -> None:
     with pytest.raises(ProgramFailed, match=r"<Program sh pid \d+> ended with exit status 3"), fails:
         fails.process.wait(40)
     with Program(alice, ["sh", "-c", "exit 3"], unmodified=True) as program:
-        assert program.wait(40) == 3
+        assert program.wait(timeout=40) == 3
 
 
 def test_what_cannot_be_started(gntalloc_domains: Domains, gntalloc_run: Programs, tmp_path: Path) -> None:

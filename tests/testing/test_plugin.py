@@ -134,7 +134,7 @@ class Kit(ChannelConformance):
 
 def test_of_result(gntalloc_domains):
     with Program(gntalloc_domains.bob, fails) as program:
-        program.result(30)
+        program.result(timeout=30)
 
 
 def test_of_a_failure_nobody_asked_about(gntalloc_domains):

@@ -205,14 +205,14 @@ def test_a_cancelled_accept_leaves_nothing(alice: Domain) -> None:
     async def main() -> None:
         begun, go_on = threading.Event(), threading.Event()
         async with aio.listen(alice, 2, "test", size=0) as listener:
-            offer = listener.blocking.offer
+            offer = listener._offers.offer
 
             def late() -> Any:
                 begun.set()
                 assert go_on.wait(30)
                 return offer()
 
-            listener.blocking.offer = late  # type: ignore[method-assign]
+            listener._offers.offer = late  # type: ignore[method-assign]
             accepting = asyncio.create_task(listener.accept())
             await asyncio.to_thread(begun.wait, 30)
             accepting.cancel()

@@ -26,7 +26,7 @@ from gntalloc.errors import GntallocError, TimedOut
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gntalloc.guest.domain import Domain
+    from gntalloc.domain import Domain
 
 __all__ = ["Unmodified", "main"]
 
