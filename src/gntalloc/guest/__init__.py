@@ -1,11 +1,13 @@
 """What a program inside a domain uses.
 
-domain    BareDomain: share, map
-peers     what every call that takes a domain or a count accepts
-pages     shared and mapped pages, grants
-devices/  the two providers of /dev/xen: the machine, and a real kernel
+domain      BareDomain: share, map
+peers       what every call that takes a domain or a count accepts
+pages       shared and mapped pages
+grant       Grant: what to tell a peer, as a value and as text
+events      event channels
+devices/    the two providers of /dev/xen: the machine, and a real kernel
 connection  messages to the machine
-control   orders to the machine, for its owner
-absence   why nobody answers there
-books     what a machine tells its owner: grants, files, statistics
+control     orders to the machine, for its owner
+absence     why nobody answers there
+books       what a machine tells its owner: grants, files, statistics
 """
