@@ -11,26 +11,23 @@ import errno
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
+import model
 import pytest
+from event_program import Events, pair
+from fake_program import RW, Program
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from scarce import descriptors_left
 
 from gntalloc.errors import DeviceError
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
 from gntalloc.testing import recount
-
-sys.path.insert(0, str(Path(__file__).parent / "drivers"))
-import model
-from event_program import Events, pair
-from fake_program import RW, Program
-from test_undo import descriptors_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

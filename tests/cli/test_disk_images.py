@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.cli.test_disk import PATIENCE, Shell, client, end, ready
+from tests.cli.disks import PATIENCE, Shell, client, end, ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
 from record import JUDGED  # noqa: E402
 from rows import NOT_RUN, ROWS  # noqa: E402

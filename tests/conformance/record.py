@@ -7,11 +7,8 @@ row of it changes only this way.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from rows import BETWEEN_DOMAINS, ROWS
 

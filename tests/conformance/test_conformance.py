@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from compare import NOT_DONE, PAGE, documented, judged, page, text, verdict, verdict_of_run
 from judge import judge_machine, judge_run
 from record import ask_all

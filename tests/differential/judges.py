@@ -13,9 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-
 from found import FOUND
 from generate import generate
 from replay import read_lines, write_lines

@@ -1,9 +1,9 @@
-"""The long run: `python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]`.
+"""The long run: `PYTHONPATH=tests/conformance python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]`.
 
 Boots a real Xen, gives each judge its share of the operations, does the same on a machine of ours with
 behaviour="linux", and shows every difference, some of them shrunk. Exit status 1 if there is one.
 
-    python tests/differential/run.py --again [FILE]
+    PYTHONPATH=tests/conformance python tests/differential/run.py --again [FILE]
 
 does without a Xen: it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
 50,513 operations of recorded.jsonl.xz. With --under-run too, ours is system calls on what `gntalloc run` serves.
@@ -17,9 +17,6 @@ import lzma
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
 
 from differ import Difference, first_difference
 from judges import JUDGES, ask, boot, episodes_for

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))
-
 from differ import comparable, first_difference
 from found import FOUND
 from generate import KINDS, generate

@@ -7,20 +7,16 @@ Linux does on purpose is a switch, what it does by mistake is not.
 from __future__ import annotations
 
 import errno
-import sys
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from fake_program import ADDRESS, ALLOC, Map, Program, refused
+from scarce import descriptors_left
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.testing import FakeMemory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import ADDRESS, ALLOC, Map, Program, refused
-from test_undo import descriptors_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable

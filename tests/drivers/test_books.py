@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
+from event_program import pair
+from fake_program import Program
+from notifying import EVENT, set_notify
 
 from gntalloc.errors import BooksWrong
 from gntalloc.machine.machine import Machine as Core
@@ -17,13 +18,9 @@ from gntalloc.machine.server import Server
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.testing import recount
 
-sys.path.insert(0, str(Path(__file__).parent))
-from event_program import pair
-from fake_program import Program
-from test_notify import EVENT, set_notify
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 class Scene:

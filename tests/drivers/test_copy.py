@@ -6,12 +6,11 @@ import errno
 import fcntl
 import os
 import random
-import sys
-from pathlib import Path
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_program import ADDRESS, Program, refused
 
 from gntalloc.abi.gntdev import GET_OFFSET_FOR_VADDR, GRANT_COPY
 from gntalloc.abi.grants import BAD_DOMAIN, BAD_GNTREF, DOMID_SELF, GENERAL_ERROR, OKAY
@@ -20,9 +19,6 @@ from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 from gntalloc.testing import FakeMemory
 from gntalloc.wire.memory import MessageCaller, Region
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import ADDRESS, Program, refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

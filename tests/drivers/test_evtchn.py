@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from event_program import ADDRESS, Events, pair
+from fake_program import refused
 
 from gntalloc.abi.evtchn import (
     BIND_INTERDOMAIN,
@@ -23,10 +23,6 @@ from gntalloc.abi.evtchn import (
 )
 from gntalloc.hypervisor.ports import LAST_PORT
 from gntalloc.testing import FakeMemory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from event_program import ADDRESS, Events, pair
-from fake_program import refused
 
 if TYPE_CHECKING:
     from gntalloc.machine.machine import Machine as Core

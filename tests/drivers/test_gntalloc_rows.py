@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
-from pathlib import Path
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_program import ADDRESS, ALLOC, DEALLOC, RW, Program, refused
 
 from gntalloc.abi.grants import DOMID_SELF
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 from gntalloc.testing import FakeMemory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import ADDRESS, ALLOC, DEALLOC, RW, Program, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

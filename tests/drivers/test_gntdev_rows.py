@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
-from pathlib import Path
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_program import ADDRESS, MAP, RW, UNMAP, Granted, Program, close_loans, refused
 
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 from gntalloc.testing import FakeMemory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import ADDRESS, MAP, RW, UNMAP, Granted, Program, close_loans, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import errno
-import sys
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from event_program import Events, pair
+from fake_program import ADDRESS, Granted, Program, refused
+from notifying import BOTH, BYTE, EVENT, set_notify
 
 from gntalloc.abi.gntdev import SET_UNMAP_NOTIFY
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 from gntalloc.testing import FakeMemory
 
-sys.path.insert(0, str(Path(__file__).parent))
-from event_program import Events, pair
-from fake_program import ADDRESS, Granted, Program, refused
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc.machine.machine import Machine as Core
-
-BYTE, EVENT, BOTH = 1, 2, 3
-
-
-def set_notify(program: Program, index: int, action: int, port: int = 0) -> None:
-    program.ioctl(SET_UNMAP_NOTIFY, pack("=QII", index, action, port))
 
 
 class Scene:

@@ -7,19 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_program import Program, refused
 from limits import Limited
 
 from gntalloc import DeviceError, current_domain
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import Program, refused
-
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from gntalloc.machine.machine import Machine as Core
 

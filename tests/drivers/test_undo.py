@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import resource
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_program import Program, close_loans, refused
+from scarce import descriptors_left
 
 from gntalloc.drivers import gntdev
 from gntalloc.hypervisor import domains
 from gntalloc.maps import PAGE_SIZE, PROT_READ
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_program import Program, close_loans, refused
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gntalloc.machine.machine import Machine as Core
 
 PAGES = 5
-
-
-@contextlib.contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
-    """So many more can be opened."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        for _ in range(count):
-            os.close(taken.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in taken:
-            os.close(descriptor)
 
 
 def everything(core: Core) -> tuple[object, ...]:

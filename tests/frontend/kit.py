@@ -5,17 +5,21 @@ Each takes an open BlockDevice and what is on it, and nothing else; so they run 
 
 from __future__ import annotations
 
+import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from tests.frontend.conftest import SIZE
+
 from gntalloc.frontend.blkif import Operation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from gntalloc.frontend.blkfront import BlockDevice
     from gntalloc.frontend.requests import Flight
+    from gntalloc.testing import Program
 
 PATIENCE = 30.0
 
@@ -124,3 +128,22 @@ CHECKS: list[Callable[[BlockDevice, bytes], None]] = [
     one_that_needs_little_is_not_held_up_by_one_that_needs_much,
     threads_do_not_disturb_each_other,
 ]
+
+
+def read_for_ever(disk: BlockDevice) -> None:
+    while True:
+        disk.read(0, SIZE, timeout=PATIENCE)
+
+
+def kill(program: Program) -> None:
+    program.kill()
+    program.wait(timeout=PATIENCE)
+    program.last_words  # noqa: B018  it was killed on purpose
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(2 * PATIENCE):
+            await main()
+
+    asyncio.run(bounded(), debug=True)

@@ -12,25 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
-from tests.frontend.test_disk import kill
+from tests.frontend.kit import kill, run
 
 from gntalloc import Closed, DeviceError, GntallocError, PeerClosed, PeerDied, TimedOut, aio
 from gntalloc.frontend.xenbus import State
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from tests.frontend.conftest import Setting
 
     from gntalloc.frontend.aio import Disk
-
-
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(2 * PATIENCE):
-            await main()
-
-    asyncio.run(bounded(), debug=True)
 
 
 @pytest.fixture

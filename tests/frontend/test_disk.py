@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
-from tests.frontend.kit import CHECKS
+from tests.frontend.kit import CHECKS, kill, read_for_ever
 
 from gntalloc import Closed, DeviceError, PeerClosed, PeerDied, TimedOut
 from gntalloc.frontend.blkfront import BlockDevice
@@ -226,17 +226,6 @@ def test_a_backend_that_closes_in_order_has_not_died(setting: Setting) -> None:
     assert backend.running
     disk.reconnect(timeout=PATIENCE)
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
-
-
-def read_for_ever(disk: BlockDevice) -> None:
-    while True:
-        disk.read(0, SIZE, timeout=PATIENCE)
-
-
-def kill(program: Program) -> None:
-    program.kill()
-    program.wait(timeout=PATIENCE)
-    program.last_words  # noqa: B018  it was killed on purpose
 
 
 NEVER = 10 * PATIENCE

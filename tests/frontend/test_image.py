@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE, SIZE, serve
-from tests.frontend.test_aio import run
+from tests.frontend.kit import run
 
 from gntalloc import DeviceError, PeerClosed, aio
 from gntalloc.errors import Busy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.frontend.conftest import PATIENCE, SIZE
-from tests.frontend.test_aio import run
+from tests.frontend.kit import run
 
 from gntalloc import aio
 from gntalloc.frontend.nbd import LARGEST, Server

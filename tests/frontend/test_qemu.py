@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.frontend.kit import CHECKS
-from tests.frontend.test_disk import read_for_ever
+from tests.frontend.kit import CHECKS, read_for_ever
 
 from gntalloc import PeerClosed, PeerDied
 from gntalloc.frontend.blkfront import BlockDevice

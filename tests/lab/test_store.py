@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "xenstore"))
-
 from xs_generate import generate
 from xs_judge import ask, compare
 

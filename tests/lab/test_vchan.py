@@ -10,15 +10,11 @@ import itertools
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "vchan"))
-
 import compiled
+import pytest
 
 if TYPE_CHECKING:
     from gntalloc.lab import Session

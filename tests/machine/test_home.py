@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
+from event_program import Events
 
 from gntalloc.abi.evtchn import BIND_INTERDOMAIN, BIND_UNBOUND_PORT
 from gntalloc.machine import descriptors as foreign
@@ -18,11 +17,9 @@ from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
 from gntalloc.testing import FakeMemory
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "drivers"))
-from event_program import Events
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 class Rig:

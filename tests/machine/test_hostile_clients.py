@@ -10,7 +10,6 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
 from pathlib import Path
 from struct import pack
@@ -19,12 +18,10 @@ from typing import TYPE_CHECKING
 import pytest
 import rawwire as wire
 from limits import status_of
+from raw_client import ALLOC, ARGUMENT, RawClient
 
 from gntalloc.errors import DeviceError
 from gntalloc.machine import server, stream, turns
-
-sys.path.insert(0, str(Path(__file__).parent))
-from raw_client import ALLOC, ARGUMENT, RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

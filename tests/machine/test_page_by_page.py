@@ -11,18 +11,14 @@ import mmap
 import multiprocessing
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from limits import status_of
+from raw_client import UNMAP, RawClient
 
 from gntalloc import DeviceError, Domain, Grant
 from gntalloc.maps import PAGE_SIZE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from raw_client import UNMAP, RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import rawwire as wire
 from raw_client import RawClient

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from limits import Limited, status_of
+from raw_client import RawClient
 
 from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain
 from gntalloc.guest import connection as channel
 from gntalloc.guest.devices.machine import MachineFile
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.wire.messages import Show, kind_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-from raw_client import RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

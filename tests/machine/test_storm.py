@@ -8,21 +8,17 @@ import os
 import random
 import signal
 import socket
-import sys
 from collections import defaultdict
-from pathlib import Path
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
 from limits import status_of
+from raw_client import ALLOC, ARGUMENT, DEALLOC, MAP, UNMAP, RawClient
 
 from gntalloc.abi import evtchn
 from gntalloc.maps import PAGE_SIZE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from raw_client import ALLOC, ARGUMENT, DEALLOC, MAP, UNMAP, RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

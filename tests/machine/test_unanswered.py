@@ -5,12 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
-from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import rawwire as wire
@@ -24,6 +20,8 @@ from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import domain_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gntalloc import Domain, Machine
 
 READ_WRITE = 3

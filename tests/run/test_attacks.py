@@ -10,13 +10,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import WORDS, said, tell
 from users import ALICE, BOB, UserRuns, interpreter, machine_of_users
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,10 +13,9 @@ import pytest
 import gntalloc
 from gntalloc.places import domain_path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from runs import Runs
 

@@ -11,13 +11,9 @@ import itertools
 import mmap
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from held import PATIENCE, Held, libc, refuse, state_of
 from runs import order, python, said, tell, wait_for
 

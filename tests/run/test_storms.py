@@ -8,13 +8,10 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import order, python, said, tell, wait_for
 
 if TYPE_CHECKING:

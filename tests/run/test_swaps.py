@@ -6,11 +6,8 @@ The kernel does not say when it has looked a descriptor up. Here it takes its ti
 from __future__ import annotations
 
 import select
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parent))
 from held import MARK, PATIENCE, Held, readable, refuse
 from runs import python
 

@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
+from held import PATIENCE, Held
+from runs import Runs, order, python, refusing_machine, said, tell
 
 from gntalloc import waits
 from gntalloc.errors import MachineGone
 from gntalloc.guest.connection import MachineConnection
 from gntalloc.syscalls.listener import CallerGone
 from gntalloc.wire.messages import Open, Serve
-
-sys.path.insert(0, str(Path(__file__).parent))
-from held import PATIENCE, Held
-from runs import Runs, order, python, refusing_machine, said, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

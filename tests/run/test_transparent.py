@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from limits import Limited, status_of
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import said, tell, wait_for
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import python, wait_for
 
 from gntalloc.testing import Program, ProgramFailed, Snapshot, assert_cleaned_up, cleanup, running_programs

@@ -15,14 +15,11 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from limits import status_of
-
-sys.path.insert(0, str(Path(__file__).parent))
 import rawwire as wire
+from limits import status_of
 from runs import Runs, order, python, refusing_machine, said, tell, wait_for
 
 from gntalloc.abi.gntalloc import ALLOC_GREF
@@ -38,6 +35,7 @@ from gntalloc.wire.messages import Serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import errno
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from xs_generate import generate
 from xs_replay import GUESTS, Ours, Player
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from xs_generate import generate
 from xs_judge import compare
 from xs_replay import END, ERROR, EVENT, SET_PERMS, WATCH, WRITE, Ours, replay

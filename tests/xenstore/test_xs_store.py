@@ -7,13 +7,13 @@ import errno
 import os
 import select
 import socket
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fake_xenstored
 import pytest
+from fake_xenstored import HEADER, HOME, Daemon
 from limits import status_of
 
 from gntalloc.errors import Closed, MachineGone, NoMachine, PeerBroke, TimedOut
@@ -21,12 +21,9 @@ from gntalloc.xenstore.client import Store, Transaction
 from gntalloc.xenstore.errors import Conflict, Denied, NoNode, StoreError
 from gntalloc.xenstore.path import Permission
 
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_xenstored
-from fake_xenstored import HEADER, HOME, Daemon
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(params=["socket", "device"])

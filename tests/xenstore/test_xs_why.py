@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import stat
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fake_xenstored
 import pytest
 
 from gntalloc.xenstore import wire
@@ -16,9 +15,6 @@ from gntalloc.xenstore.daemon.limits import Quotas
 from gntalloc.xenstore.daemon.server import Daemon
 from gntalloc.xenstore.errors import StoreError
 from gntalloc.xenstore.wire import Message, Type, join
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_xenstored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

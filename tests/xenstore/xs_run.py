@@ -12,8 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from xs_generate import generate
 from xs_judge import FILES, ask, compare
 
