@@ -118,7 +118,7 @@ class Lossy:
         self.write, self.close, self.inner = channel.write, channel.close, channel
 
     def read(self, size=None, timeout=None):
-        return self.inner.read(size, timeout)[:-1]
+        return self.inner.read(size, timeout=timeout)[:-1]
 
 
 class Kit(ChannelConformance):
