@@ -5,13 +5,14 @@
 
 BIN := .venv/bin
 
-.PHONY: help demo test check format wheel release lab-test clean
+.PHONY: help demo test check format docs wheel release lab-test clean
 
 help:
 	@echo 'make demo [FILE=…]   two domains share pages, here and now (FILE: what to send)'
 	@echo 'make test            the test suite, without the lab'
 	@echo 'make check           lint, format, types, import rules'
 	@echo 'make format          let the formatter have its way'
+	@echo 'make docs            build/docs: the pages of docs/ and an API reference'
 	@echo 'make wheel           build dist/*.whl, and try it in an empty environment'
 	@echo 'make release         the same, and the tag; then docs/releasing.md'
 	@echo 'make lab-test        the tests that boot a real Xen in QEMU'
@@ -36,6 +37,12 @@ check:
 format:
 	@tools/venv dev
 	$(BIN)/ruff format
+
+# A warning is an error: a link or an anchor that leads nowhere, a docstring that cannot be read.
+docs:
+	@tools/venv docs
+	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 wheel:
 	@tools/wheel

@@ -34,13 +34,6 @@ def test_the_programs_run(program: str, prints: str, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (prints, "")
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
-def test_every_link_leads_somewhere(page: str) -> None:
-    source = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", source.read_text()):
-        assert "://" in target or (source.parent / target).exists(), target
-
-
 def test_the_program_in_the_package_s_own_words_runs() -> None:
     """The example in the docstring of `gntalloc`."""
     import gntalloc

@@ -73,6 +73,17 @@ def test_set_up_is_done_once_for_each_need(place: Place) -> None:
         assert place.deeds() == deeds
 
 
+def test_what_the_docs_need_is_enough_for_all(place: Place) -> None:
+    place.python("python3")
+    place.run("dev")
+    place.deeds()
+    place.run("docs")
+    assert place.deeds() == ["pip .[dev,docs]"]
+    for kind in ("docs", "dev", "run"):
+        place.run(kind)
+        assert place.deeds() == []
+
+
 def test_another_pyproject_is_another_set_up(place: Place) -> None:
     place.python("python3")
     place.run("dev")
