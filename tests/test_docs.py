@@ -268,3 +268,14 @@ def prose() -> list[tuple[str, str]]:
 def test_no_line_of_prose_is_too_long() -> None:
     old = "docs/architecture.md:"  # its first two sections are about to be written anew
     assert [place for place, line in prose() if len(line) > 120 and not place.startswith(old)] == []
+
+
+def test_no_sentence_begins_with_who_or_what() -> None:
+    """But a question. A sentence has a noun for its subject."""
+    found = [
+        f"{place}: {words}"
+        for place, line in prose()
+        if not line.startswith("#")
+        for words in re.findall(r"(?:^[*\- ]*|[.:] )((?:Who|Whoever|Whose|What)\b[^.?]*[^?]{0,1})", line)
+    ]
+    assert found == []
