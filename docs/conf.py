@@ -42,6 +42,7 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _links_out_of_the_site)
     app.connect("autodoc-process-docstring", _module_as_it_is_set)
+    app.connect("autodoc-process-docstring", _property_without_a_type, priority=400)  # before napoleon
 
 
 def _links_out_of_the_site(app: Sphinx, page: str, source: list[str]) -> None:
@@ -62,3 +63,9 @@ def _module_as_it_is_set(app: Sphinx, what: str, name: str, thing: object, optio
     first = lines.index("") if "" in lines else len(lines)
     if what == "module" and any(lines[first:]):
         lines[first:] = ["", "::", "", *(f"    {line}" for line in lines[first + 1 :]), ""]
+
+
+def _property_without_a_type(app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a property's first line for its type. Ours is in the annotation."""
+    if what in {"property", "attribute"}:
+        lines[:0] = ["..", ""]  # an empty comment
