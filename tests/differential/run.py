@@ -1,9 +1,12 @@
-"""The long run: `PYTHONPATH=tests/conformance python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]`.
+"""The long run of random operations.
+
+    export PYTHONPATH=tests/conformance
+    python tests/differential/run.py --operations 50000 [--judges dom0,pv] [--seed 0] [--record FILE]
 
 Boots a real Xen, gives each judge its share of the operations, does the same on a machine of ours with
 behaviour="linux", and shows every difference, some of them shrunk. Exit status 1 if there is one.
 
-    PYTHONPATH=tests/conformance python tests/differential/run.py --again [FILE]
+    python tests/differential/run.py --again [FILE]
 
 does without a Xen: it holds ours against what the judges said in a run that was recorded, and needs two minutes for the
 50,513 operations of recorded.jsonl.xz. With --under-run too, ours is system calls on what `gntalloc run` serves.
