@@ -13,7 +13,7 @@ from tests.frontend.conftest import PATIENCE, SIZE
 from tests.frontend.kit import run
 
 from gntalloc import aio
-from gntalloc.frontend.nbd import LARGEST, Server
+from gntalloc.frontend.nbd import LARGEST, NbdServer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,7 +107,7 @@ def exported(
 
         async with await aio.disk(setting.guest, timeout=PATIENCE) as disk:
             disk.flush = counting(disk.flush)  # type: ignore[method-assign, assignment]
-            async with Server(disk, name="it", read_only=read_only) as server:
+            async with NbdServer(disk, name="it", read_only=read_only) as server:
                 await server.listen(listener)
                 try:
                     await main(connect)
@@ -282,19 +282,19 @@ def test_a_server_closes_though_nobody_takes_its_answers(setting: Setting, monke
     setting.attach()
     setting.backend()
     served: list[asyncio.StreamWriter] = []
-    accepted = Server._accepted
+    accepted = NbdServer._accepted
 
-    def accept(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(server: NbdServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         served.append(writer)
         accepted(server, reader, writer)
 
-    monkeypatch.setattr(Server, "_accepted", accept)
+    monkeypatch.setattr(NbdServer, "_accepted", accept)
 
     async def serve() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         writers = []
         async with await aio.disk(setting.guest, timeout=PATIENCE) as disk:
-            async with Server(disk) as server:
+            async with NbdServer(disk) as server:
                 await server.listen(listener)
                 for end in (b"", REQUEST.pack(1, 0, READ, 0, 0, 512)):  # one is served, the other is being left
                     reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1)

@@ -14,7 +14,7 @@ from tests.frontend.conftest import PATIENCE, SIZE
 from tests.frontend.kit import run
 
 from gntalloc import aio
-from gntalloc.frontend.nbd import LARGEST, Server
+from gntalloc.frontend.nbd import LARGEST, NbdServer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -124,7 +124,7 @@ def exported(
 
         async with (
             await aio.disk(setting.guest, timeout=PATIENCE) as disk,
-            Server(disk, name="it", read_only=read_only) as server,
+            NbdServer(disk, name="it", read_only=read_only) as server,
         ):
             await server.listen(listener)
             try:

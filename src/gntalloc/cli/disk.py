@@ -265,7 +265,7 @@ async def _export(
     read_only: bool,
 ) -> None:
     from gntalloc.frontend.aio import disk as open_disk
-    from gntalloc.frontend.nbd import Server
+    from gntalloc.frontend.nbd import NbdServer
 
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
@@ -273,7 +273,7 @@ async def _export(
         if path:
             stack.callback(_unlink, path)
         disk = await stack.enter_async_context(await open_disk(here, number, timeout=timeout, patience=patience))
-        server = await stack.enter_async_context(Server(disk, name=name, read_only=read_only))
+        server = await stack.enter_async_context(NbdServer(disk, name=name, read_only=read_only))
         await server.listen(listener)
         terminated = asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, terminated.set)

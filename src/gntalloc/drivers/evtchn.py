@@ -70,7 +70,7 @@ class Outlet(Protocol):
         """How many of them the program has not read."""
 
 
-class Ring:
+class EventRing:
     """Ports of one file that had an event, oldest first."""
 
     __slots__ = ("_entries", "_handed", "outlet", "overflow", "size")
@@ -137,7 +137,7 @@ class FileState:
 
     def __init__(self) -> None:
         self.ports: dict[int, Bound] = {}
-        self.ring = Ring()
+        self.ring = EventRing()
         self.restricted: int | None = None
 
 

@@ -9,7 +9,7 @@ link        a frontend's ring, port and handshake, whatever the device is
 session     a disk and its backend: handshake, requests, checks. What the faces are made of
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 aio         Disk: the same, for asyncio
-nbd         Server: a disk as a network block device
+nbd         NbdServer: a disk as a network block device
 handshake   what an NBD client and a server agree on first
 nbdif       the numbers and structs of the NBD protocol. Pure
 extents     which parts of a disk hold data: an extension between our own two ends

@@ -1,6 +1,6 @@
 """NBD: a disk as a network block device, for clients such as qemu-img, nbdcopy, or a kernel's nbd.
 
-    async with await aio.disk(domain) as disk, Server(disk) as server:
+    async with await aio.disk(domain) as disk, NbdServer(disk) as server:
         await server.listen(listener)          # a bound socket; several are fine
         await server.failed                    # for ever, or until the disk's backend has gone
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from gntalloc.frontend.aio import Disk
 
-__all__ = ["LARGEST", "Server"]
+__all__ = ["LARGEST", "NbdServer"]
 
 _BYTES, _REQUESTS = 64 << 20, 128  # of one connection, in flight
 _CLIENTS = 64
@@ -83,7 +83,7 @@ class _Refused(Exception):
         self.why = why
 
 
-class Server:
+class NbdServer:
     """Exports a disk, to any number of clients at once.
 
     Args:

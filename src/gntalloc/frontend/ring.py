@@ -56,7 +56,7 @@ def slots_of(size: int, entry: int) -> int:
     return 1 << fit.bit_length() - 1
 
 
-class _Ring:
+class _RingEnd:
     """What both ends have in common.
 
     Args:
@@ -100,7 +100,7 @@ class _Ring:
 
     def _limit(self) -> int:
         """The largest that the other's producer can be."""
-        raise NotImplementedError  # a ring is one of its two ends, below: each has its own rule, and `_Ring` has none
+        raise NotImplementedError  # a ring is one of its two ends, below: each has its own rule, this base has none
 
     def put(self, entry: bytes) -> None:
         """Write an entry into the next slot; there must be one. `show` shows it."""
@@ -170,7 +170,7 @@ class _Ring:
         self._memory.release()
 
 
-class Front(_Ring):
+class Front(_RingEnd):
     """The end that asks. It makes the ring: whatever the memory holds is written over."""
 
     __slots__ = ()
@@ -189,7 +189,7 @@ class Front(_Ring):
         return self._shown
 
 
-class Back(_Ring):
+class Back(_RingEnd):
     """The end that answers. It goes on where the ring says that a back has come to: zero in a new one.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Area", "Areas", "ChannelPages", "break_promise"]
 
 
-class Ring(NamedTuple):
+class RingPlace(NamedTuple):
     """Where a ring lies."""
 
     pages: SharedPages | MappedPages
@@ -166,9 +166,9 @@ def _area(pages: SharedPages | MappedPages, mirrored: int = 0) -> Area:
     return Area(pages.index, *pages.grant, bool(mirrored))
 
 
-def _ring(header: SharedPages | MappedPages, own: SharedPages | MappedPages | None, order: int) -> Ring:
+def _ring(header: SharedPages | MappedPages, own: SharedPages | MappedPages | None, order: int) -> RingPlace:
     base = in_page(order)
     if base is not None:
-        return Ring(header, base, 1 << order, 0)
+        return RingPlace(header, base, 1 << order, 0)
     assert own is not None
-    return Ring(own, 0, 1 << order, len(own.memory) // 2)
+    return RingPlace(own, 0, 1 << order, len(own.memory) // 2)

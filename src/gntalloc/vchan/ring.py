@@ -30,7 +30,7 @@ _LENGTH = Struct("<I")
 _SMALL = 512  # up to this a message and its length are joined first: one copy more, one call less
 
 
-class _Ring:
+class _HalfRing:
     """What both ends have in common.
 
     Args:
@@ -100,7 +100,7 @@ class _Ring:
         )
 
 
-class Writer(_Ring):
+class Writer(_HalfRing):
     """The end that puts bytes in. `room`: so many are known to fit."""
 
     __slots__ = ("room",)
@@ -194,7 +194,7 @@ class Writer(_Ring):
             self.memory[self._base : self._base + len(data) - first] = data[first:]
 
 
-class Reader(_Ring):
+class Reader(_HalfRing):
     """The end that takes bytes out. `ready`: so many are known to be there."""
 
     __slots__ = ("ready",)
