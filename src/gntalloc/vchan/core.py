@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Core", "Lent", "bytes_of"]
 
+_new: Any = tuple.__new__  # of a NamedTuple: in half the time
 _PIECES = 4  # of a ring: how much is written, or read, before the peer sees it, so that both work at once
 _SMALLEST_PIECE = 4096
 
@@ -72,12 +73,12 @@ class Core:
         self._make_locks()
         # What to look at after a message: one load of the four bytes from cli_live on, and what is nothing to do.
         role, ordered = end.role, end.atomics.ordered
-        self._flags = end.pages.flags
-        self._after_writing = flag_word(role.peer_live, 0xFF) | flag_word(role.asked, NOTIFY_WRITE)
-        self._after_reading = flag_word(role.asked, NOTIFY_READ)
+        self.flags = end.pages.flags
+        self.after_writing = flag_word(role.peer_live, 0xFF) | flag_word(role.asked, NOTIFY_WRITE)
+        self.after_reading = flag_word(role.asked, NOTIFY_READ)
         self._live, self._connected = flag_word(role.peer_live, 0xFF), flag_word(role.peer_live, CONNECTED)
-        self._quiet = self._connected if ordered else -1
-        self._quiet_reading = 0 if ordered else -1
+        self.quiet = self._connected if ordered else -1
+        self.quiet_reading = 0 if ordered else -1
         _cores.add(self)
 
     def _make_locks(self) -> None:
@@ -142,14 +143,24 @@ class Core:
 
     def more_comes(self) -> Steps[None]:
         """Until there is more of a message that is not all there."""
-        end, ring = self.end, self.incoming
         self._check_readable()
-        if end.waiting:
+        if self.end.waiting:
             yield from self.peer_comes()
-        if not (yield Need(NOTIFY_WRITE, ring.refresh, ring.ready + 1, end.no_more_comes, "a message")):
-            if ring.ready and end.orderly():
-                raise PeerBroke("the peer closed in the middle of a message")
-            raise end.gone()
+        if not (yield self.need_more()):
+            raise self.no_more()
+
+    def need_more(self) -> Need:
+        """Say what a message that is not all there needs, once there is a peer."""
+        self._check_readable()
+        ring = self.incoming
+        need: Need = _new(Need, (NOTIFY_WRITE, ring.refresh, ring.ready + 1, self.end.no_more_comes, "a message"))
+        return need
+
+    def no_more(self) -> GntallocError:
+        """Give the error to raise when a message will never be all there."""
+        if self.incoming.ready and self.end.orderly():
+            return PeerBroke("the peer closed in the middle of a message")
+        return self.end.gone()
 
     def message_comes(self) -> Steps[int]:
         """Until there is a whole message. How long it is."""
@@ -242,7 +253,7 @@ class Core:
         if (
             0 < len(view) <= ring.room
             and len(view) <= max(_SMALLEST_PIECE, ring.size // _PIECES)
-            and self._flags[0] & self._live == self._connected
+            and self.flags[0] & self._live == self._connected
         ):
             ring.put(view)
             return True
@@ -308,22 +319,26 @@ class Core:
     def has_read(self) -> None:
         """After something was read and the lock released, which is a fence if `ordered`."""
         try:
-            if self._flags[0] & self._after_reading != self._quiet_reading:
-                if not self.end.atomics.ordered:
-                    self.end.atomics.fence()
-                self.end.tell(NOTIFY_READ)
+            if self.flags[0] & self.after_reading != self.quiet_reading:
+                self.was_read()
         except ValueError:
             pass  # another thread closed this end, and that told the peer
 
     def has_written(self) -> None:
         """After something was written and the lock released, which is a fence if `ordered`; if not, never `quiet`."""
         try:
-            if self._flags[0] & self._after_writing != self._quiet:
-                self._written()
+            if self.flags[0] & self.after_writing != self.quiet:
+                self.written()
         except ValueError:
             pass  # as in `has_read`
 
-    def _written(self) -> None:
+    def was_read(self) -> None:
+        """The peer has asked."""
+        if not self.end.atomics.ordered:
+            self.end.atomics.fence()
+        self.end.tell(NOTIFY_READ)
+
+    def written(self) -> None:
         """The peer has asked, or is not there."""
         if not self.end.atomics.ordered:
             self.end.atomics.fence()

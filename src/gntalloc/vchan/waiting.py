@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gntalloc.vchan.end import End
 
-__all__ = ["Need", "Steps", "Turn", "queue_up", "run"]
+__all__ = ["Need", "Steps", "Turn", "queue_up", "run", "wait"]
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ def run(end: End, steps: Steps[Result], deadline: Deadline) -> Result:
         need = next(steps)
         while True:
             try:
-                met = _wait(end, need, deadline)
+                met = wait(end, need, deadline)
             except BaseException as error:
                 need = steps.throw(error)
             else:
@@ -64,7 +64,7 @@ def run(end: End, steps: Steps[Result], deadline: Deadline) -> Result:
         return result
 
 
-def _wait(end: End, need: Need, deadline: Deadline) -> bool:
+def wait(end: End, need: Need, deadline: Deadline) -> bool:
     """Wait until a need is met. False: it never will be.
 
     Written out in one piece, as what it calls most is: of a wake-up's time this is half.
