@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from limits import status_of
 
+from gntalloc import clock, holders
 from gntalloc.errors import DeviceError
 from gntalloc.frames import Frames
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
@@ -493,6 +494,31 @@ def test_a_busy_neighbour_is_not_looked_at_for_ever(bench: Bench) -> None:
         assert time.monotonic() < deadline, patience
     kept.close()
     bench.look()
+    bench.give_back(extent)
+
+
+def test_a_lock_that_goes_long_after_its_event_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy computer that may be more than the second and a bit for which every extent in the news is looked at."""
+    moment = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: moment)
+    lives = holders._lives
+    monkeypatch.setattr(holders, "_lives", lambda _loan: True)  # the kernel has not got round to it
+    monkeypatch.setattr(holders, "_lease_is_free", lambda _master: False)
+    extent = bench.allocate()
+    bench.map(extent).close()
+    bench.look()
+    for _ in range(8):
+        patience = bench.frames.patience()
+        assert patience is not None, "nobody looks any more"
+        moment += patience
+        bench.look()
+    assert not bench.died
+    monkeypatch.setattr(holders, "_lives", lives)
+    patience = bench.frames.patience()
+    assert patience is not None
+    moment += patience
+    bench.look()
+    assert bench.died == ["peer"]
     bench.give_back(extent)
 
 

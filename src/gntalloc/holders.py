@@ -53,7 +53,9 @@ _FLOCK = struct.Struct("=hh4xqqi4x")
 # Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
 # and everybody waits for it. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
-_INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0)  # seconds before each look that follows an event
+_INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before a look, after an event
+_USUAL = 6  # looks, if a loan has ended; an event with no end is looked into longer: on a busy computer locks go late
+_UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
 _EAGER = 2  # until so many looks, each request looks too, not the clock alone: a lock may go at any moment
 
 
@@ -94,6 +96,7 @@ class Extent(Generic[Holder]):
         "pages",
         "placed",
         "sealed",
+        "unsolved",
         "watch",
         "window",
     )
@@ -111,6 +114,7 @@ class Extent(Generic[Holder]):
         self.placed = bytearray(pages)  # 1: the granter has, or had, this page mapped
         self.sealed = False
         self.watch = -1
+        self.unsolved = False  # a description was closed, and no loan has been seen to end since
         self.window: Mapping | None = None
 
 
@@ -214,11 +218,15 @@ class Loans(Generic[Holder]):
             elif watch in self._watches and mask & _IN_CLOSE:
                 extent = self._watches.pop(watch)  # one event a watch, so that nobody can flood the queue
                 extent.watch = -1
+                extent.unsolved = True
                 looks[extent] = 0
         ended: list[Loan[Holder]] = []
         for extent, so_far in looks.items():
-            ended += self._look(extent)
-            if extent.lent and so_far < len(_INTERVALS):
+            those = self._look(extent)
+            if those:
+                extent.unsolved = False
+                ended += those
+            if extent.lent and (so_far < _USUAL or extent.watch < 0 or (extent.unsolved and so_far < len(_INTERVALS))):
                 self._look_again(extent, so_far)
             else:
                 self._look_no_more(extent)
@@ -239,7 +247,7 @@ class Loans(Generic[Holder]):
         """Plan the next look at an extent that has had `so_far` looks since its last event."""
         if extent in self._planned and self._planned[extent][0] == so_far:
             return  # the time of its next look stands
-        due = clock.now() + _INTERVALS[so_far]
+        due = clock.now() + (_INTERVALS[so_far] if so_far < len(_INTERVALS) else _UNHEARD)
         self._planned[extent] = so_far, due
         heappush(self._timetable, (due, next(self._number), extent))
         if so_far < _EAGER:
