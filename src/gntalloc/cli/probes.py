@@ -22,6 +22,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+import gntalloc
 from gntalloc.errors import GntallocError
 from gntalloc.libc import check, libc
 from gntalloc.places import machine_folder, make_top_folder, top_folder
@@ -437,8 +438,8 @@ def _with_scope(trial: str) -> str:
 _TRIAL = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from gntalloc.run import trial
-try: print(getattr(trial, sys.argv[2])())
+from gntalloc.run import selftest
+try: print(getattr(selftest, sys.argv[2])())
 except OSError as error:
     print(error.strerror or error, file=sys.stderr)
     sys.exit(error.errno or 1)
@@ -446,8 +447,8 @@ except OSError as error:
 
 
 def _in_child(trial: str) -> str:
-    """A trial of run/trial.py, in another Python, because what it does cannot be undone. It prints what it found."""
-    where = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """Run a trial of `run/selftest.py` in another Python, since it cannot be undone. Gives what the trial found."""
+    where = os.path.dirname(os.path.dirname(os.path.abspath(gntalloc.__file__)))
     command = [sys.executable, "-I", "-S", "-c", _TRIAL, where, trial]
     try:
         done = subprocess.run(
