@@ -145,7 +145,7 @@ def test_what_is_mapped_stays_when_its_program_hangs_up(alice: Domain, bob: Doma
 
 
 def test_many_frees_in_a_row_come_before_what_is_asked_then(machine: Machine) -> None:
-    granter, peer = machine.domain(1, limit=100), machine.domain(2)
+    granter, peer = machine.domain(41, limit=100), machine.domain(42)
     for _ in range(20):
         shares = [granter.share(peer) for _ in range(100)]
         grants = [gntalloc.Grant.parse(str(share.grant)) for share in shares]

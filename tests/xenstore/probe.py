@@ -60,7 +60,7 @@ def drain(watch: Any, seconds: float = 0.2) -> list[str]:
     found = []
     with contextlib.suppress(TimedOut):
         while True:
-            found.append(watch.wait(seconds))
+            found.append(watch.wait(timeout=seconds))
     return found
 
 
