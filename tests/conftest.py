@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
     from gntalloc import Domain, Machine
     from gntalloc.lab import Session
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C, hang-ups and the terminal's stops reach the programs of the tests.
+
+    A process in a shell's background, or under nohup, is born with some of them ignored, and hands that on.
+    """
+    for number in signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
