@@ -235,7 +235,9 @@ class Loans(Generic[Holder]):
     @property
     def restless(self) -> bool:
         """Whether `news` should be called before anything else is done, even if nothing has happened."""
-        return bool(self._eager) or (bool(self._timetable) and self._timetable[0][0] <= clock.now())
+        if self._eager:
+            return True
+        return self._timetable[0][0] <= clock.now() if self._timetable else False
 
     def patience(self) -> float | None:
         """Seconds until `news` should be called even if nothing happens. None: there is no need."""

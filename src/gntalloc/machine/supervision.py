@@ -106,7 +106,6 @@ class _Run:
         """Serve these calls in turn, as long as the supervisor reads what it is handed."""
         self._calls = calls
         self._connection.companion = calls
-        calls.is_heard = lambda: not self._connection.wants_to_send
         self._turns.add(calls, self._forget)
 
     def end(self) -> None:

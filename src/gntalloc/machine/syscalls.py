@@ -37,7 +37,7 @@ from gntalloc.wire.memory import MessageCaller
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from gntalloc.drivers.chardev import Caller, File, Plan
     from gntalloc.machine.homes import Homes
@@ -52,6 +52,7 @@ log = logging.getLogger("gntalloc.machine")
 # Requests that name memory beside their argument, any amount of it: what goes along with them has a limit.
 _FAR = frozenset({privcmd.HYPERCALL})
 _LISTENER = "anon_inode:seccomp notify"
+_CALLS_WAIT = READABLE | RUNNABLE
 _MOST_BELLS = 256
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # and F_SEAL_FUTURE_WRITE
 
@@ -100,12 +101,11 @@ class Syscalls:
 
     companion: Speaker | None = None
     has_notes = False
+    standing = READABLE
 
     def __init__(
         self, guest: Guest, descriptor: int, homes: Homes, open_store: OpenStore, supervisor: Handover
     ) -> None:
-        self.is_heard: Callable[[], bool] = lambda: True
-        """Whether the supervisor reads what it is handed."""
         self._guest = guest
         self._homes = homes
         self._open_store = open_store
@@ -128,12 +128,6 @@ class Syscalls:
         """See Speaker: the listener."""
         return self._listener.fileno()
 
-    @property
-    def standing(self) -> int:
-        """See Speaker. What cannot be told to the supervisor must wait."""
-        wanted = READABLE if self.is_heard() else 0
-        return wanted | RUNNABLE if self._taken else wanted
-
     def receive(self, events: int) -> None:
         """Take one call.
 
@@ -145,6 +139,7 @@ class Syscalls:
         call = self._listener.receive()
         if call is not None:
             self._taken.append(call)
+            self.standing = _CALLS_WAIT
 
     def flush(self) -> None:
         """See Speaker. Answers never wait."""
@@ -162,15 +157,18 @@ class Syscalls:
 
     def take_turn(self) -> None:
         """Answer calls, or have them answered."""
-        for _ in range(min(self._admitted, MESSAGES_A_TURN)):
-            call = self.take_back()
-            if call is None:
-                return
+        taken = self._taken
+        left = min(self._admitted, MESSAGES_A_TURN)
+        while left and taken:  # none is left once the supervisor has taken over
+            left -= 1
+            call = taken.popleft()
             try:
                 if not (call.arguments[1] == NOTIFY and self._notify(call)):
                     self._serving.serve(call)
             except Denied:
                 self._supervisor.take_over(call)
+        if not taken:
+            self.standing = READABLE
 
     def take_back(self) -> Call | None:
         """Give back the next of the calls that were taken and are not served; None: there is none."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc import clock
@@ -86,12 +87,13 @@ class Speaker(Protocol):
 class _Seat:
     """What Turns knows of one speaker."""
 
-    __slots__ = ("ended", "queued", "speaker", "wanted")
+    __slots__ = ("ended", "listened_to", "queued", "speaker", "wanted")
 
     def __init__(self, speaker: Speaker, ended: Callable[[], None] | None) -> None:
         self.speaker = speaker
         self.ended = ended
         self.queued = False
+        self.listened_to = True
         self.wanted = READABLE
 
 
@@ -112,7 +114,9 @@ class Turns:
 
     def patience(self) -> float | None:
         """Seconds until a round is due though nothing comes; None: none is."""
-        return 0.0 if self._queue else _CHECK_FOR_STALLS if self._slow else None
+        if self._queue:
+            return 0.0
+        return _CHECK_FOR_STALLS if self._slow else None
 
     def __iter__(self) -> Iterator[Speaker]:
         return iter(list(self._seats))
@@ -120,7 +124,7 @@ class Turns:
     def add(self, speaker: Speaker, ended: Callable[[], None] | None = None) -> None:
         """Serve a speaker from now on. `ended` is called when it has been dropped."""
         seat = self._seats[speaker] = _Seat(speaker, ended)
-        self._loop.watch(speaker.fileno(), lambda events: self._ready(seat, events))
+        self._loop.watch(speaker.fileno(), partial(self._ready, seat))
 
     def drop(self, speaker: Speaker, why: str) -> None:
         """End a speaker. One that is not there any more is no error."""
@@ -141,20 +145,13 @@ class Turns:
             self._plan(seat)
 
     def serve(self) -> None:
-        """Serve a round, or settle if nobody has said anything."""
-        if self._queue:
-            self._serve_round()
-        else:
-            self._settle()
-        if self._slow:
-            self._drop_the_stalled()
-
-    def _serve_round(self) -> None:
+        """Serve a round; it only settles if nobody has said anything."""
         queue = self._queue
         admitted = len(queue)
-        for seat in queue:
-            seat.speaker.admit()
-        self._loop.hear(0)
+        if admitted:
+            for seat in queue:
+                seat.speaker.admit()
+            self._loop.hear(0)
         self._settle()
         for seat in list(queue):
             if seat.speaker.has_notes:
@@ -163,6 +160,8 @@ class Turns:
             seat = queue.popleft()
             seat.queued = False
             self._let(seat, seat.speaker.take_turn)
+        if self._slow:
+            self._drop_the_stalled()
 
     def _ready(self, seat: _Seat, events: int) -> None:
         speaker = seat.speaker
@@ -174,13 +173,9 @@ class Turns:
         except Dropped as reason:
             self.drop(speaker, str(reason))
             return
-        if speaker.standing & RUNNABLE:
-            self._enqueue(seat)  # and is looked at again when it has had its turn
-        else:
+        if not speaker.standing & RUNNABLE:
             self._plan(seat)
-
-    def _enqueue(self, seat: _Seat) -> None:
-        if not seat.queued:
+        elif not seat.queued:  # it is looked at again when it has had its turn
             seat.queued = True
             self._queue.append(seat)
 
@@ -205,9 +200,10 @@ class Turns:
     def _plan(self, seat: _Seat) -> None:
         speaker = seat.speaker
         standing = speaker.standing
-        if standing & RUNNABLE:
-            self._enqueue(seat)
-        wanted = standing & _EVENTS
+        if standing & RUNNABLE and not seat.queued:
+            seat.queued = True
+            self._queue.append(seat)
+        wanted = standing & (_EVENTS if seat.listened_to else WRITABLE)
         if wanted != seat.wanted:
             seat.wanted = wanted
             self._loop.change(speaker.fileno(), wanted)
@@ -216,7 +212,10 @@ class Turns:
         elif self._slow:
             self._slow.discard(speaker)
         if speaker.companion is not None:
-            self.plan(speaker.companion)
+            companion = self._seats.get(speaker.companion)
+            if companion is not None:
+                companion.listened_to = not standing & WRITABLE
+                self._plan(companion)
 
     def _drop_the_stalled(self) -> None:
         now = clock.now()

@@ -119,7 +119,8 @@ class Listener:
         Raises:
             CallerGone: see there. So for all of these.
         """
-        self._send(call, max(result, 0), min(result, 0), 0)
+        value, code = (result, 0) if result >= 0 else (0, result)
+        self._send(call, value, code, 0)
 
     def go_on(self, call: Call) -> None:
         """It is not for us: let the kernel carry it out."""
