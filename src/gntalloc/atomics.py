@@ -1,17 +1,17 @@
-"""The memory orders that rings in shared pages need, from Python.
+"""Give Python the memory orders that rings in shared pages need.
 
-A processor may let a load overtake a store before it. Who publishes an index and then looks whether the peer wants to
-be told, or says that it wants to be told and then looks at the index, must forbid that: a *fence* in between. And who
-clears the peer's bit in a byte that the peer also writes must do it in one step.
+A processor may let a load overtake a store before it. Two steps need a *fence* in between that forbids it: an end
+publishes an index and then looks whether the peer wants to be told; an end says that it wants to be told and then looks
+at the index. An end that clears the peer's bit, in a byte that the peer also writes, must do it in one step.
 
-Of the bits there is this to know: an end sets bits only in the byte of which the other clears them. So a set needs no
-atomic: the setter knows what it wants, and writes all of it. Only the clearing does.
+Setting a bit needs no atomic. An end sets bits only in the byte whose bits the other end clears: it knows what it
+wants, and writes the whole byte. Only the clearing needs one.
 
     libatomic       any processor. fetch_and clears; a fence is a call
-    x86-64 without  the bit stays, and the peer is told once too often until it takes it back; one event more, none less
+    x86-64 without  the bit stays. Until the peer takes it back it is told once too often: an event more, none less
 
-On x86-64 stores are seen in their order and so are loads, and every locked instruction is a full fence. Taking and
-releasing a lock is one, so there a fence costs next to nothing.
+On x86-64 stores are seen in their order, and so are loads. Every locked instruction is a full fence, and releasing a
+lock is such an instruction. So a fence costs next to nothing there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ORDERED = frozenset({"x86_64", "amd64"})  # processors where only a load overta
 
 
 class Atomics:
-    """What can be done here.
+    """Offer the atomic operations that this processor and this libatomic allow.
 
     Attributes:
         ordered: stores are seen in their order, loads too, and releasing a lock is a fence.
@@ -53,7 +53,7 @@ class Atomics:
         self._lock = threading.Lock()
 
     def fence(self) -> None:
-        """Nothing that comes after overtakes anything that came before."""
+        """Keep later loads and stores from overtaking earlier ones."""
         if self.ordered:
             with self._lock:
                 pass
@@ -61,12 +61,12 @@ class Atomics:
             self._thread_fence(_SEQ_CST)
 
     def take(self, memory: memoryview, offset: int, address: int, bit: int) -> bool:
-        """Clear a bit of a byte, if that can be done in one step. Whether it was set.
+        """Clear a bit of a byte, if that can be done in one step, and return whether it was set.
 
         Args:
             memory: where the byte is, at `offset`.
             offset: see `memory`.
-            address: of `memory`, in this process.
+            address: where `memory` begins in this process.
             bit: the value of the bit.
         """
         if self.clears:
@@ -75,10 +75,10 @@ class Atomics:
 
 
 def find(machine: str, library: Any) -> Atomics:
-    """Choose for a processor and the libatomic that was found, or None.
+    """Choose the way for a processor and the libatomic that was found, or None.
 
     Raises:
-        DeviceError: ENOSYS nothing would be safe.
+        DeviceError: ENOSYS: no way is safe.
     """
     ordered = machine.lower() in _ORDERED
     if library is None and not ordered:
@@ -91,13 +91,13 @@ def find(machine: str, library: Any) -> Atomics:
 
 @cache
 def atomics() -> Atomics:
-    """What can be done here. See `find`."""
+    """Return the way that is used here. See `find`."""
     return find(platform.machine(), _library())
 
 
 @cache
 def plain() -> Atomics:
-    """The way without libatomic, where it is safe."""
+    """Return the way without libatomic, where it is safe."""
     return find(platform.machine(), None)
 
 

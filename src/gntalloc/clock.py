@@ -1,4 +1,4 @@
-"""Time: one clock, and one idiom for deadlines.
+"""Tell the time by one clock, and keep deadlines in one idiom.
 
     deadline = Deadline(timeout)                # seconds from now; None: never
     while not there():
@@ -7,8 +7,8 @@
         poll.poll(deadline.milliseconds)
 
 Tools that stop the time of a test (freezegun, time-machine) put their own functions in the place of `time.monotonic`
-and the like, in every module. A wait that asks them never ends. The clock here is asked by its number, which they leave
-alone.
+and the like, in every module. A wait that asks them never ends. The clock here is asked by its number, which such tools
+leave alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ now: Callable[[], float] = partial(clock_gettime, CLOCK_MONOTONIC)
 
 
 class Deadline:
-    """A moment, `timeout` seconds from now, that a call does not wait beyond. None: it may wait for ever."""
+    """End a wait `timeout` seconds from now. None: it may last for ever."""
 
     __slots__ = ("_at",)
 
@@ -37,12 +37,12 @@ class Deadline:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds; 0 once it has passed, and never less. None: no end."""
+        """The seconds that are left: 0 once the deadline has passed, and never less. None: no end."""
         return None if self._at is None else max(0.0, self._at - now())
 
     @property
     def milliseconds(self) -> float | None:
-        """The same, as poll(2) wants it."""
+        """The milliseconds that are left, as poll(2) wants them."""
         return None if self._at is None else max(0.0, self._at - now()) * 1000
 
     @property
@@ -51,9 +51,9 @@ class Deadline:
         return self._at is not None and now() >= self._at
 
     def within(self, most: float) -> float:
-        """What remains, and `most` seconds at most."""
+        """Give the seconds that are left, or `most` if that is less."""
         return most if self._at is None else max(0.0, min(most, self._at - now()))
 
     def acquire(self, lock: threading.Lock) -> bool:
-        """Wait for a lock. False: it was not free in time."""
+        """Wait for a lock, until the deadline. False: it was not free in time."""
         return lock.acquire(timeout=-1 if self._at is None else max(0.0, self._at - now()))

@@ -1,7 +1,7 @@
-"""Numbers that came from outside: of addresses, options, nodes of xenstore.
+"""Read numbers that came from outside: in addresses, options and nodes of xenstore.
 
-str.isdigit takes ² and ४ for digits. int takes ४, 1_000 and spaces too, and fails with 5,000 digits. A number of ours
-has the digits 0 to 9 alone.
+str.isdigit takes ² and ४ for digits. int takes ४, 1_000 and spaces too, and fails with 5,000 digits. A number here has
+the digits 0 to 9 alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _MOST_DIGITS = 20  # of 2**64
 
 
 def whole_number(text: str | bytes, most: int = (1 << 64) - 1) -> int | None:
-    """Read a number from 0 to `most`, of ASCII digits alone. None: it is none."""
+    """Read a number from 0 to `most`, of ASCII digits alone. None: the text is no such number."""
     if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
         return None
     number = int(text)

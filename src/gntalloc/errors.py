@@ -1,9 +1,9 @@
-"""Every error of this package, one tree, below everything else.
+"""Name every error of this package, in one tree.
 
     GntallocError (an OSError)
     ├── DeviceError          a driver answered with an errno; the text says why
     ├── Closed               you closed it (EBADF)
-    ├── Busy                 somebody else is using it just now (EBUSY)
+    ├── Busy                 another thread or process is using it just now (EBUSY)
     ├── ViewsStillExported   a view of the pages is still alive (EBUSY, also a BufferError)
     ├── PeerBroke            the other side did what the protocol forbids (EPROTO)
     ├── PeerGone             there is nobody at the other end of a channel (also a ConnectionError)
@@ -12,7 +12,7 @@
     ├── EventsLost           more events came than the port's file could keep (EFBIG)
     ├── TimedOut             the deadline passed (ETIMEDOUT, also a TimeoutError)
     ├── MachineGone          the machine went away under you (ECONNRESET, also a ConnectionError)
-    ├── MachineBroke         what answers is no machine, or one of another version (EPROTO)
+    ├── MachineBroke         no machine answers there, or one of another version (EPROTO)
     ├── NoMachine            no machine, no domain, no device to talk to (ENODEV)
     ├── NotKnownHere         real Xen cannot answer this; the text names what to do instead (EOPNOTSUPP)
     └── BadGrantText         the text is not a grant (EINVAL, also a ValueError)
@@ -20,7 +20,7 @@
 Each carries `errno` and a text of three parts: what was asked, what stood in the way, what to do.
 Each survives pickle, so that it can cross a process boundary.
 
-`BooksWrong` is none of them: it ends the machine.
+`BooksWrong` is not in the tree: it ends the machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class BooksWrong(BaseException):
-    """The machine has found its own counters wrong. No handler may go on after that, so it is no Exception."""
+    """The machine has found its own counters wrong. No handler may go on after that, so this is no Exception."""
 
 
 class GntallocError(OSError):
@@ -96,9 +96,9 @@ class PeerBroke(GntallocError):
 
 
 class PeerGone(GntallocError, ConnectionError):
-    """There is nobody at the other end of a channel any more. What it sent before can still be read.
+    """Nobody is at the other end of a channel any more. What it sent before can still be read.
 
-    `done`: so many bytes had been written before; nobody may have read them.
+    `done`: the bytes that had been written before. The peer may not have read them.
     """
 
     code = _errno.EPIPE
@@ -118,7 +118,7 @@ class PeerDied(PeerGone):
 
 
 class EventsLost(GntallocError):
-    """A port's events were not taken for so long that some had no room. Look at all they may have been about."""
+    """A port's events were not taken for so long that some had no room. Look at everything they may have told of."""
 
     code = _errno.EFBIG
 
@@ -126,7 +126,7 @@ class EventsLost(GntallocError):
 class TimedOut(GntallocError, TimeoutError):
     """The deadline you gave passed first. Nothing was lost: the call can be repeated.
 
-    `done`: so many bytes were written before; leave them out when you repeat it.
+    `done`: the bytes that were written before. Leave them out when you repeat the call.
     """
 
     code = _errno.ETIMEDOUT

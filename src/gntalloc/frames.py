@@ -1,16 +1,16 @@
-"""Pages: memory files, seals, the machine's own window on them, and wiping.
+"""Make pages and take them back: memory files, seals, the machine's own window on them, and wiping.
 
-One memory file (memfd) an ALLOC, an `Extent`: all its pages have the same grantee and the same rights. It is never
-used again for another allocation, so a process that held on to it can learn nothing of what comes later. Which
-mappings of it still live is what `holders` is about.
+Each ALLOC has one memory file (memfd), its `Extent`. All pages of an extent have the same grantee and the same rights.
+The file is never used again for another allocation, so a process that kept it learns nothing of what comes later.
+`holders` knows which mappings of it still live.
 
 Read-only means read-only: a descriptor opened O_RDONLY alone can be opened again for writing by the process that gets
 it. So before a read-only grant goes to a peer the file is sealed against all future writable maps. The granter's
 earlier map goes on writing, and so does the machine's own `window`, which is made before the seal. A peer that may
-write gets a file to which no seal can be added: one of its own would shut out the granter, and the machine.
+write gets a file to which no seal can be added: a seal of the peer's would shut out the granter and the machine.
 
-A descriptor opened with O_PATH is counted by nothing, and can be opened again at any time. So freed pages are emptied,
-each when it is freed: a process that kept a way to them finds zeros.
+The kernel counts no descriptor that was opened with O_PATH, and such a descriptor can be opened again at any time. So
+each page is emptied when it is freed: a process that kept a way to it finds zeros.
 
 Sources: fcntl(2), memfd_create(2).
 """
@@ -35,13 +35,13 @@ __all__ = ["Frames"]
 _F_SEAL_FUTURE_WRITE = 0x0010  # not in fcntl before Python 3.13
 _MFD_NOEXEC_SEAL = 0x0008
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
-# How far into their file pages may begin, in pages. A peer that may write may also fill what is before them, which is
-# memory that goes with the extent, and that it could have from the kernel itself.
+# The last place in their file where pages may begin, in pages. A peer that may write may also fill the part before
+# them. That memory goes with the extent, and the peer could have as much from the kernel itself.
 _FARTHEST = 1 << 16
 
 
 class Frames(Loans[Holder]):
-    """The machine's memory, and the loans of it."""
+    """Keep the machine's memory, and the loans of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,10 +53,11 @@ class Frames(Loans[Holder]):
     def allocate(
         self, pages: int, changed: Callable[[Extent[Holder]], None], *, writable: bool = True, first: int = 0
     ) -> Extent[Holder]:
-        """Make `pages` zeroed pages, all of them present, so that a lack of memory is an error now and no SIGBUS later.
+        """Make `pages` zeroed pages, all of them present: a lack of memory is an error now and no SIGBUS later.
 
-        If peers shall only read them, not `writable`, `seal` can be called later on. They begin at page `first` of
-        their file, if that is not too far: a program that maps by calls of its own can have them only at that offset.
+        Pages that peers shall only read are made with `writable` false, and `seal` is called later. The pages begin at
+        page `first` of their file, unless that is too far: a program that makes its maps itself can have them only at
+        that offset.
 
         Raises:
             DeviceError: ENOMEM, with the reason.
@@ -72,7 +73,7 @@ class Frames(Loans[Holder]):
             os.posix_fallocate(fresh, first * PAGE_SIZE, pages * PAGE_SIZE)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
             fcntl.fcntl(fresh, fcntl.F_ADD_SEALS, seals)
-            # memfd_create's own description is not counted among the writers a lease looks at; this one is.
+            # A lease does not count memfd_create's own description among the writers. It counts this one.
             master = open_again(fresh, os.O_RDWR)
         except OSError as error:
             what = "1 page" if pages == 1 else f"{pages} pages"
@@ -90,8 +91,8 @@ class Frames(Loans[Holder]):
         extent.in_use -= pages
         if extent.next_byte:  # else no program has ever had it
             offset, length = (extent.first + page) * PAGE_SIZE, pages * PAGE_SIZE
-            # A hole gives the memory back too. It is refused (EPERM) once the file is sealed, which the granter itself
-            # can have done with read-only pages: then there may be no window, and no peer has ever had them.
+            # A hole also gives the memory back. It is refused (EPERM) once the file is sealed. The granter itself can
+            # have sealed read-only pages: then there may be no window, and no peer has ever had the pages.
             punched = libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
             if not punched and extent.window is not None:
                 extent.window.memory[page * PAGE_SIZE : (page + pages) * PAGE_SIZE] = bytes(length)
@@ -107,10 +108,10 @@ class Frames(Loans[Holder]):
         self.extents -= 1
 
     def seal(self, extent: Extent[Holder]) -> None:
-        """Refuse every writable map of it that is made from now on. Maps that exist go on writing.
+        """Refuse every writable map of the extent that is made from now on. Maps that exist go on writing.
 
         Raises:
-            DeviceError: ENOMEM, no window could be made.
+            DeviceError: ENOMEM: no window could be made.
         """
         if extent.sealed:
             return
@@ -124,7 +125,7 @@ class Frames(Loans[Holder]):
     # The machine's own access.
 
     def open_window(self, extent: Extent[Holder]) -> None:
-        """Map the extent into the machine, for as long as it lives: what it has to do later must not fail then.
+        """Map the extent into the machine, for as long as it lives. What the machine does later must not fail then.
 
         Raises:
             DeviceError: ENOMEM.

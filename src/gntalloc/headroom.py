@@ -1,8 +1,8 @@
-"""How much memory this process may still have: as its control group, its own limits and the computer say.
+"""Ask how much memory this process may still have: of its control group, of its own limits and of the computer.
 
-A control group (a container's memory limit) that is full says no to nobody: the kernel kills a process in it, and of a
-machine's that would be the machine. So it asks before it takes. That is no promise: what others in the group take the
-next moment is not known, nor what the kernel could still write out to a swap. MARGIN is left for them.
+A full control group (a container's memory limit) refuses nothing: the kernel kills a process in it, here the machine.
+So the machine asks before it takes memory. The answer is no promise: nobody knows how much other processes of the group
+take the next moment, or how much the kernel could still write out to a swap. MARGIN is left for them.
 
 Sources: cgroups(7), the kernel's cgroup-v2 and cgroup-v1/memory documents, proc(5).
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MARGIN", "Headroom"]
 
-MARGIN = 4 << 20  # bytes that are not given away: what the machine itself needs, to say no for example
+MARGIN = 4 << 20  # bytes that are not given away: the machine itself needs them, to refuse a request for example
 _LOOK_AGAIN = 0.5  # seconds for which a look holds
-_SHARE = 8  # of what a look has found, one part in so many is given away before the next
+_SHARE = 8  # one part in so many of the room that a look found is given away before the next look
 _PAGE = resource.getpagesize()
 
 
 class _Files(NamedTuple):
-    """What a kind of control group calls its files, and which lines of memory.stat the kernel can take back at once."""
+    """The files of a kind of control group, and the lines of memory.stat that the kernel can take back at once."""
 
     limit: str
     usage: str
@@ -39,7 +39,7 @@ _V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_
 
 
 class Headroom:
-    """Asked before memory is taken. `groups` and `proc` are where the kernel shows what it counts."""
+    """Tell, before memory is taken, whether there is room. `groups` and `proc` are the kernel's folders of counters."""
 
     def __init__(self, groups: str = "/sys/fs/cgroup", proc: str = "/proc") -> None:
         self._groups = groups
@@ -48,7 +48,7 @@ class Headroom:
         self._until = 0.0
 
     def shortage(self, size: int) -> str | None:
-        """Why `size` bytes more cannot be had; None: they can, as far as can be known."""
+        """Say why `size` bytes more cannot be had. None: they can, as far as can be known."""
         moment = now()
         if size <= self._credit and moment < self._until:
             self._credit -= size
@@ -61,7 +61,7 @@ class Headroom:
         return f"{whose} leaves {max(0, room) >> 10} KiB, of which {MARGIN >> 10} are the machine's own"
 
     def _rooms(self) -> Iterator[tuple[int, str]]:
-        """Bytes that are left, and by what; each limit that there is."""
+        """Give each limit that there is: the bytes that it leaves, and its name."""
         for folder, files in self._own_groups():
             limit, used = _number(f"{folder}/{files.limit}"), _number(f"{folder}/{files.usage}")
             if limit is not None and used is not None:
@@ -79,7 +79,7 @@ class Headroom:
                 yield limit - pages[column] * _PAGE, f"the machine's `ulimit -{option}`"
 
     def _own_groups(self) -> Iterator[tuple[str, _Files]]:
-        """The folder of each control group that this process is in, from its own up to the outermost that is seen."""
+        """Give the folder of each control group of this process, from its own up to the outermost that is seen."""
         for line in _text(f"{self._proc}/self/cgroup").splitlines():
             number, controllers, path = [*line.split(":", 2), "", ""][:3]
             if number == "0" and not controllers:
@@ -88,7 +88,7 @@ class Headroom:
                 root, files = f"{self._groups}/memory", _V1
             else:
                 continue
-            inner = os.path.normpath("/" + path.lstrip("/"))  # of a group beyond the namespace: /../x
+            inner = os.path.normpath("/" + path.lstrip("/"))  # a group beyond the namespace is /../x
             while True:
                 yield (root + inner).rstrip("/"), files
                 if inner == "/":
@@ -109,12 +109,12 @@ def _words(path: str) -> list[int]:
 
 
 def _number(path: str) -> int | None:
-    """The one number of a file; None: there is none, or it is `max`."""
+    """Read the one number of a file. None: there is none, or it is `max`."""
     numbers = _words(path)
     return numbers[0] if numbers else None
 
 
 def _lines(path: str) -> dict[str, int]:
-    """A table: the first two words of each line."""
+    """Read a table: the first two words of each line."""
     words = (line.split()[:2] for line in _text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[1].isdecimal()}

@@ -1,9 +1,9 @@
-"""Which mappings of the machine's memory still live, as the kernel counts them.
+"""Find out which mappings of the machine's memory still live, as the kernel counts them.
 
 Each mmap of a program, the granter's or a peer's, is made on an open file description of its own, a `Loan`: the
 extent's memory file, opened once more through /proc/self/fd. The kernel keeps such a description for as long as a
 descriptor or a piece of a mapping of it is left in any process. It survives fork and partial munmap, and ends with
-SIGKILL. Three things tell about it:
+SIGKILL. The kernel tells of it in three ways:
 
 * An OFD lock on a byte of the loan's own says that the loan lives. The lock ends with the description.
 * inotify says when to look: a description is being closed. The event is queued before munmap(2) returns, but also a
@@ -12,8 +12,8 @@ SIGKILL. Three things tell about it:
 
 A program can take its own lock off, or open the file a second time. So locks are bookkeeping and the lease is the
 truth: an extent is let go only when both agree. The granter's loans hold write locks, a peer's read locks, so a peer
-with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can. It gains what
-it would by keeping the page mapped.)
+with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can. It gains no
+more than by keeping the page mapped.)
 
 Sources: fcntl(2), inotify(7).
 """
@@ -50,17 +50,17 @@ _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
 _QUEUE_A_READ = 65536  # bytes of events
 _FLOCK = struct.Struct("=hh4xqqi4x")
-# Live loans of an extent, of its granter and of its peers each, and one more for each page: a look asks for every one,
-# and everybody waits for it. Xen lets a page be mapped so often.
+# The most live loans of an extent: so many of its granter's, so many of its peers', and one more of each for each page.
+# A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
 _INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before a look, after an event
-_USUAL = 6  # looks, if a loan has ended; an event with no end is looked into longer: on a busy computer locks go late
+_USUAL = 6  # looks, if a loan has ended. An event without an end is looked into longer: on a busy computer locks go late
 _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
-_EAGER = 2  # until so many looks, each request looks too, not the clock alone: a lock may go at any moment
+_EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 
 
 class Loan(Generic[Holder]):
-    """A description handed to a program, which maps it. `descriptor` is the machine's copy: send it, then close."""
+    """Stand for a description that a program maps. `descriptor` is the machine's copy: send it, then close it."""
 
     __slots__ = ("byte", "descriptor", "exclusive", "extent", "granters", "holder")
 
@@ -82,7 +82,7 @@ class Loan(Generic[Holder]):
 
 
 class Extent(Generic[Holder]):
-    """The pages of one ALLOC."""
+    """Keep the pages of one ALLOC, their memory file, and the loans of it."""
 
     __slots__ = (
         "changed",
@@ -103,13 +103,13 @@ class Extent(Generic[Holder]):
 
     def __init__(self, pages: int, master: int, changed: Callable[[Extent[Holder]], None], *, first: int = 0) -> None:
         self.pages = pages
-        self.first = first  # of the pages in the file: before it there is nothing
+        self.first = first  # where the pages begin in the file: nothing is before them
         self.changed = changed  # tells its owner that the set of its holders may have changed
-        self.master = master  # the machine's description: leases and locks are asked on it
+        self.master = master  # the machine's description, on which leases and locks are asked for
         self.in_use = pages  # pages not given back yet
         self.loans: dict[Loan[Holder], None] = {}  # believed alive
-        self.live = [0, 0]  # how many of them are its peers', and how many its granter's
-        self.lent = False  # a process outside may hold a description, loan or not
+        self.live = [0, 0]  # the number of its peers' loans, and the number of its granter's
+        self.lent = False  # a process outside may hold a description, with a loan or without
         self.next_byte = 0
         self.placed = bytearray(pages)  # 1: the granter has, or had, this page mapped
         self.sealed = False
@@ -119,18 +119,18 @@ class Extent(Generic[Holder]):
 
 
 class News(NamedTuple, Generic[Holder]):
-    """What changed since the last look: loans that ended, and every extent that was looked at."""
+    """Tell what changed since the last look: loans that ended, and every extent that was looked at."""
 
     ended: list[Loan[Holder]]
     touched: list[Extent[Holder]]
 
 
 class Loans(Generic[Holder]):
-    """The loans of one process's extents: makes them, and sees them end. One object a process: it ignores SIGIO."""
+    """Make loans of extents, and see them end. A process has one such object, which makes the process ignore SIGIO."""
 
     def __init__(self) -> None:
-        # A program that opens a memory file just while a lease is being tried breaks it, and the kernel says so
-        # with SIGIO, whose default is death.
+        # A program that opens a memory file while a lease is being tried breaks the lease. The kernel tells that with
+        # SIGIO, which kills by default.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         try:
             self._inotify = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
@@ -140,12 +140,12 @@ class Loans(Generic[Holder]):
         self._headroom = Headroom()
         self._watches: dict[int, Extent[Holder]] = {}
         self._planned: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
-        self._eager: dict[Extent[Holder], None] = {}  # those of few looks so far
+        self._eager: dict[Extent[Holder], None] = {}  # extents with few looks so far
         self._timetable: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
         self._number = count()
 
     def fileno(self) -> int:
-        """Readable when `news` has something to tell."""
+        """Give the descriptor that is readable when `news` has something to tell."""
         return self._inotify
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class Loans(Generic[Holder]):
         """Make a description of the extent for one mmap of `holder`. It lives until the kernel drops its last piece.
 
         Raises:
-            DeviceError: ENOMEM, it is mapped too often; or the machine is out of descriptors or watches.
+            DeviceError: ENOMEM: it is mapped too often, or the machine is out of descriptors or watches.
         """
         if extent.live[granters] >= _MOST_LOANS + extent.pages:
             whose = "its granter" if granters else "its peers"
             why = f"these {extent.pages} pages of one ALLOC are mapped {extent.live[granters]} times by {whose} already"
             raise DeviceError(errno.ENOMEM, f"{why}; unmap some, or map more pages at once")
-        self._see_to_room(PAGE_SIZE, "another mapping")  # a page of ours, or so, for its books
+        self._see_to_room(PAGE_SIZE, "another mapping")  # the machine's books of it take about a page
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:
@@ -196,7 +196,7 @@ class Loans(Generic[Holder]):
         return extent.lent
 
     def forget(self, extent: Extent[Holder]) -> None:
-        """Look at the extent no more. Its watch would keep the memory alive."""
+        """Stop looking at the extent. Its watch would keep the memory alive."""
         if extent.watch >= 0:
             self._stop_listening(extent)
         self._look_no_more(extent)
@@ -207,7 +207,7 @@ class Loans(Generic[Holder]):
         """Look at every extent of which a description was closed. Never blocks.
 
         Args:
-            heard: whether `fileno` is readable, as far as is known. If not, only looks that are due are made.
+            heard: whether `fileno` is readable, as far as is known. If it is not, only looks that are due are made.
         """
         looks = self._due()
         for watch, mask in self._events() if heard else ():
@@ -216,7 +216,7 @@ class Loans(Generic[Holder]):
                     self._stop_listening(extent)
                     looks[extent] = 0
             elif watch in self._watches and mask & _IN_CLOSE:
-                extent = self._watches.pop(watch)  # one event a watch, so that nobody can flood the queue
+                extent = self._watches.pop(watch)  # one event a watch, so that no program can flood the queue
                 extent.watch = -1
                 extent.unsolved = True
                 looks[extent] = 0
@@ -240,7 +240,7 @@ class Loans(Generic[Holder]):
         return self._timetable[0][0] <= clock.now() if self._timetable else False
 
     def patience(self) -> float | None:
-        """Seconds until `news` should be called even if nothing happens. None: there is no need."""
+        """Give the seconds until `news` should be called even if nothing happens. None: there is no need."""
         if not self._planned:
             return None
         return max(0.0, self._timetable[0][0] - clock.now())
@@ -263,7 +263,7 @@ class Loans(Generic[Holder]):
         self._eager.pop(extent, None)
 
     def _due(self) -> dict[Extent[Holder], int]:
-        """The extents whose next look is due, or that are looked at eagerly, each with its number of looks so far."""
+        """List the extents whose next look is due, or that are looked at eagerly, each with its looks so far."""
         if not self._planned:
             self._timetable.clear()
             return {}
@@ -278,13 +278,13 @@ class Loans(Generic[Holder]):
         return found
 
     def _look(self, extent: Extent[Holder]) -> list[Loan[Holder]]:
-        """Drop the loans that ended, and return them. Listens on if the extent is still held."""
+        """Drop the loans that ended, and return them. Go on listening if the extent is still held."""
         ended = _drop_ended(extent)
         if extent.watch < 0 and self.held(extent):
             # A holder is left: listen again, and look again, for it may have gone in between.
             try:
                 self._listen(extent)
-            except DeviceError:  # no watches to be had just now: go on looking
+            except DeviceError:  # no watch can be had just now: go on looking
                 extent.lent = True
             ended += _drop_ended(extent)
         self.held(extent)
@@ -341,7 +341,7 @@ def _drop_ended(extent: Extent[Holder]) -> list[Loan[Holder]]:
 def _lives(loan: Loan[Holder]) -> bool:
     if loan.byte is None:
         return True
-    # Asking as a reader sees write locks only, so a peer's read locks cannot pose as the granter's.
+    # A question for a read lock sees write locks only, so a peer's read locks cannot pose as the granter's.
     kind = fcntl.F_RDLCK if loan.exclusive else fcntl.F_WRLCK
     answer = fcntl.fcntl(loan.extent.master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, loan.byte, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

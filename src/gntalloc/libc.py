@@ -1,4 +1,4 @@
-"""The C library, for the calls that Python's own modules do not have.
+"""Load the C library, for the calls that Python's own modules do not have.
 
 The package loads it once, here. A prototype is declared here for each function whose arguments or result are wider
 than an int. A call that fails leaves its errno to ctypes: `failure` and `check` make an OSError of it.
@@ -32,7 +32,7 @@ libc.mmap.argtypes = (
 libc.mmap.restype = ctypes.c_void_p
 
 libc_with_gil = ctypes.PyDLL(None, use_errno=True)
-"""The same for calls that return at once: no other thread of Python runs meanwhile, so none has to be waited for."""
+"""The C library for calls that return at once. No other thread of Python runs meanwhile, so the call waits for none."""
 libc_with_gil.process_vm_readv.restype = ctypes.c_ssize_t
 libc_with_gil.process_vm_writev.restype = ctypes.c_ssize_t
 

@@ -1,13 +1,13 @@
-"""Addresses: reserve, place, unmap, views. The one home of the rules about closing.
+"""Reserve addresses, place pages there, unmap them, and give views of them. The rules about closing are here.
 
-A mapping is made in two steps. First a range of addresses is *reserved* with `mmap.mmap(-1, n)`; then pages are
-*placed* over it, piece by piece, with mmap(2) and MAP_FIXED. So no descriptor is kept, a range may be composed
-of any pages, and CPython itself guards the end: it refuses to close the reservation while a view, a slice or an
-array of it is alive, and unmaps it with the last of them. (A map made by ctypes alone has neither guard: a
-forgotten view of it ends in SIGSEGV.)
+A mapping is made in two steps. First a range of addresses is *reserved* with `mmap.mmap(-1, n)`. Then pages are
+*placed* over it, piece by piece, with mmap(2) and MAP_FIXED. So no descriptor is kept, and a range may consist of any
+pages. CPython itself guards the end: it refuses to close the reservation while a view, a slice or an array of it is
+alive, and unmaps it with the last of them. (A map made by ctypes alone has neither guard: a forgotten view of it ends
+in SIGSEGV.)
 
-The price is that CPython believes the range to be writable. So memory placed without PROT_WRITE is only ever
-handed out as a read-only view.
+The price is that CPython believes the range to be writable. So memory that was placed without PROT_WRITE is given out
+as a read-only view only.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from gntalloc.libc import failure, libc
 
 __all__ = ["PAGE_SIZE", "PROT_READ", "PROT_WRITE", "Mapping"]
 
-PAGE_SIZE = 4096  # what Xen grants; this computer's own pages must be of that size too, see doctor
+PAGE_SIZE = 4096  # Xen's page; this computer's own pages must have that size too, see doctor
 PROT_READ = mmap.PROT_READ
 PROT_WRITE = mmap.PROT_WRITE
 
 _MAP_FIXED = 0x10
 _MAP_POPULATE = 0x8000
-_POPULATED = 1 << 20  # bytes at most: page by page, on their first use, costs more; of a great many it would be a wait
+_POPULATED = 1 << 20  # so many bytes at most are made present at once: that costs less than a fault for each page
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _mmap = libc.mmap
 
 
 class Mapping:
-    """A range of `length` bytes, anonymous until something is placed.
+    """Hold a range of `length` bytes, which is anonymous until something is placed there.
 
     Args:
         length: bytes; rounded up to whole pages, as mmap(2) does.
-        prot: rights of what will be placed. Without PROT_WRITE `memory` is read-only.
-        name: what this is, for the error that a live view causes; of several objects, to be put together only then.
+        prot: the rights of the pages that will be placed. Without PROT_WRITE `memory` is read-only.
+        name: what this is, for the error that a live view causes. If it has several parts, they are put together then.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Mapping:
         self._map(start, length, self._prot, flags, descriptor, offset)
 
     def unmap(self, start: int, length: int) -> None:
-        """Give back a part. Anonymous memory takes its place, so a forgotten view reads zeros, and lives."""
+        """Give back a part. Anonymous memory takes its place, so a forgotten view reads zeros and causes no fault."""
         flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map(start, length, PROT_READ | PROT_WRITE, flags, -1, 0)
 
@@ -88,10 +88,10 @@ class Mapping:
         return self._memory is None
 
     def close(self) -> None:
-        """Unmap. May be repeated, also after a refusal.
+        """Unmap the whole range. The call may be repeated, also after a refusal.
 
         Raises:
-            ViewsStillExported: something still looks at the memory. It stays mapped; take `memory` anew to go on.
+            ViewsStillExported: a view of the memory is alive. The range stays mapped; take `memory` anew to go on.
         """
         if self._memory is None:
             return

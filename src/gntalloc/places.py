@@ -1,4 +1,4 @@
-"""Where machines are found: one folder a machine, with a socket a domain and one for control.
+"""Find machines: each has a folder, with a socket for each domain and one for control.
 
     $XDG_RUNTIME_DIR/gntalloc/NAME/control     0600: listing, limits, making and ending domains
     $XDG_RUNTIME_DIR/gntalloc/NAME/1           domain 1
@@ -35,27 +35,27 @@ __all__ = [
 MACHINE_VARIABLE = "GNTALLOC_MACHINE"
 """Names the machine that programs inside `gntalloc machine … -- COMMAND` use, unless they name another."""
 
-LONGEST_PATH = 107  # of a Unix socket, less its final zero
+LONGEST_PATH = 107  # bytes of a Unix socket's path, less its final zero
 _ROOM_FOR_A_NAME = 20  # bytes: of-PID-NUMBER fits
-_LONGEST_NAME = "32751.store-"  # with the mark of one that is not listened to yet
-_SOCKET = re.compile(r"(control|[0-9]{1,5}(\.store)?)-?")  # what a machine calls its own
+_LONGEST_NAME = "32751.store-"  # the last character marks a socket that nobody listens on yet
+_SOCKET = re.compile(r"(control|[0-9]{1,5}(\.store)?)-?")  # the names of a machine's own sockets
 
 
 def top_folder() -> str:
-    """The folder of this user's machines. It need not exist."""
+    """Give the folder of this user's machines. It need not exist."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isabs(runtime) and os.path.isdir(runtime):  # a relative one is no runtime folder, XDG says
+    if runtime and os.path.isabs(runtime) and os.path.isdir(runtime):  # XDG: a relative path is no runtime folder
         return os.path.join(runtime, "gntalloc")
     uid = os.getuid()
     return "/run/gntalloc" if uid == 0 else f"/tmp/gntalloc-{uid}"
 
 
 def machine_folder(name: str) -> str:
-    """The folder of the machine `name`: a word, or a path to have it elsewhere.
+    """Give the folder of the machine `name`: a word, or a path to have it elsewhere.
 
     Raises:
-        GntallocError: the name cannot be one, or its sockets would have too long a path; or it would be looked for in a
-            folder that somebody else has made, in whose hands our pages would be.
+        GntallocError: the name cannot be a machine's, or its sockets would have too long a path; or the folder above
+            was made by another user, who could then answer in the machine's place.
     """
     if not is_name(name):
         raise GntallocError(
@@ -64,7 +64,7 @@ def machine_folder(name: str) -> str:
     if "/" in name:
         try:
             folder = os.path.abspath(name)
-        except OSError as error:  # of a relative path, where the current folder has been removed
+        except OSError as error:  # the path is relative, and the current folder has been removed
             raise GntallocError(
                 error.errno or errno.ENOENT, f"{name}: there is no current folder ({error.strerror}); give a whole path"
             ) from None
@@ -77,7 +77,7 @@ def machine_folder(name: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether it can be a machine's: a word, or a path. Where its folder is, may still be too long."""
+    """Say whether it can be a machine's name: a word, or a path. The path of its folder may still be too long."""
     return bool(name) and name not in {".", ".."} and "\0" not in name
 
 
@@ -118,10 +118,10 @@ def _see_whose(folder: str) -> None:
 
 
 def clear_folder(folder: str) -> None:
-    """Take away a machine's folder, with the sockets that one that was killed has left there, and nothing else.
+    """Remove a machine's folder, with the sockets that a killed machine has left there, and nothing else.
 
     Raises:
-        GntallocError: there is something else in it, so it is no machine's; or it cannot be taken away.
+        GntallocError: something else is in it, so it is no machine's folder; or it cannot be removed.
     """
     try:
         with os.scandir(folder) as entries:
@@ -138,13 +138,13 @@ def clear_folder(folder: str) -> None:
     except GntallocError:
         raise
     except FileNotFoundError:
-        pass  # it is not there, or somebody tidies up just now
+        pass  # it is not there, or another process removes it just now
     except OSError as error:
         raise GntallocError(error.errno or errno.EIO, f"{folder} cannot be cleared: {error.strerror}") from None
 
 
 def domids(folder: str) -> list[int]:
-    """The numbers of the domains that have a socket in a machine's folder, in order; none if it cannot be seen."""
+    """List the domains that have a socket in a machine's folder, in order. Give none if it cannot be read."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -153,30 +153,30 @@ def domids(folder: str) -> list[int]:
 
 
 def control_path(folder: str) -> str:
-    """The control socket of the machine in `folder`."""
+    """Give the path of the control socket of the machine in `folder`."""
     return os.path.join(folder, "control")
 
 
 def domain_path(folder: str, domid: int) -> str:
-    """The socket of domain `domid` of the machine in `folder`."""
+    """Give the path of the socket of domain `domid` of the machine in `folder`."""
     return os.path.join(folder, str(domid))
 
 
 def store_path(folder: str, domid: int) -> str:
-    """The socket of domain `domid`'s xenstore, of the machine in `folder`."""
+    """Give the path of the xenstore socket of domain `domid` of the machine in `folder`."""
     return os.path.join(folder, f"{domid}.store")
 
 
 def lock_path(folder: str) -> str:
-    """Whoever starts, joins or ends the machine in `folder` for a `run` holds a lock on this file beside it."""
+    """Give the path of the lock beside `folder`. A `run` holds it while it starts, joins or ends the machine there."""
     return folder + ".lock"
 
 
 def machines() -> list[str]:
-    """The names of this user's machines, running or left behind, in order.
+    """List the names of this user's machines, running or left behind, in order.
 
     Raises:
-        GntallocError: the folder where they are cannot be looked into.
+        GntallocError: the folder of machines cannot be read.
     """
     try:
         names = os.listdir(top_folder())

@@ -1,7 +1,7 @@
-"""Warn of what was never closed, as Python does of its own files.
+"""Warn of objects that were never closed, as Python does of its own files.
 
-`__del__` also runs while the interpreter ends, where nothing can be imported and a module's names may be None already.
-So whatever it needs then, it has as defaults of parameters. It need not close anything there: the kernel takes pages,
+`__del__` also runs while the interpreter ends. Then nothing can be imported, and a module's names may be None already.
+So everything that it needs then is a default of a parameter. It need not close anything then: the kernel takes pages,
 ports and descriptors back, as after SIGKILL.
 """
 
@@ -26,12 +26,12 @@ def warn_unclosed(
     _warn: Callable[..., None] = warnings.warn,
     _is_ending: Callable[[], bool] = sys.is_finalizing,
 ) -> bool:
-    """Warn that `thing` was never closed. False: the interpreter is ending, so leave it to the kernel.
+    """Warn that `thing` was never closed. False: the interpreter is ending, so leave the closing to the kernel.
 
     Args:
-        thing: what is lost; its repr goes into the warning.
-        owner: the pid of the process that made it. A child made by fork has a copy, and need not close that.
-            None: each process has its own.
+        thing: the object that is lost; its repr goes into the warning.
+        owner: the pid of the process that made it. A child made by fork has a copy, and need not close the copy.
+            None: each process has its own object.
 
     Raises:
         ResourceWarning: warnings are errors.

@@ -1,8 +1,9 @@
-"""What waits are made of: sockets, epoll and poll, also in a program that gevent or eventlet has patched.
+"""Give waits their parts: sockets, epoll and poll, also in a program that gevent or eventlet has patched.
 
-They take epoll away, and give sockets that know neither MSG_DONTWAIT nor SO_RCVTIMEO. So `Socket` and `epoll` are
-Python's own here, whatever has been put in their places. What may wait for long waits in `poll` or `ready`, which are
-the program's: other greenlets run meanwhile. The machine is asked without letting them run: it answers at once.
+These libraries take epoll away, and give sockets that know neither MSG_DONTWAIT nor SO_RCVTIMEO. So `Socket` and
+`epoll` here are Python's own, whatever has been put in their places. A wait that may be long uses `poll` or `ready`,
+which are the program's: other greenlets run meanwhile. A question to the machine lets no greenlet run: the answer comes
+at once.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _HANGUP = 0x10
 
 
 class Socket(_socket.socket):
-    """The kernel's socket, as Python has it beneath socket.socket."""
+    """Wrap the kernel's socket, as Python has it beneath socket.socket."""
 
     def accept(self) -> tuple[Socket, Any]:
-        """The next connection, and its other end's name."""
+        """Take the next connection, and give it with its other end's name."""
         descriptor, name = self._accept()  # type: ignore[attr-defined]
         return Socket(fileno=descriptor), name
 
@@ -38,18 +39,18 @@ class Socket(_socket.socket):
 
 
 def socketpair() -> tuple[Socket, Socket]:
-    """Two that are connected, as socket.socketpair makes them."""
+    """Make two sockets that are connected, as socket.socketpair does."""
     one, other = _socket.socketpair()
     return Socket(fileno=one.detach()), Socket(fileno=other.detach())
 
 
 def patched() -> bool:
-    """Whether gevent or eventlet has been there."""
+    """Say whether gevent or eventlet has patched this program."""
     return not hasattr(select, "epoll")
 
 
 def _own_epoll() -> type[select.epoll]:
-    """That of another copy of the module, where it was taken from the one that all share."""
+    """Take epoll from another copy of the module, where it was removed from the copy that all modules share."""
     import importlib.util
 
     spec = sys.modules["select"].__spec__
@@ -65,7 +66,7 @@ epoll = _own_epoll() if patched() else select.epoll
 
 
 def ready(group: select.epoll, timeout: float | None) -> list[tuple[int, int]]:
-    """What `group.poll` gives, within `timeout` seconds."""
+    """Return what `group.poll` gives, within `timeout` seconds."""
     if not patched():
         return group.poll(timeout)
     waiting = poll()
@@ -75,20 +76,20 @@ def ready(group: select.epoll, timeout: float | None) -> list[tuple[int, int]]:
 
 
 def hung_up(descriptor: int) -> bool:
-    """Whether nobody is at the other end any more."""
+    """Say whether nobody is at the other end any more."""
     with epoll() as group:
         group.register(descriptor, 0)
         return any(events & _HANGUP for _, events in group.poll(0))
 
 
 def poll() -> select.poll | _Selected:
-    """An object like select.poll's. gevent has one that lets greenlets run; eventlet has none."""
+    """Make an object like select.poll's. gevent has one that lets greenlets run; eventlet has none."""
     make: Callable[[], select.poll] | None = getattr(select, "poll", None)
     return _Selected() if make is None else make()
 
 
 class _Selected:
-    """What is needed of select.poll, made of select.select, which eventlet has."""
+    """The part of select.poll that is needed here, made of select.select, which eventlet has."""
 
     def __init__(self) -> None:
         self._wanted: dict[int, int] = {}
@@ -99,7 +100,7 @@ class _Selected:
         self._wanted[number] = events
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
-        """See select.poll; milliseconds."""
+        """See select.poll. The timeout is in milliseconds."""
         reads = [each for each, events in self._wanted.items() if events & POLLIN]
         writes = [each for each, events in self._wanted.items() if events & POLLOUT]
         readable, writable, _ = select.select(reads, writes, [], None if timeout is None else timeout / 1000)
