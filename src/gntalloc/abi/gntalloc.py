@@ -55,7 +55,7 @@ class AllocGref(
 
 
 class DeallocGref(KernelStruct, NamedTuple("DeallocGref", [("index", int), ("count", int)])):
-    """Take `count` pages back, from `index` on. Pages still mapped live until they are not."""
+    """Take `count` pages back, from `index` on. A page that is still mapped lives until its last unmap."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntalloc_dealloc_gref"
@@ -67,7 +67,7 @@ class DeallocGref(KernelStruct, NamedTuple("DeallocGref", [("index", int), ("cou
 class UnmapNotify(
     KernelStruct, NamedTuple("UnmapNotify", [("index", int), ("action", int), ("event_channel_port", int)])
 ):
-    """What to do when a page goes: `index` names the byte, `action` the deeds, zero forgets them."""
+    """Set what is done when a page goes: `index` names the byte, `action` the deeds. Zero forgets them."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntalloc_unmap_notify"

@@ -66,7 +66,7 @@ DMA_FLAG_COHERENT = 2
 
 
 class GrantRef(KernelStruct, NamedTuple("GrantRef", [("domid", int), ("ref", int)])):
-    """One granted page: who granted it, and which reference."""
+    """Name one granted page: the domain that granted it, and the reference."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntdev_grant_ref"
@@ -99,7 +99,7 @@ class UnmapGrantRef(KernelStruct, NamedTuple("UnmapGrantRef", [("index", int), (
 class GetOffsetForVaddr(
     KernelStruct, NamedTuple("GetOffsetForVaddr", [("vaddr", int), ("offset", int), ("count", int)])
 ):
-    """Which mapping is at `vaddr`: the driver answers with its `offset` (index) and its `count` of pages."""
+    """Ask which mapping is at `vaddr`. The driver answers with its `offset` (index) and its `count` of pages."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntdev_get_offset_for_vaddr"
@@ -109,7 +109,7 @@ class GetOffsetForVaddr(
 
 
 class SetMaxGrants(KernelStruct, NamedTuple("SetMaxGrants", [("count", int)])):
-    """An old limit per file. Today's kernels answer ENOTTY."""
+    """Set an old limit per file. Today's kernels answer ENOTTY."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntdev_set_max_grants"
@@ -121,7 +121,7 @@ class SetMaxGrants(KernelStruct, NamedTuple("SetMaxGrants", [("count", int)])):
 class UnmapNotify(
     KernelStruct, NamedTuple("UnmapNotify", [("index", int), ("action", int), ("event_channel_port", int)])
 ):
-    """What to do when a mapping goes: `index` names the byte, `action` the deeds, zero forgets them."""
+    """Set what is done when a mapping goes: `index` names the byte, `action` the deeds. Zero forgets them."""
 
     __slots__ = ()
     C_NAME = "ioctl_gntdev_unmap_notify"
@@ -131,7 +131,7 @@ class UnmapNotify(
 
 
 class ForeignPage(KernelStruct, NamedTuple("ForeignPage", [("ref", int), ("offset", int), ("domid", int)])):
-    """A place in a granted page: the other reading of a copy segment's `source` and `dest`."""
+    """Name a place in a granted page: the other reading of a copy segment's `source` and `dest`."""
 
     __slots__ = ()
     LAYOUT = Struct("=IHH")
@@ -143,7 +143,7 @@ class ForeignPage(KernelStruct, NamedTuple("ForeignPage", [("ref", int), ("offse
         return cls.unpack_from(_WORD.pack(word))
 
     def to_word(self) -> int:
-        """The eight bytes to put into a `source` or `dest`."""
+        """Make the eight bytes to put into a `source` or `dest`."""
         word: int = _WORD.unpack(self.pack())[0]
         return word
 
@@ -155,7 +155,7 @@ class GrantCopySegment(
     KernelStruct,
     NamedTuple("GrantCopySegment", [("source", int), ("dest", int), ("len", int), ("flags", int), ("status", int)]),
 ):
-    """One copy of `len` bytes, within one granted page. The driver writes `status`, a GNTST code.
+    """Copy `len` bytes within one granted page. The driver writes `status`, a GNTST code.
 
     `source` and `dest` are local addresses, or ForeignPage words where `flags` says so.
     """

@@ -66,9 +66,9 @@ TRANSITIVE = 3
 
 PERMIT_READONLY = 1 << 2
 READING = 1 << 3
-"""Set by the hypervisor while somebody maps the page; in version 2 it is in the status array instead."""
+"""Set by the hypervisor while a domain maps the page; in version 2 it is in the status array instead."""
 WRITING = 1 << 4
-"""Set by the hypervisor while somebody maps the page for writing."""
+"""Set by the hypervisor while a domain maps the page for writing."""
 SUB_PAGE = 1 << 8
 
 # What a grant-table operation answers.

@@ -25,7 +25,7 @@ READ = 2
 
 
 def ioc(direction: int, kind: str, number: int, size: int) -> int:
-    """The request number of an ioctl, as C's `_IOC(direction, kind, number, size)`.
+    """Make the request number of an ioctl, as C's `_IOC(direction, kind, number, size)` does.
 
     Args:
         direction: NONE, READ, WRITE or READ | WRITE, seen from the program.
@@ -37,5 +37,5 @@ def ioc(direction: int, kind: str, number: int, size: int) -> int:
 
 
 def size_of(request: int) -> int:
-    """The bytes of argument that a request number speaks of."""
+    """Give the size of the argument that a request number names, in bytes."""
     return request >> SIZE_SHIFT & (1 << SIZE_BITS) - 1

@@ -1,4 +1,4 @@
-"""What a kernel struct is here: a named tuple that knows how C lays it out.
+"""Describe a kernel struct: a named tuple that knows how C lays it out.
 
     class DeallocGref(KernelStruct, NamedTuple("DeallocGref", [("index", int), ("count", int)])):
         LAYOUT = Struct("=QI4x")
@@ -25,7 +25,7 @@ Field = tuple[str, int, int]
 
 
 class KernelStruct(tuple[int, ...]):
-    """A kernel struct without its trailing array. Mixed into a named tuple that has one integer per field."""
+    """Give a named tuple the layout of a kernel struct, without its trailing array. Each field is one integer."""
 
     __slots__ = ()
 
@@ -42,7 +42,7 @@ class KernelStruct(tuple[int, ...]):
     """Every field C has, named padding and the trailing array included."""
 
     def pack(self) -> bytes:
-        """The LAYOUT.size bytes of this struct. A value out of its field's range is a struct.error."""
+        """Make the LAYOUT.size bytes of this struct. A value out of its field's range is a struct.error."""
         return self.LAYOUT.pack(*self)
 
     @classmethod

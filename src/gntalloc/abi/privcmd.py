@@ -1,4 +1,4 @@
-"""/dev/xen/privcmd: hypercalls made by a program. Of them only the two that channel libraries ask are here.
+"""/dev/xen/privcmd: hypercalls made by a program. Only the two that channel libraries make are here.
 
 Sources: the public headers xen/sys/privcmd.h, xen/domctl.h (getdomaininfo), xen/event_channel.h (status).
 """
@@ -38,10 +38,10 @@ DOMCTL = 36
 """Hypercall: the address of a struct xen_domctl."""
 
 DOMCTL_GETDOMAININFO = 5
-"""What a struct xen_domctl asks: the first domain that is there, of this number or above."""
+"""Command of a struct xen_domctl: find the first domain of this number or above."""
 
 DOMCTL_SIZE = 144
-"""Bytes of a struct xen_domctl. What is answered begins at DomctlHead.SIZE."""
+"""Bytes of a struct xen_domctl. The answer begins at DomctlHead.SIZE."""
 
 DOMINF_RUNNING = 1 << 5
 """Flag of a domain's information."""
@@ -51,7 +51,7 @@ class Hypercall(
     KernelStruct,
     NamedTuple("Hypercall", [("op", int), ("arg0", int), ("arg1", int), ("arg2", int), ("arg3", int), ("arg4", int)]),
 ):
-    """One hypercall: its number and five words."""
+    """Make one hypercall: its number and five words."""
 
     __slots__ = ()
     C_NAME = "privcmd_hypercall"
@@ -61,7 +61,7 @@ class Hypercall(
 
 
 class DomctlHead(KernelStruct, NamedTuple("DomctlHead", [("cmd", int), ("interface_version", int), ("domain", int)])):
-    """How a struct xen_domctl begins."""
+    """Begin a struct xen_domctl."""
 
     __slots__ = ()
     C_NAME = "xen_domctl"
@@ -77,7 +77,10 @@ class EvtchnStatus(
         [("dom", int), ("port", int), ("status", int), ("vcpu", int), ("peer", int), ("peer_port", int)],
     ),
 ):
-    """Of port `port` of domain `dom`: a `status`, and the other end. Of a virtual interrupt `peer` is its number."""
+    """Ask for the `status` and the other end of port `port` of domain `dom`.
+
+    Of a virtual interrupt, `peer` is the number.
+    """
 
     __slots__ = ()
     C_NAME = "evtchn_status"
