@@ -1,6 +1,6 @@
-"""What the hypervisor keeps. Pure state: no I/O, no clock, no threads.
+"""Keep the hypervisor's state. It is pure: no I/O, no clock, no threads.
 
 grants   a domain's grant table
 ports    event channels
-domains  all of them, found by domid
+domains  all domains, found by domid
 """

@@ -1,4 +1,4 @@
-"""The domains, found by domid: how a mapping of one reaches the grant table of another.
+"""Find domains by domid, so that a mapping of one reaches the grant table of another.
 
 Sources: Xen's common/grant_table.c (status codes of a map; 1024 maptrack frames of 256 handles a domain) and
 public/xen.h (numbers from 0x7FF0 up are not domains).
@@ -22,11 +22,11 @@ MAX_HANDLES = 1024 * 256
 
 
 class DomainExists(Exception):
-    """A domain of that number is there already, or the number is none a domain may have."""
+    """A domain of that number is there already, or no domain may have that number."""
 
 
 class Handle(NamedTuple, Generic[Frame]):
-    """One page mapped: keep it to unmap. It names the table itself, so it outlives the granting domain."""
+    """Stand for one mapped page: keep it to unmap. It names the table itself, so it outlives the granting domain."""
 
     table: GrantTable[Frame]
     ref: int
@@ -35,7 +35,7 @@ class Handle(NamedTuple, Generic[Frame]):
 
 
 class Hypervisor(Generic[Frame]):
-    """All domains and what they map of each other."""
+    """Keep all domains, and count the pages that they map of each other."""
 
     def __init__(self) -> None:
         self._tables: dict[int, GrantTable[Frame]] = {}
@@ -53,11 +53,11 @@ class Hypervisor(Generic[Frame]):
         self._tables[domid] = table
 
     def destroy(self, domid: int) -> None:
-        """Forget the domain. What others still map of it stays mapped until they unmap."""
+        """Forget the domain. Pages that others still map stay mapped until they unmap them."""
         del self._tables[domid]
 
     def look(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Frame:
-        """The page that `map` would map, for a use that ends before anything else happens: nothing is counted.
+        """Give the page that `map` would map, for a use that ends before anything else happens. Nothing is counted.
 
         Raises:
             MapRefused: as `map`.
@@ -65,7 +65,7 @@ class Hypervisor(Generic[Frame]):
         return self._may_map(mapper, granter).look(ref, mapper, writable=writable).frame
 
     def maps(self, mapper: int, granter: int, ref: int) -> bool:
-        """Whether domain `mapper` maps it now."""
+        """Say whether domain `mapper` maps page `ref` of `granter` now."""
         table = self._tables.get(granter)
         return table is not None and mapper in table.mapped_by(ref)
 

@@ -1,4 +1,4 @@
-"""A domain's grant table, version 1: which page of mine may which other domain map, and who does.
+"""Keep a domain's grant table, version 1: which other domain may map which of its pages, and which domains do.
 
 The life of an entry. `pins` counts mappings, of any domain and kind.
 
@@ -9,8 +9,8 @@ The life of an entry. `pins` counts mappings, of any domain and kind.
     ending      -               refused (*)      pins - 1;       -
                                                  at 0: idle hook
 
-(*) Linux's version 1 table leaves an ending entry valid, so that Xen accepts new maps of it;
-`refuse_while_ending=False` does the same.
+(*) Linux's version 1 table leaves an ending entry valid, so Xen accepts new maps of it. `refuse_while_ending=False`
+does the same.
 
 The owner ends an `ending` entry again from the idle hook: nothing is freed behind its back.
 
@@ -40,7 +40,7 @@ __all__ = ["Entry", "GrantTable", "MapRefused", "TableFull"]
 
 Frame = TypeVar("Frame")
 
-# Xen keeps mappings of one kind in eight bits and refuses when the top one is set.
+# Xen counts mappings of one kind in eight bits, and refuses when the top one is set.
 MAX_PINS = 128
 
 
@@ -49,7 +49,7 @@ class TableFull(Exception):
 
 
 class MapRefused(Exception):
-    """Xen would not map: `status` is the GNTST code, the text the reason."""
+    """Xen would not map the page: `status` is the GNTST code, the text the reason."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(status, why)
@@ -58,7 +58,7 @@ class MapRefused(Exception):
 
 
 class Entry(Generic[Frame]):
-    """One reference in use: `frame` may be mapped by `domid`, writable unless `readonly`."""
+    """Keep one reference in use: `domid` may map `frame`, writable unless `readonly`."""
 
     __slots__ = ("domid", "ending", "frame", "mappers", "pins", "readonly")
 
@@ -72,7 +72,7 @@ class Entry(Generic[Frame]):
 
 
 class Usage(NamedTuple):
-    """What a table holds, in references."""
+    """Count the references of a table."""
 
     live: int
     free: int
@@ -80,14 +80,14 @@ class Usage(NamedTuple):
 
 
 class GrantTable(Generic[Frame]):
-    """The grants of one domain.
+    """Keep the grants of one domain.
 
     Args:
-        owner: domid whose pages these are.
-        max_frames: how far the table may grow, in frames of 512 references.
-        oldest_first: hand out the reference that has been free for longest; Linux hands out the last freed,
+        owner: the domain whose pages these are.
+        max_frames: the most frames, of 512 references each, that the table may have.
+        oldest_first: give out the reference that has been free for longest. Linux gives out the one freed last,
             which lets a slow peer map a stranger's page by an old number.
-        refuse_while_ending: refuse new maps of a grant its owner has ended.
+        refuse_while_ending: refuse new maps of a grant that its owner has ended.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class GrantTable(Generic[Frame]):
         self._entries: dict[int, Entry[Frame]] = {}
 
     def permit(self, domid: int, frames: Sequence[Frame], *, readonly: bool) -> list[int]:
-        """Grant each of `frames` to `domid` and return the references, or grant none. Any domid is taken.
+        """Grant each of `frames` to `domid` and return the references, or grant none. Any domid is accepted.
 
         Raises:
             TableFull: the table is at its maximum.
@@ -126,7 +126,7 @@ class GrantTable(Generic[Frame]):
         return refs
 
     def end(self, refs: Iterable[int], *, busy: bool = False) -> list[int]:
-        """Take grants back. Those in the answer stay: somebody maps them, or is `busy` with them. Call again later."""
+        """Take grants back, and return those that stay: a domain maps them, or they are `busy`. Call again later."""
         kept: list[int] = []
         freed: list[int] = []
         for ref in refs:
@@ -141,7 +141,7 @@ class GrantTable(Generic[Frame]):
         return kept
 
     def look(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
-        """What `mapper`, the domid Xen knows the caller by, would map.
+        """Find the entry that `mapper`, the domid by which Xen knows the caller, would map.
 
         Raises:
             MapRefused: with Xen's status and the reason.
@@ -158,21 +158,25 @@ class GrantTable(Generic[Frame]):
             why = f"reference {ref} of domain {self.owner} is granted read-only, and a writable map was asked for"
             raise MapRefused(GENERAL_ERROR, why)
         if entry.ending and self._refuse_while_ending:
-            why = f"domain {self.owner} has ended grant {ref}; it only waits for those who still map it"
+            why = f"domain {self.owner} has ended grant {ref}; it only waits for the domains that still map it"
             raise MapRefused(GENERAL_ERROR, why)
         if entry.pins >= MAX_PINS:
             raise MapRefused(GENERAL_ERROR, f"reference {ref} is mapped {entry.pins} times already")
         return entry
 
     def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
-        """Map for `mapper`. Raises what `look` does."""
+        """Map a reference for `mapper`.
+
+        Raises:
+            MapRefused: as `look`.
+        """
         entry = self.look(ref, mapper, writable=writable)
         entry.pins += 1
         entry.mappers[mapper] = entry.mappers.get(mapper, 0) + 1
         return entry
 
     def unmap(self, ref: int, mapper: int) -> None:
-        """Undo one `map` of `mapper`. Calls the idle hook if it was the last of all."""
+        """Undo one `map` of `mapper`. Call the idle hook if it was the last of all."""
         entry = self._entries[ref]
         entry.pins -= 1
         entry.mappers[mapper] -= 1
@@ -184,21 +188,21 @@ class GrantTable(Generic[Frame]):
             self.on_idle(ref, entry.frame)
 
     def readonly(self, ref: int) -> bool:
-        """Whether a live grant gives its peer no right to write."""
+        """Say whether a live grant gives its peer no right to write."""
         return self._entries[ref].readonly
 
     def mapped_by(self, ref: int) -> tuple[int, ...]:
-        """The domids that map it now, in order."""
+        """List the domids that map the reference now, in order."""
         entry = self._entries.get(ref)
         return tuple(sorted(entry.mappers)) if entry else ()
 
     @property
     def live(self) -> int:
-        """References in use."""
+        """The number of references in use."""
         return len(self._entries)
 
     def usage(self) -> Usage:
-        """References live, free to take without growing, and possible at all."""
+        """Count the references in use, those free without growing, and all that are possible."""
         return Usage(len(self._entries), len(self._free), self._max_frames * V1_ENTRIES_PER_FRAME - RESERVED_REFS)
 
     def _grow(self) -> None:

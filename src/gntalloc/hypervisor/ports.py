@@ -1,4 +1,4 @@
-"""Event channel ports: which port of mine belongs to which port of whom, and which of them is pending.
+"""Keep event channel ports: which port of a domain belongs to which port of another, and which of them is pending.
 
 The life of a port. `peer` is the one domain that may be, or is, at the other end.
 
@@ -8,8 +8,8 @@ The life of a port. `peer` is the one domain that may be, or is, at the other en
     interdomain  the other: pending   refused              -> free           -> unbound, for the same peer
     virq         refused              refused              -> free           -
 
-A port is pending or not: what is sent before the guest has taken it collapses into one. Port 0 is never given out;
-the lowest free port is, as soon as it is free.
+A port is pending or not: events that come before the guest has taken the first collapse into one. Port 0 is never given
+out. The lowest free port is given out, as soon as it is free.
 
 Sources: Xen's public event_channel.h and common/event_channel.c (order of the checks, errnos, the lowest free port,
 a port that is pending as soon as it is bound to a peer's), xen.h (24 virtual interrupts), libxl (1023 ports a guest).
@@ -36,7 +36,7 @@ VIRQS = 24
 
 
 class PortRefused(Exception):
-    """Xen would not: `code` is its errno, the text the reason."""
+    """Xen would not carry out an operation: `code` is its errno, the text the reason."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(code, why)
@@ -45,7 +45,7 @@ class PortRefused(Exception):
 
 
 class State(enum.Enum):
-    """Of a port in use; one that is free is not there."""
+    """Name the state of a port in use. A free port has no entry."""
 
     UNBOUND = "unbound"
     INTERDOMAIN = "interdomain"
@@ -53,7 +53,7 @@ class State(enum.Enum):
 
 
 class Port:
-    """One port in use. `remote` is the number of the other end in domain `peer`, once there is one."""
+    """Keep one port in use. `remote` is the number of the other end in domain `peer`, once there is one."""
 
     __slots__ = ("peer", "pending", "remote", "state", "virq")
 
@@ -66,7 +66,7 @@ class Port:
 
 
 class Ports:
-    """The ports of one domain. `upcall` is told the number of each port that becomes pending."""
+    """Keep the ports of one domain. `upcall` is told the number of each port that becomes pending."""
 
     def __init__(self, domid: int, domains: Mapping[int, Ports]) -> None:
         self.domid = domid
@@ -77,22 +77,22 @@ class Ports:
         self._never_used = 1
 
     def get(self, number: int) -> Port | None:
-        """The port of that number, if it is in use."""
+        """Give the port of that number, if it is in use."""
         return self._ports.get(number)
 
     def bind_unbound(self, peer: int) -> int:
-        """A new port, which domain `peer` may bind to. There need not be such a domain.
+        """Make a port that domain `peer` may bind to. There need not be such a domain.
 
         Raises:
-            PortRefused: ENOSPC there is no free port.
+            PortRefused: ENOSPC: there is no free port.
         """
         return self._take(Port(State.UNBOUND, peer=self.domid if peer == DOMID_SELF else peer))
 
     def bind_interdomain(self, peer: int, remote: int) -> int:
-        """A new port whose other end is port `remote` of domain `peer`. It is pending at once.
+        """Make a port whose other end is port `remote` of domain `peer`. It is pending at once.
 
         Raises:
-            PortRefused: ESRCH no such domain; ENOSPC no free port; EINVAL that port is not for us, or not any more.
+            PortRefused: ESRCH: no such domain. ENOSPC: no free port. EINVAL: that port does not wait for this domain.
         """
         peer = self.domid if peer == DOMID_SELF else peer
         domain = self._domains.get(peer)
@@ -110,10 +110,10 @@ class Ports:
         return number
 
     def bind_virq(self, virq: int) -> int:
-        """A new port for a virtual interrupt; nothing in this machine ever raises one.
+        """Make a port for a virtual interrupt. Nothing in this machine ever raises one.
 
         Raises:
-            PortRefused: EINVAL there is none of that number; EEXIST it is bound already; ENOSPC no free port.
+            PortRefused: EINVAL: no interrupt has that number. EEXIST: it is bound already. ENOSPC: no free port.
         """
         if not 0 <= virq < VIRQS:
             raise PortRefused(errno.EINVAL, f"there is no virtual interrupt {virq}; they go from 0 to {VIRQS - 1}")
@@ -124,10 +124,10 @@ class Ports:
         return self._take(Port(State.VIRQ, virq=virq))
 
     def send(self, number: int) -> None:
-        """Make the other end pending. Nobody there is no error.
+        """Make the other end pending. A port without another end is no error.
 
         Raises:
-            PortRefused: EINVAL the port is free, or a virtual interrupt's.
+            PortRefused: EINVAL: the port is free, or a virtual interrupt's.
         """
         port = self._ports.get(number)
         if port is None or port.state is State.VIRQ:
@@ -136,7 +136,7 @@ class Ports:
             self._domains[port.peer].arrive(port.remote)
 
     def arrive(self, number: int) -> None:
-        """An event for a port in use. While it is pending, further ones are nothing new."""
+        """Take an event for a port in use. While the port is pending, further events change nothing."""
         port = self._ports[number]
         if not port.pending:
             port.pending = True
@@ -144,13 +144,13 @@ class Ports:
                 self.upcall(number)
 
     def left_alone(self, number: int) -> None:
-        """The other end of a port closed: it waits for another one, of the same domain."""
+        """Note that the other end of a port closed. The port waits for another end, of the same domain."""
         port = self._ports[number]
         port.state = State.UNBOUND
         port.remote = 0
 
     def take_pending(self, number: int) -> bool:
-        """Whether the port was pending. It is not any more."""
+        """Return whether the port was pending, and make it not pending."""
         port = self._ports.get(number)
         if port is None or not port.pending:
             return False
@@ -161,7 +161,7 @@ class Ports:
         """Free the port.
 
         Raises:
-            PortRefused: EINVAL it is free already.
+            PortRefused: EINVAL: it is free already.
         """
         port = self._ports.pop(number, None)
         if port is None:
@@ -171,7 +171,7 @@ class Ports:
             self._domains[port.peer].left_alone(port.remote)
 
     def close_all(self) -> None:
-        """The domain dies."""
+        """Free all ports, as the domain dies."""
         for number in list(self._ports):
             self.close(number)
 
@@ -193,7 +193,7 @@ class Ports:
 
 
 class EventChannels:
-    """The ports of all domains."""
+    """Keep the ports of all domains."""
 
     def __init__(self) -> None:
         self._domains: dict[int, Ports] = {}
@@ -204,10 +204,10 @@ class EventChannels:
         return ports
 
     def of(self, domid: int) -> Ports | None:
-        """The ports of a domain, if it is there."""
+        """Give the ports of a domain, if it is there."""
         return self._domains.get(domid)
 
     def destroy(self, domid: int) -> None:
-        """The domain dies: its ports are free, their other ends wait for a domain of that number."""
+        """Free the ports of a domain that dies. Their other ends wait for a domain of that number."""
         self._domains[domid].close_all()
         del self._domains[domid]
