@@ -1,7 +1,7 @@
-"""The protocol between a program and the machine. Sans-I/O: bytes in, bytes out.
+"""Define the protocol between a program and the machine. Sans-I/O: bytes in, bytes out.
 
 stream    frames on a stream socket: header, message, reply
 messages  each kind of message, a named tuple; docs/wire.md is made from it
-form      how their fields become bytes
+form      how the fields of a message become bytes
 memory    stretches of a caller's memory that travel with a message
 """

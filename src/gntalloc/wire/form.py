@@ -1,4 +1,4 @@
-"""How a message's fields become bytes: numbers of fixed size first, then at most one field of any length."""
+"""Turn a message's fields into bytes: numbers of fixed size first, then at most one field of any length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = Struct("=IQQ")
 
 
 class Piece(NamedTuple):
-    """Part of a map: `length` bytes from `offset` on of the memory file behind one of the message's descriptors."""
+    """Name a part of a map: `length` bytes, from `offset` on, of the memory file behind one of the descriptors."""
 
     descriptor: int
     offset: int
@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The last field of a message: what it is called in the docs, and its two ways."""
+    """Describe the last field of a message: its name in the docs, and how to encode and decode it."""
 
     name: str
     encode: Any
@@ -62,13 +62,13 @@ DOMIDS = Tail("domids u32", _encode_domids, _decode_domids)
 
 
 class Form:
-    """The layout of one kind of message.
+    """Describe the layout of one kind of message.
 
     Args:
-        head: of the fields of fixed size, as struct has it.
-        tail: of the last field, if it has any length.
+        head: the format of the fields of fixed size, as struct has it.
+        tail: the last field, if it may have any length.
         kind: the number of a request; an answer has its request's.
-        descriptors: what descriptors come along with it, in words.
+        descriptors: the descriptors that come along with it, in words.
     """
 
     def __init__(self, head: str = "=", tail: Tail | None = None, *, kind: int = 0, descriptors: str = "") -> None:
@@ -88,7 +88,7 @@ class Form:
         """Take a payload apart.
 
         Raises:
-            Garbage: it is too short, or its last field is no whole one.
+            Garbage: it is too short, or its last field is not whole.
         """
         size = self.head.size
         if len(payload) < size:
@@ -98,20 +98,20 @@ class Form:
 
 
 class MapAndReason(Form):
-    """Two fields of any length more than others have; the head says how long these are."""
+    """Add two more fields of any length. The head says how long they are."""
 
     def __init__(self) -> None:
         super().__init__("=iIQII")
 
     def encode(self, fields: tuple[Any, ...]) -> bytes:
-        """See Form."""
+        """See `Form`."""
         error, why, record, confirm, pieces, written = fields
         reason, parts = TEXT.encode(why, "utf-8", "replace"), PIECES.encode(pieces)
         head = self.head.pack(error, len(reason), record, confirm, len(parts))
         return b"".join((head, reason, parts, REGIONS.encode(written)))
 
     def decode(self, payload: bytes) -> tuple[Any, ...]:
-        """See Form."""
+        """See `Form`."""
         start = self.head.size
         if len(payload) < start:
             raise Garbage(f"{len(payload)} bytes where {start} or more are due")

@@ -1,4 +1,4 @@
-"""Stretches of a caller's memory that travel with a message, and a driver's caller made of them.
+"""Carry stretches of a caller's memory in a message, and make a driver's caller of them.
 
 On the wire a region is address u64, length u32, flags u32 (bit 0: writable), and its bytes.
 """
@@ -21,11 +21,11 @@ __all__ = ["MAX_REGIONS", "MessageCaller", "Region", "decode_regions", "encode_r
 MAX_REGIONS = 4096  # of one ioctl
 
 _REGION = Struct("=QII")
-_FEW = 4  # regions that are tried one by one before it is searched
+_FEW = 4  # so many regions are tried one by one before the list is searched
 
 
 class Region:
-    """A stretch of a caller's memory.
+    """Hold a stretch of a caller's memory.
 
     Attributes:
         address: where it begins, in the caller's address space.
@@ -54,12 +54,12 @@ class Region:
 
 
 def encode_regions(regions: Iterable[Region]) -> bytes:
-    """Put regions one after the other."""
+    """Encode regions, one after the other."""
     return b"".join([_REGION.pack(each.address, len(each.data), each.writable) + each.data for each in regions])
 
 
 def decode_regions(data: bytes) -> list[Region]:
-    """Take regions apart. Each has a bytearray of its own.
+    """Decode regions. Each gets a bytearray of its own.
 
     Raises:
         Garbage: the last one is not whole, or there are too many.
@@ -89,9 +89,9 @@ def _address(region: Region) -> int:
 
 
 class MessageCaller:
-    """A caller whose memory is what a message carries: outside its regions there is nothing.
+    """Be a driver's caller whose memory is in a message. Outside the message's regions it has none.
 
-    Regions may touch, and a copy may then go over several, as far as it gets. See `drivers.chardev.Caller`.
+    Regions may touch. A copy may then cross several, as far as it gets. See `drivers.chardev.Caller`.
     """
 
     __slots__ = ("_first", "by_offset", "process", "regions")
@@ -103,10 +103,10 @@ class MessageCaller:
         self.by_offset = by_offset
 
     def read(self, address: int, size: int) -> bytes:
-        """Read `size` bytes.
+        """Read `size` bytes of the caller's memory.
 
         Raises:
-            DeviceError: EFAULT they are not all there.
+            DeviceError: EFAULT: not all of them are there.
         """
         for region in self._first:  # nearly always all is in one of few
             start = address - region.address
@@ -119,10 +119,10 @@ class MessageCaller:
         return bytes(found)
 
     def write(self, address: int, data: bytes) -> None:
-        """Write bytes.
+        """Write bytes to the caller's memory.
 
         Raises:
-            DeviceError: EFAULT they do not all fit; some may be written.
+            DeviceError: EFAULT: not all of them fit; some may be written.
         """
         for region in self._first:
             start = address - region.address

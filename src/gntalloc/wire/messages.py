@@ -1,11 +1,11 @@
-"""Every kind of message, a named tuple each: its number, its fields, and the form that these have on the wire.
+"""Define every kind of message, each a named tuple: its number, its fields, and their form on the wire.
 
-`encode(Open(flags, name))` makes a payload, and `decode(Open, payload)` a message of it. What an answer refuses, its
-error and its reason, is in the frame (`stream.Reply`), and so is its result, a number. docs/wire.md has the table that
-is made from this module.
+`encode(Open(flags, name))` makes a payload, and `decode(Open, payload)` makes a message of it. The frame of an answer
+(`stream.Reply`) has its error, the reason of that, and its result, a number. docs/wire.md has the table that is made
+from this module.
 
-An IoctlTold, and a Placed, get no reply. The machine serves them before anything that was sent later, by whomever, as
-long as nobody sends more than MOST_UNANSWERED of them between two requests with a reply.
+An IoctlTold and a Placed get no reply. The machine serves them before anything that any program sent later, as long as
+no program sends more than MOST_UNANSWERED of them between two requests with a reply.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MOST_UNANSWERED = 8
 NOBODY = 0
 """The id of an answer to a program that is refused at the door."""
 UNASKED = 0xFFFFFFFF
-"""The id of what the machine says by itself."""
+"""The id of a message that the machine sends unasked."""
 
 
 class Hello(NamedTuple):

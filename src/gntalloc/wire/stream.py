@@ -1,14 +1,14 @@
-"""Frames on a stream socket: every message is a header of 12 bytes and a payload.
+"""Frame messages on a stream socket: each is a header of 12 bytes and a payload.
 
     length u32    of the payload, at most MAX_PAYLOAD
-    kind u16      what it is; a reply has the bit REPLY set
-    descriptors u16   how many descriptors belong to it, in order (SCM_RIGHTS)
+    kind u16      its kind; a reply has the bit REPLY set
+    descriptors u16   the number of descriptors that belong to it, in order (SCM_RIGHTS)
     id u32        a reply has its request's
 
 A reply's payload begins with error i32 (an errno or 0), length of the reason u32, result i64, and the reason.
 
-A program may send a request before the reply to the one before has come. Replies keep the order of requests. What the
-kinds are, and what is in them, is in `messages`.
+A program may send a request before the reply to the one before has come. Replies keep the order of requests. The kinds
+and their fields are in `messages`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two thirds of this
-MAX_DESCRIPTORS = 253  # SCM_MAX_FD: of one sendmsg; a message with more is sent in parts
+MAX_DESCRIPTORS = 253  # SCM_MAX_FD, the most of one sendmsg; a message with more is sent in parts
 
 REPLY = 0x8000
 UNANSWERED = 0x4000
@@ -42,11 +42,11 @@ _REPLY = Struct("=iIq")
 
 
 class Garbage(ValueError):
-    """What came is no message. There is no way to go on with this sender."""
+    """The bytes that came are no message. There is no way to go on with their sender."""
 
 
 class Message(NamedTuple):
-    """One whole message, without its descriptors."""
+    """Hold one whole message, without its descriptors."""
 
     kind: int
     id: int
@@ -55,7 +55,7 @@ class Message(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """An answer: `error` is an errno or 0, `why` its reason."""
+    """Hold an answer: `error` is an errno or 0, `why` its reason."""
 
     error: int
     why: str
@@ -64,18 +64,18 @@ class Reply(NamedTuple):
 
 
 class Decoder:
-    """Takes bytes as they come and gives whole messages."""
+    """Take bytes as they come, and give whole messages."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     @property
     def in_the_middle(self) -> bool:
-        """Whether part of a message has come, and not the rest."""
+        """Whether a part of a message has come without the rest."""
         return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[Message]:
-        """Add what came, and give every message that is whole now.
+        """Add the bytes that came, and give every message that is whole now.
 
         Raises:
             Garbage: the length is beyond MAX_PAYLOAD.
@@ -84,7 +84,7 @@ class Decoder:
         if buffer:
             buffer += data
             if len(buffer) < _end_of_message(buffer, 0):
-                return []  # and it is not copied before it is whole, however small the pieces are that it comes in
+                return []  # no copy before the message is whole, however small its pieces are
             data = bytes(buffer)
             buffer.clear()
         messages: list[Message] = []
@@ -101,7 +101,7 @@ class Decoder:
 
 
 def _end_of_message(data: bytes | bytearray, start: int) -> int:
-    """Where the message ends that begins at `start`, or at least its header."""
+    """Find the end of the message that begins at `start`, or of its header if that is not whole."""
     if len(data) - start < HEADER.size:
         return start + HEADER.size
     length: int = HEADER.unpack_from(data, start)[0]
@@ -111,7 +111,7 @@ def _end_of_message(data: bytes | bytearray, start: int) -> int:
 
 
 def encode(kind: int, number: int, payload: bytes = b"", descriptors: int = 0) -> bytes:
-    """One message, ready to send."""
+    """Make one message, ready to send."""
     return HEADER.pack(len(payload), kind, descriptors, number) + payload
 
 
@@ -125,7 +125,7 @@ def encode_reply(
     body: bytes = b"",
     descriptors: int = 0,
 ) -> bytes:
-    """The answer to request `number`."""
+    """Make the answer to request `number`."""
     reason = why.encode(errors="replace") if why else b""
     payload = _REPLY.pack(error, len(reason), result) + reason + body
     return HEADER.pack(len(payload), kind | REPLY, descriptors, number) + payload
