@@ -54,7 +54,7 @@ _FLOCK = struct.Struct("=hh4xqqi4x")
 # A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
 _INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before a look, after an event
-_USUAL = 6  # looks, if a loan has ended. An event without an end is looked into longer: on a busy computer locks go late
+_USUAL = 6  # looks, if a loan has ended. An event without an end gets more: on a busy computer locks go late
 _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
 _EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 

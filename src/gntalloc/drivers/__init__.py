@@ -1,13 +1,13 @@
-"""The guest kernel's half: what is behind each file in /dev/xen. One object a driver and a domain.
+"""Be the guest kernel's half: the drivers behind the files in /dev/xen. Each domain has an object of each driver.
 
-chardev    what every device file does, once
+chardev    the part that every device file shares
 gntalloc   allocate pages, grant them, take them back: the heart
 gntdev     map what others granted
-indexes    which index a map gets, as Linux chooses
+indexes    choose the index of a map, as Linux does
 copy       copy from and to granted pages
 evtchn     event channels: bind, send, wait
-notify     what the two grant drivers promise to do when pages go
-releases   programs that are told when no peer holds pages any more
+notify     keep the promises that the two grant drivers make for when pages go
+releases   tell programs when no peer holds pages any more
 privcmd    the hypercalls that channel libraries make
 behaviour  where we differ from Linux, switch by switch
 """

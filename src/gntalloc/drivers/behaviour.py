@@ -1,4 +1,4 @@
-"""Where our drivers do something else than Linux's, one switch a row of docs/differences.md."""
+"""Switch where our drivers differ from Linux's. Each switch is a row of docs/differences.md."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["LINUX", "OURS", "Behaviour"]
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """The defaults are ours. `LINUX` switches every row; `strict` is off in both."""
+    """Choose between our behaviour and Linux's. The defaults are ours; `LINUX` switches every row but `strict`."""
 
     count_held_pages: bool = True
-    """A page its owner has released counts against the limit until no peer maps it (Linux: not since 5.17)."""
+    """A page that its owner has released counts against the limit until no peer maps it (Linux: not since 5.17)."""
 
     put_index_back: bool = True
     """After an ALLOC that failed, the file's next index is what it was (Linux: a hole stays)."""
@@ -24,16 +24,16 @@ class Behaviour:
     """A grant that its owner has ended takes no new maps (Linux, table version 1: it does)."""
 
     oldest_reference_first: bool = True
-    """The reference free for longest is given out next (Linux: the last freed)."""
+    """The reference that has been free for longest is given out next (Linux: the last freed)."""
 
     munmap_releases: bool = True
     """The last munmap of a gntdev map releases the grant (Linux in a PVH guest: UNMAP_GRANT_REF too, or close)."""
 
     permissions_by_number: bool = True
-    """A permission in xenstore is for whichever domain has its number (xenstored: only for the one that has it now)."""
+    """A permission in xenstore is for any domain that gets its number (xenstored: only for the one that has it now)."""
 
     strict: bool = False
-    """An ALLOC of no pages, with flags nobody knows or for no other domain is refused (by default and Linux: not)."""
+    """An ALLOC of no pages, with unknown flags or for no other domain is refused (by default and in Linux: not)."""
 
 
 OURS = Behaviour()

@@ -1,8 +1,8 @@
-"""What every device file does, once: open, ioctl, mmap, read and write, and when release comes.
+"""Do once what every device file does: open, ioctl, mmap, read and write, and release in time.
 
-This is the part of a guest kernel between a program and a driver. A driver says what it serves; an open `File` says
-what a program may ask, in what order the checks come, and keeps the file alive until the last descriptor *and* the
-last mapping of it are gone.
+This is the part of a guest kernel between a program and a driver. A driver names the requests that it serves. An open
+`File` makes the checks, in the kernel's order, and keeps the file alive until its last descriptor *and* its last
+mapping are gone.
 
 Sources: mmap(2), ioctl(2); Linux's mm/mmap.c for the order of the checks; ../docs/differences.md.
 """
@@ -39,25 +39,33 @@ __all__ = [
 
 
 class Caller(Protocol):
-    """Whoever makes a call, seen as memory: copy_from_user and copy_to_user."""
+    """Give a driver the memory of the program that makes a call: copy_from_user and copy_to_user."""
 
     @property
     def process(self) -> int:
-        """Whose memory it is: see `Record.place`."""
+        """The process that has this memory: see `Record.place`."""
 
     @property
     def by_offset(self) -> bool:
-        """Whether it maps by calls of its own: pages want an index then that is their place in their file."""
+        """Whether it makes its maps itself. Then the index of pages should be their place in their file."""
 
     def read(self, address: int, size: int) -> bytes:
-        """`size` bytes of the caller's memory. DeviceError(EFAULT) if any of them is not readable."""
+        """Read `size` bytes of the caller's memory.
+
+        Raises:
+            DeviceError: EFAULT: one of them is not readable.
+        """
 
     def write(self, address: int, data: bytes) -> None:
-        """Put `data` there. DeviceError(EFAULT) if any byte is not writable; some may then be written."""
+        """Write `data` to the caller's memory.
+
+        Raises:
+            DeviceError: EFAULT: one byte is not writable; some may be written then.
+        """
 
 
 class Record:
-    """One mmap call: lives until the last piece of it is unmapped, in every process that inherited it."""
+    """Stand for one mmap call. It lives until its last piece is unmapped, in every process that inherited it."""
 
     __slots__ = ("addresses", "file", "length", "loans", "payload", "process", "turn")
 
@@ -66,14 +74,14 @@ class Record:
     def __init__(self, file: File, length: int, payload: object) -> None:
         self.file = file
         self.length = length
-        self.payload = payload  # the driver's: which pages
-        self.loans: set[Loan] = set()  # the front end's: what it handed out for this
-        self.addresses = range(0)  # the front end's too: where the program has it,
-        self.process = 0  # and which program
+        self.payload = payload  # the driver's note of the pages
+        self.loans: set[Loan] = set()  # the loans that the front end handed out for this map
+        self.addresses = range(0)  # where the program has it, noted by the front end
+        self.process = 0  # the program, noted by the front end
         self.turn = 0  # of two at one address the later one is there: the other was unmapped to make room
 
     def place(self, process: int, address: int) -> None:
-        """The program `process` has these pages at `address`."""
+        """Note that the program `process` has these pages at `address`."""
         self.addresses = range(address, address + self.length)
         self.process = process
         self.turn = next(self._turns)
@@ -85,14 +93,14 @@ Loan: TypeAlias = "holders.Loan[Record]"
 
 
 class Frame(NamedTuple):
-    """A page of memory, as a grant table knows it."""
+    """Name a page of memory, as a grant table knows it."""
 
     extent: Extent
     page: int
 
 
 class Piece(NamedTuple):
-    """A run of pages of one extent, to be placed after the piece before it."""
+    """Name a run of pages of one extent, to be placed after the piece before it."""
 
     extent: Extent
     page: int
@@ -100,60 +108,60 @@ class Piece(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Where it begins in the extent's file, in bytes."""
+        """The place where it begins in the extent's file, in bytes."""
         return (self.extent.first + self.page) * PAGE_SIZE
 
 
 class Plan(NamedTuple):
-    """What an mmap shall make: the front end carries it out, piece after piece."""
+    """Say what an mmap shall make. The front end carries it out, piece after piece."""
 
     record: Record
     pieces: list[Piece]
-    writable: bool  # what its descriptions allow; a granter's always do, whatever PROT it asked for
+    writable: bool  # whether its descriptions allow writing; a granter's always do, whatever PROT it asked for
     granters: bool
     confirm: bool = False  # the driver wants to be told when the program has placed it: `Driver.placed`
     locate: bool = False  # the driver wants to know where: `Record.addresses`
 
 
 class Driver(Protocol):
-    """What a driver says of itself. Calls come from `File`, checked."""
+    """Serve a device. The calls come from `File`, which has checked them."""
 
     name: str
     unknown_request: int  # the errno for a request that is none of `requests`
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> what serves it: (file, address, caller) -> result."""
+        """Request number -> the function that serves it: (file, address, caller) -> result."""
 
     def open(self) -> object:
-        """The state of a new file."""
+        """Make the state of a new file."""
 
     def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
         """Say what to map. `length` is whole pages, `offset` aligned."""
 
     def placed(self, record: Record) -> None:
-        """The program has placed what a plan with `confirm` said."""
+        """Note that the program has placed the pages of a plan with `confirm`."""
 
     def unmapped(self, record: Record) -> None:
-        """The last piece of this mmap is gone."""
+        """Note that the last piece of this mmap is gone."""
 
     def release(self, file: File) -> None:
-        """The last descriptor and the last mapping are gone."""
+        """Give up all that the file has: its last descriptor and its last mapping are gone."""
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """What a driver has besides, if its files can be read and written."""
+    """Serve read and write too, if a driver's files have them."""
 
     def read(self, file: File, size: int) -> bytes:
-        """Up to `size` bytes."""
+        """Read up to `size` bytes."""
 
     def write(self, file: File, data: bytes) -> int:
-        """How many bytes were taken."""
+        """Take `data`, and return how many bytes were taken."""
 
 
 class File:
-    """An open file: `flags` as given to open(2), `state` is the driver's, `opener` a pid for people to read."""
+    """Be an open file: `flags` as given to open(2), `state` is the driver's, `opener` a pid for people to read."""
 
     __slots__ = ("closed", "driver", "flags", "opener", "records", "state")
 
@@ -178,7 +186,7 @@ class File:
         return serve(self, address, caller)
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool) -> Plan:
-        """Check what the kernel checks before any driver is asked, then ask.
+        """Make the kernel's own checks of an mmap, then ask the driver for the plan.
 
         Raises:
             DeviceError: the errno, and why.
@@ -203,33 +211,33 @@ class File:
         return plan
 
     def read(self, size: int) -> bytes:
-        """What the system call read gives.
+        """Carry out the system call read.
 
         Raises:
-            DeviceError: EINVAL this device has no such thing; or what the driver says.
+            DeviceError: EINVAL: this device cannot be read. Or the driver's own error.
         """
         if not isinstance(self.driver, Stream):
             raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be read; it is for ioctl and mmap")
         return self.driver.read(self, size)
 
     def write(self, data: bytes) -> int:
-        """What the system call write takes.
+        """Carry out the system call write.
 
         Raises:
-            DeviceError: EINVAL this device has no such thing; or what the driver says.
+            DeviceError: EINVAL: this device cannot be written. Or the driver's own error.
         """
         if not isinstance(self.driver, Stream):
             raise DeviceError(errno.EINVAL, f"{self.driver.name} cannot be written; it is for ioctl and mmap")
         return self.driver.write(self, data)
 
     def unmapped(self, record: Record) -> None:
-        """The kernel has seen the last piece of `record` go."""
+        """Forget a map, as the kernel has seen the last piece of `record` go."""
         self.records.remove(record)
         self.driver.unmapped(record)
         self._release_if_last()
 
     def close(self) -> None:
-        """The last descriptor is gone. Mappings hold the file, as they do in Linux."""
+        """Close the file, as its last descriptor is gone. Mappings still hold it, as they do in Linux."""
         self.closed = True
         self._release_if_last()
 
@@ -242,7 +250,7 @@ class File:
 
 
 def pieces_of(frames: Iterable[Frame]) -> list[Piece]:
-    """These pages in this order: neighbours within an extent become one piece."""
+    """Make pieces of these pages, in this order. Neighbours within an extent become one piece."""
     pieces: list[Piece] = []
     run: Extent | None = None
     first = end = 0

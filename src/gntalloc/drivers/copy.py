@@ -1,11 +1,11 @@
-"""GRANT_COPY: copy between a program's memory and pages that others granted, without mapping them.
+"""Serve GRANT_COPY: copy between a program's memory and pages that others granted, without mapping them.
 
 A segment is one copy of at most a page, with a granted page on one side or both. Where its local side crosses a page
-boundary it becomes two operations. Operations are carried out sixteen at a time: when something is wrong with a segment
-(an errno for the whole call) those before it in the same sixteen have not been carried out, though their status says
-that all is well. What the hypervisor refuses is no error of the call; the segment's status says it.
+boundary it becomes two operations. Operations are carried out sixteen at a time. An impossible segment fails the whole
+call with an errno. Then the operations before it in the same sixteen have not been carried out, though their status
+says that all is well. A refusal by the hypervisor is no error of the call: the segment's status tells it.
 
-Where nothing is wrong none of that can be seen, and it is done at once.
+If no segment is wrong, no program can see these steps, and all segments are copied at once.
 
 Sources: Linux's gntdev.c as of 6.1 (order of checks, batches), Xen's common/grant_table.c (statuses).
 """
@@ -33,7 +33,7 @@ __all__ = ["MAX_SEGMENTS", "Copier"]
 
 log = logging.getLogger("gntalloc.machine")
 
-MAX_SEGMENTS = 4096  # of one call, so that it does not keep everybody else waiting; Linux has no such limit
+MAX_SEGMENTS = 4096  # of one call, so that it does not keep other programs waiting; Linux has no such limit
 BATCH = 16
 _AT_ONCE = 512  # segments at most: 2 MiB
 _STATUS = Struct("=h")
@@ -49,7 +49,7 @@ Side = int | Place
 
 
 class Operation(NamedTuple):
-    """One copy, within one page on either side. `status` is where the segment's status lies."""
+    """Name one copy, within one page on either side. `status` is the address of the segment's status."""
 
     source: Side
     dest: Side
@@ -58,7 +58,7 @@ class Operation(NamedTuple):
 
 
 class Copier:
-    """What domain `domid` copies, by grants that others gave it."""
+    """Copy for domain `domid`, by grants that others gave it."""
 
     def __init__(self, domid: int, hypervisor: Hypervisor[Frame], frames: Frames) -> None:
         self._domid = domid
@@ -69,7 +69,7 @@ class Copier:
         """Serve one GRANT_COPY.
 
         Raises:
-            DeviceError: EINVAL a segment that cannot be, or too many; EFAULT.
+            DeviceError: EINVAL: a segment is impossible, or there are too many. EFAULT: the memory is not the caller's.
         """
         asked = GrantCopy.unpack_from(caller.read(address, GrantCopy.SIZE))
         if asked.count > MAX_SEGMENTS:
@@ -92,9 +92,9 @@ class Copier:
         self._carry_out(batch, caller)
 
     def _copy_at_once(self, asked: GrantCopy, caller: Caller) -> bool:
-        """What backends ask for, all segments one way and nothing wrong with them, in few and large steps.
+        """Copy in few and large steps, if all segments go one way and none is wrong, as backends ask.
 
-        False: it is something else. Then all is done step by step, so that faults come in their order.
+        False: the call is another. Then all is done step by step, so that faults come in their order.
         """
         size = GrantCopySegment.SIZE
         if not 0 < asked.count <= _AT_ONCE:
@@ -116,7 +116,7 @@ class Copier:
         return True
 
     def _plan(self, table: bytearray) -> tuple[list[memoryview], list[tuple[int, int]], bool]:
-        """The granted side of each segment; the local sides, where they touch as one; whether to copy to pages."""
+        """Give the granted side of each segment, the local sides (those that touch as one), and the direction."""
         pages: list[memoryview] = []
         runs: list[tuple[int, int]] = []
         way = _SEGMENT.unpack_from(table)[3]
@@ -142,12 +142,12 @@ class Copier:
         return pages, runs, to_them
 
     def _may_be_local(self, place: Place) -> bool:
-        """Whether a program of this domain may have the page mapped: then a copy may see what one before it did."""
+        """Say whether a program of this domain may map the page: then a copy may see the result of an earlier one."""
         ref, _, granter = place
         return granter in {DOMID_SELF, self._domid} or self._hypervisor.maps(self._domid, granter, ref)
 
     def _carry_out(self, batch: list[Operation], caller: Caller) -> None:
-        """A segment's status is that of its first operation that failed."""
+        """Carry out a batch. A segment's status is that of its first operation that failed."""
         for operation in batch:
             try:
                 self._copy_one(operation, caller)
@@ -170,19 +170,19 @@ class Copier:
             here[:length] = data
 
     def _page(self, place: Place, *, writable: bool) -> memoryview:
-        """The memory of a granted page from its offset on. It is used at once, so nothing is mapped for it."""
+        """Give the memory of a granted page from its offset on. It is used at once, so nothing is mapped for it."""
         ref, offset, domid = place
         granter = self._domid if domid == DOMID_SELF else domid
         frame = self._hypervisor.look(self._domid, granter, ref, writable=writable)
         try:
             self._frames.open_window(frame.extent)
-        except DeviceError as error:  # its granter may have seen to that: no reason to fail other segments
+        except DeviceError as error:  # the granter may have caused this: other segments need not fail
             raise MapRefused(GENERAL_ERROR, str(error)) from error
         return self._frames.page(*frame)[offset:]
 
 
 class _Unusual(Exception):
-    """Not what a backend asks for."""
+    """The call is not one that a backend makes."""
 
 
 def _spread(data: bytes, pages: list[memoryview]) -> None:
@@ -193,7 +193,7 @@ def _spread(data: bytes, pages: list[memoryview]) -> None:
 
 
 def _segments(asked: GrantCopy, caller: Caller) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The segments, and where each lies: read a batch at a time, or one by one where not all of a batch is there."""
+    """Read the segments with their addresses, a batch at a time, or one by one if a batch is not all there."""
     size = GrantCopySegment.SIZE
     for first in range(0, asked.count, BATCH):
         count = min(BATCH, asked.count - first)
@@ -209,7 +209,7 @@ def _segments(asked: GrantCopy, caller: Caller) -> Iterator[tuple[int, tuple[int
 
 
 def _operations(address: int, segment: tuple[int, ...], caller: Caller) -> Sequence[Operation]:
-    """The copies of the segment at `address`."""
+    """Split the segment at `address` into its copies."""
     from_, to, length, flags, _ = segment
     if not flags & (COPY_SOURCE_GREF | COPY_DEST_GREF):
         raise DeviceError(errno.EINVAL, "a segment copies between two local buffers; use memcpy for that")
@@ -241,5 +241,5 @@ def _advance(side: Side, done: int) -> Side:
 
 
 def _room(side: Side) -> int:
-    """Bytes until the end of the page; a granted page's end was looked at already."""
+    """Count the bytes until the end of the page. A granted page's end was checked already."""
     return PAGE_SIZE - side % PAGE_SIZE if isinstance(side, int) else PAGE_SIZE

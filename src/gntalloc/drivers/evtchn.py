@@ -1,13 +1,13 @@
-"""/dev/xen/evtchn: bind event channels, send events, read which ports had one, write back which may have the next.
+"""Serve /dev/xen/evtchn: bind event channels, send events, read the ports that had one, write back those re-armed.
 
-A port that has an event is put into its file's ring, once, and is masked from then on, until the program writes its
-number back. Events in between collapse into one, which comes right after the write. So a ring only overflows for a
-program that writes back what it has not read.
+A port that has an event is put into its file's ring, once. It is masked from then on, until the program writes its
+number back. Events in between collapse into one, which comes right after the write. So a ring overflows only for a
+program that writes ports back without reading them.
 
-What is in the ring travels to the program's end of the file, its `Outlet`, at once: there read(2) and poll(2) are the
-kernel's own. How much the program has read the ring asks of the outlet, and only when it seems full.
+Ports in the ring travel to the program's end of the file, its `Outlet`, at once: there read(2) and poll(2) are the
+kernel's own. The ring asks the outlet how much the program has read, and only when it seems full.
 
-A port lives for as long as somebody refers to it: the file that bound it, and each unmap notification that is set for
+A port lives for as long as something refers to it: the file that bound it, and each unmap notification that is set for
 it (`take`, `notify`, `drop`). So a notification fires even if the file was closed first.
 
 Sources: Linux's evtchn.c and events_base.c as of 6.1, BIND_STATIC as of 6.6; docs/differences.md.
@@ -56,22 +56,22 @@ log = logging.getLogger("gntalloc.machine")
 
 MAX_REFERENCES = 32767  # to one port
 USABLE_PORTS = 1024  # as long as Xen's event array is one page; LAST_PORT is its last
-MAX_PORTS = 131072  # that there could be at all
+MAX_PORTS = 131072  # the most that any event array allows
 _TIMER, _DEBUG = 0, 1  # virtual interrupts that a guest's kernel keeps for itself
 
 
 class Outlet(Protocol):
-    """The program's end of a ring: a queue that it reads by itself."""
+    """Hold the program's end of a ring: a queue that the program itself reads."""
 
     def put(self, port: int) -> bool:
-        """Add one. False: it is full; somebody will call `EvtchnDriver.hand_over` when it is not."""
+        """Add a port. False: the queue is full; `EvtchnDriver.hand_over` will be called when it is not."""
 
     def unread(self) -> int:
-        """How many of them the program has not read."""
+        """Count the ports that the program has not read."""
 
 
 class EventRing:
-    """Ports of one file that had an event, oldest first."""
+    """Queue the ports of one file that had an event, oldest first."""
 
     __slots__ = ("_entries", "_handed", "outlet", "overflow", "size")
 
@@ -80,15 +80,15 @@ class EventRing:
         self.overflow = False
         self.outlet: Outlet | None = None
         self._entries: deque[int] = deque()  # as far as we know none of them was read
-        self._handed = 0  # so many of them, from the left, are in the outlet
+        self._handed = 0  # so many, from the left, are in the outlet
 
     def grow(self, ports: int) -> None:
-        """Have room for one event of each of so many ports. It never shrinks."""
+        """Make room for one event of each of so many ports. The ring never shrinks."""
         if ports > self.size:
             self.size = 2 * self.size or LEAST_RING
 
     def put(self, port: int) -> None:
-        """Add an event; if there is no room it is lost, and `overflow` says so."""
+        """Add an event. Without room it is lost, and `overflow` is set."""
         if len(self._entries) >= self.size:
             self._forget_what_was_read()
         if len(self._entries) >= self.size:
@@ -98,14 +98,14 @@ class EventRing:
             self.hand_over()
 
     def hand_over(self) -> None:
-        """Give the outlet what it takes."""
+        """Give the outlet as many ports as it takes."""
         while self.outlet is not None and self._handed < len(self._entries):
             if not self.outlet.put(self._entries[self._handed]):
                 break
             self._handed += 1
 
     def clear(self) -> None:
-        """Empty it. What is in the outlet is the program's, and for its side to throw away."""
+        """Empty the ring. Ports in the outlet are the program's, and its side throws them away."""
         self._forget_what_was_read()
         while len(self._entries) > self._handed:
             self._entries.pop()
@@ -119,7 +119,7 @@ class EventRing:
 
 
 class Bound:
-    """A port that a file bound. `references` are the file's and those of notifications."""
+    """Keep a port that a file bound. `references` counts the file's and those of notifications."""
 
     __slots__ = ("enabled", "file", "number", "references")
 
@@ -131,7 +131,7 @@ class Bound:
 
 
 class FileState:
-    """What an open file knows: its ports, its ring, and the one peer it may bind to, if it is restricted."""
+    """Keep the state of an open file: its ports, its ring, and the one peer it may bind to, if it is restricted."""
 
     __slots__ = ("ports", "restricted", "ring")
 
@@ -142,7 +142,7 @@ class FileState:
 
 
 class EvtchnDriver:
-    """The driver of the domain whose `ports` these are."""
+    """Serve the device for the domain that has these `ports`."""
 
     name = DEVICE
     unknown_request = errno.ENOSYS
@@ -151,7 +151,7 @@ class EvtchnDriver:
         self._ports = ports
         self._bound: dict[int, Bound] = {}
         # A guest's kernel has ports of its own before any program has: to xenstore and the console in domain 0, and
-        # of two virtual interrupts. They are in nobody's file, so nobody can touch them.
+        # of two virtual interrupts. They belong to no file, so no program can touch them.
         ports.bind_unbound(0)
         ports.bind_unbound(0)
         ports.bind_virq(_TIMER)
@@ -170,20 +170,20 @@ class EvtchnDriver:
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> what serves it."""
+        """Request number -> the function that serves it."""
         return self._requests
 
     @property
     def in_use(self) -> int:
-        """Ports that programs bound, or keep by notifications."""
+        """The number of ports that programs bound, or keep by notifications."""
         return len(self._bound)
 
     def ports_of(self, file: File) -> list[int]:
-        """The ports that this file has bound."""
+        """List the ports that this file has bound."""
         return list(_state(file).ports)
 
     def open(self) -> FileState:
-        """A new file: no ports, and so no ring."""
+        """Make the state of a new file: no ports, and so no ring."""
         return FileState()
 
     # The bind calls: each answers with the port, as the result of the ioctl.
@@ -199,7 +199,7 @@ class EvtchnDriver:
         if restricted not in {None, asked.remote_domain}:
             why = f"this file is restricted to domain {restricted}, and {asked.remote_domain} was asked for"
             raise DeviceError(errno.EACCES, why)
-        peer = asked.remote_domain & 0xFFFF  # all that reaches the hypervisor
+        peer = asked.remote_domain & 0xFFFF  # the hypervisor sees these 16 bits only
         return self._bind(file, lambda: self._ports.bind_interdomain(peer, asked.remote_port))
 
     def _bind_unbound(self, file: File, address: int, caller: Caller) -> int:
@@ -208,7 +208,7 @@ class EvtchnDriver:
         return self._bind(file, lambda: self._ports.bind_unbound(asked.remote_domain & 0xFFFF))
 
     def _bind_static(self, file: File, address: int, caller: Caller) -> int:
-        """Take a port that the tool stack is said to have made. In this machine it never made one."""
+        """Take a port that the tool stack should have made. In this machine it never made one."""
         number = BindStatic.unpack_from(caller.read(address, BindStatic.SIZE)).port
         if number in _state(file).ports:
             raise DeviceError(errno.EISCONN, f"port {number} is bound to this file already")
@@ -252,7 +252,7 @@ class EvtchnDriver:
         return 0
 
     def ring(self, file: File, argument: bytes) -> bool:
-        """NOTIFY, if the port that its argument names is bound to this file; if not, nothing happens."""
+        """Carry out a NOTIFY, if the port that its argument names is bound to this file. Else do nothing."""
         number: int = PORT.unpack(argument)[0]
         state: FileState = file.state  # type: ignore[assignment]  # _state would cost as much as the rest
         if number not in state.ports:
@@ -276,7 +276,7 @@ class EvtchnDriver:
     # Events.
 
     def _upcall(self, number: int) -> None:
-        """The hypervisor has an event for a port of this domain."""
+        """Take an event of the hypervisor's for a port of this domain."""
         bound = self._bound.get(number)
         if bound is not None:
             self._deliver(bound)
@@ -287,10 +287,10 @@ class EvtchnDriver:
             _state(bound.file).ring.put(bound.number)
 
     def read(self, file: File, size: int) -> bytes:
-        """All that reading says before it gives ports: those are in the outlet.
+        """Give no ports: they are in the outlet. Reading here only tells of an overflow.
 
         Raises:
-            DeviceError: EFBIG the ring overflowed.
+            DeviceError: EFBIG: the ring overflowed.
         """
         if size >= PORT.size and _state(file).ring.overflow:
             raise DeviceError(
@@ -299,7 +299,7 @@ class EvtchnDriver:
         return b""
 
     def write(self, file: File, data: bytes) -> int:
-        """Let these ports have events again. Those that are none of this file's are ignored."""
+        """Let these ports have events again. Ports of other files are ignored."""
         taken = min(len(data), PAGE_SIZE) & -PORT.size
         ports = _state(file).ports
         for (number,) in PORT.iter_unpack(data[:taken]):
@@ -310,21 +310,21 @@ class EvtchnDriver:
         return taken
 
     def attach_outlet(self, file: File, outlet: Outlet) -> None:
-        """From now on events go there."""
+        """Send events to `outlet` from now on."""
         _state(file).ring.outlet = outlet
         self.hand_over(file)
 
     def hand_over(self, file: File) -> None:
-        """The outlet may have room."""
+        """Give the outlet more ports, as it may have room."""
         _state(file).ring.hand_over()
 
-    # What notifications of the two grant drivers need.
+    # For the notifications of the two grant drivers.
 
     def take(self, number: int) -> None:
         """Refer to a port that any file of this domain bound.
 
         Raises:
-            DeviceError: EINVAL there is none, or it has too many references.
+            DeviceError: EINVAL: no program has bound it, or it has too many references.
         """
         bound = self._bound.get(number)
         if bound is None:
@@ -334,14 +334,14 @@ class EvtchnDriver:
         bound.references += 1
 
     def notify(self, number: int) -> None:
-        """Send. That nobody is there is no concern of the sender's."""
+        """Send an event. A port without another end is no error."""
         try:
             self._ports.send(number)
         except PortRefused as refusal:
             log.debug("an event was dropped: %s", refusal.why)
 
     def drop(self, number: int) -> None:
-        """Refer to the port no more. The last reference closes it."""
+        """Give up a reference to the port. The last one closes it."""
         bound = self._bound[number]
         bound.references -= 1
         if bound.references:
@@ -353,13 +353,13 @@ class EvtchnDriver:
     # The end.
 
     def _detach(self, state: FileState, bound: Bound) -> None:
-        """Off the file. What is in the ring stays there."""
+        """Take the port off the file. Its event in the ring stays there."""
         del state.ports[bound.number]
         bound.file = None
         self.drop(bound.number)
 
     def release(self, file: File) -> None:
-        """The file goes, and with it its ports."""
+        """Free the ports of the file."""
         state = _state(file)
         for bound in list(state.ports.values()):
             self._detach(state, bound)
@@ -367,7 +367,7 @@ class EvtchnDriver:
     # There is nothing to map.
 
     def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
-        """Refuse.
+        """Refuse to map.
 
         Raises:
             DeviceError: ENODEV.
@@ -375,10 +375,10 @@ class EvtchnDriver:
         raise DeviceError(errno.ENODEV, "evtchn has no pages to map; it is for ioctl, read, write and poll")
 
     def placed(self, record: Record) -> None:
-        """Never called."""
+        """Do nothing: no map is ever made."""
 
     def unmapped(self, record: Record) -> None:
-        """Never called."""
+        """Do nothing: no map is ever made."""
 
 
 def _state(file: File) -> FileState:

@@ -1,11 +1,11 @@
-"""/dev/xen/gntalloc: allocate pages, grant them to one other domain, map them, take them back.
+"""Serve /dev/xen/gntalloc: allocate pages, grant them to one other domain, map them, take them back.
 
-Read from top to bottom this is the story of the 2011 patch: open, ALLOC, DEALLOC, mmap and munmap, release; what
-can fail, and what is then undone.
+From top to bottom this is the 2011 patch: open, ALLOC, DEALLOC, mmap and munmap, release; each with its failures, and
+with what is then undone.
 
-A page lives for as long as somebody uses it. Its users are the file's list, from ALLOC to DEALLOC or close, and each
-mmap that covers it. When the last user goes, so does the grant, and the page with it, unless the peer still maps it.
-Then nobody can take it away: it *lingers*, counts against the limit, and is free at the moment the peer lets go.
+A page lives for as long as it has users. Its users are the file's list, from ALLOC to DEALLOC or close, and each mmap
+that covers it. When the last user goes, so does the grant, and the page with it, unless the peer still maps it. Such a
+page *lingers*: it cannot be taken away, it counts against the limit, and it is free when the peer lets go.
 
 Sources: the 2011 driver and its review; Linux's gntalloc.c as of 6.1; docs/differences.md for where and why this
 differs.
@@ -49,7 +49,7 @@ DEFAULT_LIMIT = 1024
 
 
 class Gref:
-    """One granted page."""
+    """Keep one granted page."""
 
     __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "state", "users")
 
@@ -69,7 +69,7 @@ class Gref:
 
 
 class FileState:
-    """What an open file knows: its pages by index, those off its list but not free yet, and the next index."""
+    """Keep the state of an open file: its pages by index, those off its list but not free yet, and the next index."""
 
     __slots__ = ("grefs", "next_index", "released")
 
@@ -80,7 +80,7 @@ class FileState:
 
 
 class GrantInfo(NamedTuple):
-    """One page for people and programs to look at."""
+    """Describe one page, for people and programs to look at."""
 
     ref: int
     peer: int
@@ -93,14 +93,14 @@ class GrantInfo(NamedTuple):
 
 
 class GntallocDriver:
-    """The driver of one domain.
+    """Serve the device for one domain.
 
     Args:
         table: that domain's grant table.
         frames: the machine's memory.
         ports: the domain's event channels, for notifications.
-        limit: pages that may be in use at once, all files together. May be changed at any time; a limit below what
-            is in use frees nothing, and refuses until use has dropped.
+        limit: the most pages that may be in use at once, all files together. It may be changed at any time. A limit
+            below the pages in use frees nothing; ALLOC is refused until fewer are in use.
         behaviour: ours, or as Linux does.
     """
 
@@ -130,13 +130,13 @@ class GntallocDriver:
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> what serves it."""
+        """Request number -> the function that serves it."""
         return self._requests
 
     # Open.
 
     def open(self) -> FileState:
-        """A new file: nothing granted, the first index is 0."""
+        """Make the state of a new file: nothing is granted, and the first index is 0."""
         return FileState()
 
     # ALLOC_GREF: pages, references, and the index under which mmap finds them.
@@ -167,7 +167,7 @@ class GntallocDriver:
                 refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
                 caller.write(address + AllocGref.REFS_OFFSET, refs)
         except DeviceError:
-            # Nobody knows the index, so nobody could free them.
+            # The program does not know the index, so it could not free them.
             if self._behaviour.undo_unwritable_reply:
                 self._drop(grefs)
                 # A page whose reference a peer has guessed lingers, and keeps its index.
@@ -193,7 +193,7 @@ class GntallocDriver:
             )
 
     def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
-        """All of the pages and grants, or none."""
+        """Make all of the pages and grants, or none."""
         if not asked.count:
             return []
         readonly = not asked.flags & FLAG_WRITABLE
@@ -228,7 +228,7 @@ class GntallocDriver:
         return 0
 
     def _find(self, file: File, index: int, count: int) -> list[Gref] | None:
-        """The pages of exactly this range, over as many ALLOCs as it takes. None if one is not there."""
+        """Find the pages of exactly this range, over as many ALLOCs as it takes. None: one is not there."""
         listed = _state(file).grefs
         if not 0 < count <= len(listed):
             return None
@@ -281,7 +281,7 @@ class GntallocDriver:
         """Map pages of this file, over as many ALLOCs as it takes. The granter may always write.
 
         Raises:
-            DeviceError: EINVAL not a shared map; ENOENT not all of the pages are there; EPERM the pages are sealed.
+            DeviceError: EINVAL: no shared map. ENOENT: not all of the pages are there. EPERM: the pages are sealed.
         """
         if not shared:
             mode = file.flags & os.O_ACCMODE
@@ -309,12 +309,12 @@ class GntallocDriver:
         return Plan(record, pieces, writable=not sealed, granters=True, confirm=confirm)
 
     def placed(self, record: Record) -> None:
-        """The granter has its map of these pages: from now on a peer may map them read-only, which seals them."""
+        """Note that the granter has its map of these pages. Now a peer may map them read-only, which seals them."""
         for gref in cast("list[Gref]", record.payload):
             gref.frame.extent.placed[gref.frame.page] = 1
 
     def unmapped(self, record: Record) -> None:
-        """The last piece of this mmap is gone."""
+        """Count one user less for each page, as the last piece of this mmap is gone."""
         self._let_go(cast("list[Gref]", record.payload))
         self._check_books()
 
@@ -327,7 +327,7 @@ class GntallocDriver:
     # The end of a page.
 
     def _let_go(self, grefs: Iterable[Gref]) -> None:
-        """One user less for each. With the last one a grant ends, now or when the peer lets go."""
+        """Count one user less for each page. With its last user a grant ends, now or when the peer lets go."""
         last: list[Gref] = []
         for gref in grefs:
             gref.users -= 1
@@ -345,14 +345,14 @@ class GntallocDriver:
             gref.state.released[gref.index] = gref
 
     def _keep_promise(self, gref: Gref, promise: Promise) -> None:
-        """The byte, then the event, and both before the grant ends: a peer that is woken finds the page there."""
+        """Clear the byte, then send the event, before the grant ends: a peer that is woken finds the page there."""
         if promise.byte is not None:
             clear_byte(self._frames, gref.frame, promise.byte)
         promise.send()
 
     def _end(self, grefs: Collection[Gref]) -> list[Gref]:
-        """End these grants, where table and kernel agree that nobody else has the page. Returns those that stay."""
-        # Of a hidden extent no lock says who, but the kernel says that somebody has it open: its peer, and it hides.
+        """End these grants, where table and kernel agree that nobody else has the page. Return those that stay."""
+        # If the locks are hidden, none names the holder. But the kernel says that the memory is open: its peer hides.
         hidden = {extent for extent in {gref.frame.extent for gref in grefs} if self._is_hidden(extent)}
         busy = [gref for gref in grefs if gref.frame.extent in hidden] if hidden else []
         others = [gref for gref in grefs if gref.frame.extent not in hidden] if hidden else grefs
@@ -365,7 +365,7 @@ class GntallocDriver:
         return extent.lent and not extent.loans and self._frames.held(extent)
 
     def _give_back(self, ended: Collection[Gref]) -> None:
-        """Free pages whose grants have ended: neighbours together, since emptying them is a system call."""
+        """Free pages whose grants have ended, neighbours together: each emptying is a system call."""
         for extent, page, pages in pieces_of([gref.frame for gref in ended]):
             self._frames.give_back(extent, page, pages)
         for gref in ended:
@@ -375,9 +375,9 @@ class GntallocDriver:
             self.in_use -= len(ended)
 
     def _check_books(self) -> None:
-        """Each page has one reference and counts once, or the next ALLOC could do harm: stop rather than go on wrong.
+        """Check that each page has one reference and counts once. Stop the machine otherwise: an ALLOC could do harm.
 
-        It is what can be afforded at each change; `gntalloc.testing.recount` counts everything.
+        This check is cheap enough for each change. `gntalloc.testing.recount` counts everything.
         """
         pages, references = len(self._grefs), self._table.live
         counted = self.in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
@@ -389,7 +389,7 @@ class GntallocDriver:
         self.look_again(frame.extent)
 
     def look_again(self, extent: Extent) -> None:
-        """Something changed about who holds this extent: free what can be freed, wake who waits for that."""
+        """Free the pages that can be freed, and wake their waiters, as the holders of this extent have changed."""
         lingering = self._lingering.get(extent)
         if lingering:
             stay = self._end(list(lingering))
@@ -400,10 +400,10 @@ class GntallocDriver:
             self._check_books()
         self._releases.look(extent)
 
-    # What is there, and who holds it.
+    # Questions: the pages that are there, and their holders.
 
     def holders(self, file: File, index: int, count: int) -> tuple[bool, tuple[int, ...]]:
-        """Whether any of these pages is held by a peer, and which domains are known to map one."""
+        """Say whether a peer holds any of these pages, and list the domains that are known to map one."""
         held = False
         mapped_by: set[int] = set()
         for gref in self._span(file, index, count):
@@ -412,20 +412,20 @@ class GntallocDriver:
         return held or bool(mapped_by), tuple(sorted(mapped_by))
 
     def _span(self, file: File, index: int, count: int) -> list[Gref]:
-        """Pages of this range that are not free, listed or not."""
+        """Find the pages of this range that are not free, listed or not."""
         state = _state(file)
         span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
-        if count > len(state.grefs) + len(state.released):  # anybody may ask for any count
+        if count > len(state.grefs) + len(state.released):  # a program may ask for any count
             return [gref for gref in (*state.grefs.values(), *state.released.values()) if gref.index in span]
         return [gref for at in span if (gref := state.grefs.get(at) or state.released.get(at)) is not None]
 
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
-        """Call `done` once, when no peer holds any of these pages. At once if that is so now."""
+        """Call `done` once, when no peer holds any of these pages. If none does now, call it at once."""
         extents = {gref.frame.extent for gref in self._span(file, index, count)}
         return self._releases.wait(extents, lambda: not self.holders(file, index, count)[0], done)
 
     def grants(self) -> list[GrantInfo]:
-        """Every granted page, released ones that linger too."""
+        """List every granted page, also the released ones that linger."""
         now = clock.now()
         return [
             GrantInfo(
@@ -443,10 +443,10 @@ class GntallocDriver:
 
 
 def _check_sense(asked: AllocGref, owner: int) -> None:
-    """What Linux lets pass, and nobody can have meant.
+    """Refuse an ALLOC that Linux lets pass and that no program can have meant.
 
     Raises:
-        DeviceError: EINVAL.
+        DeviceError: EINVAL: it is such a one.
     """
     if not asked.count:
         raise DeviceError(errno.EINVAL, "no pages were asked for; this machine is strict, so ask for one at least")

@@ -1,8 +1,7 @@
-"""/dev/xen/gntdev: map pages that other domains granted.
+"""Serve /dev/xen/gntdev: map pages that other domains granted.
 
-MAP_GRANT_REF only notes down which references; nothing is checked or mapped before mmap, and then for all of them
-together. An entry can be mapped once, ever. What mmap made holds the grants until the last piece of it is unmapped
-in every process.
+MAP_GRANT_REF only notes the references. They are checked and mapped at mmap, all of them together. An entry can be
+mapped once, ever. The map holds the grants until its last piece is unmapped in every process.
 
 Sources: Linux's gntdev.c as of 6.1, in a PVH guest; docs/differences.md for where and why this differs.
 """
@@ -44,12 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["MAX_REFS", "GntdevDriver"]
 
 MAX_REFS = 65536  # of one MAP_GRANT_REF
-_OUT_OF_THE_WAY = 1 << 20  # a page beyond where any page is in its file
-MAX_NOTED = 4 * MAX_REFS  # of a domain, in entries not given up yet: as many as it could map at once
+_OUT_OF_THE_WAY = 1 << 20  # a page number beyond that of any page in its file
+MAX_NOTED = 4 * MAX_REFS  # references of a domain, in entries not given up yet: as many as it could map at once
 
 
 class Entry:
-    """One MAP_GRANT_REF: `refs` are (domid, reference), `first` is the page number of its index."""
+    """Keep one MAP_GRANT_REF: `refs` are (domid, reference), `first` is the page number of its index."""
 
     __slots__ = ("count", "first", "handles", "mapped", "promise", "readonly", "record", "refs")
 
@@ -57,15 +56,15 @@ class Entry:
         self.first = first
         self.count = len(refs)
         self.refs = refs
-        self.mapped = False  # ever
-        self.readonly = False  # mapped so
-        self.record: Record | None = None  # alive
+        self.mapped = False  # whether it ever was
+        self.readonly = False  # whether it was mapped read-only
+        self.record: Record | None = None  # its map, while that lives
         self.promise: Promise | None = None  # what to do when it goes
         self.handles: list[Handle[Frame]] = []
 
 
 class FileState:
-    """The entries of an open file, by index."""
+    """Keep the entries of an open file, by index."""
 
     __slots__ = ("entries",)
 
@@ -74,7 +73,7 @@ class FileState:
 
 
 class GntdevDriver:
-    """The driver of one domain, which maps as `domid`."""
+    """Serve the device for one domain, which maps as `domid`."""
 
     name = DEVICE
     unknown_request = errno.ENOTTY
@@ -105,11 +104,11 @@ class GntdevDriver:
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> what serves it."""
+        """Request number -> the function that serves it."""
         return self._requests
 
     def open(self) -> FileState:
-        """A new file, with nothing mapped."""
+        """Make the state of a new file: nothing is mapped."""
         return FileState()
 
     # MAP_GRANT_REF: a place for these references, to be mapped at the index that is answered.
@@ -136,9 +135,9 @@ class GntdevDriver:
         return 0
 
     def _by_offset(self, refs: list[tuple[int, int]], entries: Indexes[Entry]) -> int:
-        """The page of their file where these pages are, if they are in order there; or else where nobody is disturbed.
+        """Give the place of these pages in their file, if they are in order there; else one that disturbs no other.
 
-        Nothing is promised: what may be mapped, mmap says.
+        Nothing is promised: mmap decides what may be mapped.
         """
         try:
             frames = [self._hypervisor.look(self._domid, domid, ref, writable=False) for domid, ref in refs]
@@ -157,7 +156,7 @@ class GntdevDriver:
         """Map one entry, whole.
 
         Raises:
-            DeviceError: EINVAL for whatever is wrong with it; EAGAIN the granter has not mapped a read-only grant yet.
+            DeviceError: EINVAL: it cannot be mapped so. EAGAIN: the granter has not mapped a read-only grant yet.
         """
         if writable and not shared:
             raise DeviceError(errno.EINVAL, "granted pages are shared: a private map cannot be writable")
@@ -192,9 +191,9 @@ class GntdevDriver:
         return Plan(entry.record, pieces, writable=writable, granters=False, locate=True)
 
     def _seal(self, handles: list[Handle[Frame]], *, writable: bool) -> None:
-        """Before a peer gets at read-only pages nobody may be able to make a writable map of them any more.
+        """Seal read-only pages before their peer gets them: no process can make a writable map of them any more.
 
-        That goes for their granter too, so it must have its map first.
+        The granter cannot either, so it must have its map first.
         """
         if writable:
             return
@@ -254,7 +253,7 @@ class GntdevDriver:
         return 0
 
     def _open_window(self, promise: Promise | None, handles: list[Handle[Frame]]) -> None:
-        """See that its byte can be cleared when the page goes."""
+        """Make sure that the promise's byte can be cleared when the page goes."""
         if handles and promise is not None and promise.byte is not None:
             self._frames.open_window(handles[promise.byte // PAGE_SIZE].frame.extent)
 
@@ -263,10 +262,10 @@ class GntdevDriver:
             self._hypervisor.unmap(handle)
 
     def placed(self, record: Record) -> None:
-        """Nothing waits for that."""
+        """Do nothing: nothing waits for that."""
 
     def unmapped(self, record: Record) -> None:
-        """The last piece of this mmap is gone, and with it the grants."""
+        """Give the grants up, as the last piece of this mmap is gone."""
         entry = cast("Entry", record.payload)
         entry.record = None
         if _state(record.file).entries.at(entry.first) is not entry:
@@ -275,7 +274,7 @@ class GntdevDriver:
             self._let_go(entry)
 
     def _let_go(self, entry: Entry) -> None:
-        """The pages go: their byte first."""
+        """Clear the byte, then let the pages go."""
         promise = entry.promise
         if entry.handles and promise is not None and promise.byte is not None and not entry.readonly:
             page, byte = divmod(promise.byte, PAGE_SIZE)
@@ -284,7 +283,7 @@ class GntdevDriver:
         self._undo(handles)
 
     def _end(self, entry: Entry) -> None:
-        """Neither mapped nor on the file's list: the pages go, and then the event."""
+        """Let the pages go, then send the event: the entry is neither mapped nor on the file's list."""
         self._let_go(entry)
         if entry.promise is not None:
             entry.promise.send()
@@ -306,7 +305,7 @@ class GntdevDriver:
         return 0
 
     def release(self, file: File) -> None:
-        """The file goes. Nothing of it is mapped any more."""
+        """End every entry of the file. Nothing of it is mapped any more."""
         for entry in _state(file).entries:
             self._noted -= entry.count
             self._end(entry)
@@ -317,10 +316,10 @@ _GRANT_REF = Struct("=II")
 
 
 def _entry_with(file: File, index: int) -> Entry:
-    """The entry that the byte at `index` belongs to.
+    """Find the entry that the byte at `index` belongs to.
 
     Raises:
-        DeviceError: ENOENT there is none.
+        DeviceError: ENOENT: there is none.
     """
     entry = _state(file).entries.around(index // PAGE_SIZE)
     if entry is None:

@@ -1,9 +1,9 @@
-"""SET_UNMAP_NOTIFY: a promise to clear a byte, to send an event, or both, when pages go. Of either grant driver.
+"""Keep the promise of SET_UNMAP_NOTIFY: clear a byte, send an event, or both, when pages go. Both grant drivers use it.
 
 So a program that is killed still tells its peer. A promise is kept once. It has a reference to its port from the time
-it is made, or the event could not be sent when all files of a dying program are closed, in whatever order.
+it is made. Otherwise the event could not be sent when all files of a dying program are closed, in whatever order.
 
-Any port of the domain will do, whoever bound it, as in Linux.
+Any port of the domain will do, whichever program bound it, as in Linux.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ _KNOWN = UNMAP_NOTIFY_CLEAR_BYTE | UNMAP_NOTIFY_SEND_EVENT
 
 
 class PortReferences(Protocol):
-    """What is wanted of event channels: see `EvtchnDriver`."""
+    """Refer to event channels, as `EvtchnDriver` lets promises do."""
 
     def take(self, number: int) -> None:
-        """Refer to a port, or DeviceError(EINVAL)."""
+        """Refer to a port.
+
+        Raises:
+            DeviceError: EINVAL: there is no such port.
+        """
 
     def notify(self, number: int) -> None:
         """Send an event."""
 
     def drop(self, number: int) -> None:
-        """Refer to it no more."""
+        """Give up a reference to a port."""
 
 
 class Promise:
-    """What was asked for: `byte` is the offset of the byte to clear, None if none is.
+    """Promise what a program asked for: `byte` is the offset of the byte to clear, or None.
 
     Raises:
-        DeviceError: EINVAL there is no such port.
+        DeviceError: EINVAL: there is no such port.
     """
 
     __slots__ = ("_port", "_ports", "byte")
@@ -52,27 +56,27 @@ class Promise:
             ports.take(self._port)
 
     def send(self) -> None:
-        """Keep it, as far as the event goes. It is the end of the promise."""
+        """Send the event, if one was promised. This ends the promise."""
         if self._port is not None:
             self._ports.notify(self._port)
         self.forget()
 
     def forget(self) -> None:
-        """Another promise took its place."""
+        """End the promise without keeping it, as another one took its place."""
         if self._port is not None:
             self._ports.drop(self._port)
 
 
 def check_action(action: int) -> None:
-    """See that there is nothing in it that nobody knows.
+    """Check that an action has no unknown bit.
 
     Raises:
-        DeviceError: EINVAL there is.
+        DeviceError: EINVAL: it has one.
     """
     if action & ~_KNOWN:
         raise DeviceError(errno.EINVAL, f"action {action:#x} has more than clear byte (1) and send event (2)")
 
 
 def clear_byte(frames: Frames, frame: Frame, byte: int) -> None:
-    """Clear one byte of a page, whose window is open."""
+    """Clear one byte of a page. The window of its extent must be open."""
     frames.page(frame.extent, frame.page)[byte] = 0

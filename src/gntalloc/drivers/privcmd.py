@@ -1,8 +1,8 @@
-"""/dev/xen/privcmd: the two hypercalls that channel libraries make, to learn whether their peer is still there.
+"""Serve /dev/xen/privcmd: the two hypercalls that channel libraries make, to learn whether their peer is still there.
 
-Everything else that a toolstack does through this file says ENOSYS, as on a hypervisor that has no such call, and any
-other request ENOTTY. Unlike Xen's, a domain without privileges may ask: Xen would answer only domain 0, and a program
-that was made for domain 0 can then run in any.
+Any other hypercall of a toolstack is answered with ENOSYS, as on a hypervisor that has no such call. Any other request
+is answered with ENOTTY. Unlike on Xen, a domain without privileges may ask, so a program that was made for domain 0 can
+run in any domain.
 
 Sources: Xen's public domctl.h (the first domain of this number or above, ESRCH if there is none) and event_channel.h;
 Linux's privcmd.c as of 6.1 (what the hypercall returns is what the ioctl does).
@@ -46,10 +46,10 @@ _PRIVILEGED = 0
 
 
 class PrivcmdDriver:
-    """The driver of domain `domid`.
+    """Serve the device for domain `domid`.
 
     Args:
-        domids: those of all domains there are, in order.
+        domids: the domids of all domains, in order.
         channels: their ports.
     """
 
@@ -64,11 +64,11 @@ class PrivcmdDriver:
 
     @property
     def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> what serves it."""
+        """Request number -> the function that serves it."""
         return self._requests
 
     def open(self) -> None:
-        """A file has no state."""
+        """Give a new file no state: it needs none."""
 
     def _hypercall(self, file: File, address: int, caller: Caller) -> int:
         call = Hypercall.unpack_from(caller.read(address, Hypercall.SIZE))
@@ -111,12 +111,12 @@ class PrivcmdDriver:
         return 0
 
     def release(self, file: File) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: a file has nothing to give up."""
 
     # There is nothing to map.
 
     def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
-        """Refuse.
+        """Refuse to map.
 
         Raises:
             DeviceError: ENODEV.
@@ -124,7 +124,7 @@ class PrivcmdDriver:
         raise DeviceError(errno.ENODEV, "privcmd has no pages to map here; it is for hypercalls")
 
     def placed(self, record: Record) -> None:
-        """Never called."""
+        """Do nothing: no map is ever made."""
 
     def unmapped(self, record: Record) -> None:
-        """Never called."""
+        """Do nothing: no map is ever made."""

@@ -1,4 +1,4 @@
-"""Who wants to know when pages are free of peers."""
+"""Tell waiters when pages are free of peers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["ReleaseWaiter", "Releases"]
 
 
 class Releases:
-    """All who wait, by the extents that they wait for."""
+    """Keep all waiters, by the extents that they wait for."""
 
     def __init__(self) -> None:
         self._waiting: dict[Extent, dict[ReleaseWaiter, None]] = {}
 
     def wait(self, extents: set[Extent], is_free: Callable[[], bool], done: Callable[[], None]) -> ReleaseWaiter:
-        """Call `done` once, when it `is_free`: at once, or after something has changed about one of these extents."""
+        """Call `done` once, when `is_free` says so: at once, or after one of these extents has changed."""
         waiter = ReleaseWaiter(self, extents, is_free, done)
         for extent in extents:
             self._waiting.setdefault(extent, {})[waiter] = None
@@ -27,12 +27,12 @@ class Releases:
         return waiter
 
     def look(self, extent: Extent) -> None:
-        """Something has changed about it."""
+        """Let the waiters of an extent ask again, as it has changed."""
         for waiter in list(self._waiting.get(extent, ())):
             waiter.look()
 
     def forget(self, waiter: ReleaseWaiter) -> None:
-        """It is done, or nobody wants to know any more. Can be repeated."""
+        """Remove a waiter. The call can be repeated."""
         for extent in waiter.extents:
             waiting = self._waiting.get(extent)
             if waiting is not None:
@@ -42,7 +42,7 @@ class Releases:
 
 
 class ReleaseWaiter:
-    """One of them."""
+    """Wait until pages are free of peers."""
 
     __slots__ = ("_done", "_is_free", "_releases", "extents")
 
@@ -55,11 +55,11 @@ class ReleaseWaiter:
         self._done = done
 
     def look(self) -> None:
-        """Ask again."""
+        """Ask again whether the pages are free."""
         if self._is_free():
             self.forget()
             self._done()
 
     def forget(self) -> None:
-        """Nobody wants to know any more."""
+        """Stop waiting."""
         self._releases.forget(self)
