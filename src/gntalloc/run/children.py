@@ -1,7 +1,8 @@
-"""Processes that are left to this one: its children, and what theirs leave when they end.
+"""Find the processes that are left to this one: its children, and those that its children leave when they end.
 
-A subreaper (prctl) becomes the parent of every orphan below it, so killing one's children again and again reaches all
-that they had started. Nobody else collects a child, so its number is its own until it is collected here.
+A subreaper (prctl) becomes the parent of every orphan below it. So a process that kills its children again and again
+reaches all that they had started. No other process collects a child, so its number is its own until it is collected
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def children(wanted: Callable[[int, dict[str, str]], bool]) -> list[int]:
     """Open a pidfd for each living child that is `wanted`, for the caller to close.
 
     Args:
-        wanted: is given a child's pid and its /proc/PID/status.
+        wanted: says of a child whether it is wanted, by its pid and its /proc/PID/status.
     """
     found: list[int] = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
@@ -51,7 +52,7 @@ def status_of(process: str) -> dict[str, str]:
 
 
 def send(process: int, number: int) -> None:
-    """Send a signal to the process of a pidfd; one that has ended is no error."""
+    """Send a signal to the process of a pidfd. A process that has ended is no error."""
     try:
         signal.pidfd_send_signal(process, number)
     except OSError:

@@ -1,16 +1,17 @@
-"""An mmap under a debugger: the caller makes its own call, and has the pages' memory where it had the device.
+"""Serve an mmap under a debugger: the caller makes its own call, while its descriptor is the pages' memory.
 
-A thread has one tracer, so one that strace or gdb has cannot be led through calls of ours (run/injector.py). What can
-be done to a caller that waits is to replace its descriptor. So the memory file takes the device's number, the call goes
-on, and at the next call that comes to us from there the device is put back. It is the caller's own call, at the offset
-that it asks for; so that works where the pages are in one memory file, in order, and at just that offset, for which
-the machine takes care as well as it can (`Caller.by_offset`, `Extent.first`).
+A thread has one tracer, so a thread that strace or gdb traces cannot be made to call mmap by run/injector.py. But the
+descriptor of a caller that waits can be replaced. So the memory file takes the device's number, the call goes on, and
+the device is put back at the next call that comes from there. The call is the caller's own, at the offset that it asks
+for. So this works where the pages are in one memory file, in order, and at just that offset. The machine chooses
+indexes so that this is so, as far as it can (`Caller.by_offset`, `Extent.first`).
 
-The kernel looks the descriptor up after it went on, and nobody says when. So nothing is replaced in a process as long
-as an mmap of it may still be looking, and another one that comes then is refused: better no pages than wrong ones.
+The kernel looks the descriptor up some time after the call went on, and does not say when. So no descriptor of a
+process is replaced as long as an mmap of it may still be looking. Another mmap that comes then is refused: better no
+pages than wrong ones.
 
-Meanwhile the descriptor has another inode, which many may share. What tells it is the position in the file, which no
-map moves: it has the number of the device file.
+Meanwhile the descriptor has another inode, which many descriptors may share. It is recognised by the position in the
+file, which no map moves: that has the number of the device file.
 
 Sources: seccomp_unotify(2); proc_pid_fdinfo(5), proc_pid_maps(5), proc_pid_syscall(5).
 """
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "Swaps"]
 
-_MARK = 1 << 62  # of a position that is ours, and the number of a device file behind it
+_MARK = 1 << 62  # marks a position as ours; the lower bits are the number of a device file
 _MOST_KNOWN = 4096
-_PATIENCE = 0.2  # seconds; then it is seen at the process's next call
+_PATIENCE = 0.2  # seconds to wait for the map; later it is looked for at the process's next call
 _MAP_FIXED = 0x10
 _LOW_INT = 0xFFFFFFFF
 
 
 class Place(NamedTuple):
-    """Where an mmap takes its pages from."""
+    """Name the memory from which an mmap takes its pages."""
 
     memory: int  # a descriptor of ours, with a description of its own
     offset: int
@@ -48,20 +49,20 @@ class Place(NamedTuple):
 
 
 class _Unfinished(NamedTuple):
-    """An mmap that has gone on, and was not seen to be done."""
+    """Keep an mmap that has gone on, and was not seen to be done."""
 
     call: Call
     inode: int
     offset: int
-    before: frozenset[int]  # where the same was mapped
+    before: frozenset[int]  # the addresses where the same pages were mapped already
     placed: Callable[[int], None]
 
 
 class Swaps:
-    """The descriptors of one run that are not what they were.
+    """Keep the replaced descriptors of one run.
 
     Args:
-        listener: where its calls come from.
+        listener: brings the run's calls.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -70,15 +71,15 @@ class Swaps:
         self._unfinished: dict[int, _Unfinished] = {}  # by process
 
     def free(self, process: int) -> bool:
-        """Whether descriptors of this process may be replaced."""
+        """Say whether descriptors of this process may be replaced."""
         return process not in self._unfinished
 
     def place(self, call: Call, process: int, place: Place, placed: Callable[[int], None]) -> None:
         """Let the mmap `call` go on with its descriptor replaced. `placed` is told the address, now or later.
 
         Raises:
-            OSError: it could not be replaced; it is not answered.
-            CallerGone: there is nobody to map for.
+            OSError: the descriptor could not be replaced. The call is not answered.
+            CallerGone: the caller is gone.
         """
         descriptor, offset = call.arguments[4] & _LOW_INT, call.arguments[5]
         assert place.offset == offset
@@ -94,28 +95,31 @@ class Swaps:
         self._unfinished[process] = _Unfinished(call, inode, offset, before, placed)
         deadline = Deadline(_PATIENCE)
         while not self._see(process, call.thread, left=False) and not deadline.expired:
-            time.sleep(0.0002)  # nobody tells
+            time.sleep(0.0002)  # no event tells
 
     def find(self, thread: int, descriptor: int, inode: int) -> int | None:
-        """The number of the device file that this descriptor was, if it is one of ours."""
+        """Find the number of the device file that this descriptor was, if it was replaced here."""
         if not self._away:
             return None
         handle = int(_details(thread, descriptor).get("pos", "0")) - _MARK
         return handle if (inode, handle) in self._away else None
 
     def bring_back(self, call: Call, descriptor: int, home: int) -> None:
-        """Put the device back."""
+        """Put the device back in place of the memory."""
         self._listener.replace(call, home, descriptor, flags=_close_on_exec(call.thread, descriptor))
 
     def look(self, call: Call) -> None:
-        """A call has come: see what has become of that process's mmap."""
+        """See whether the mmap of a process is done, as another call of it has come."""
         process = leader_of(call.thread)
         unfinished = self._unfinished.get(process)
         if unfinished is not None:
             self._see(process, call.thread, left=unfinished.call.thread == call.thread)
 
     def _see(self, process: int, thread: int, *, left: bool) -> bool:
-        """Whether its mmap is done; then it is told of. `thread`: one that lives. `left`: it is."""
+        """Say whether the mmap of a process is done, and tell of it then.
+
+        `thread` is a thread of it that lives. With `left` the mmap is surely done.
+        """
         call, inode, offset, before, placed = self._unfinished[process]
         left = left or _has_left(call.thread)
         there = _maps_of(thread, inode, offset) - before
@@ -142,7 +146,7 @@ def _close_on_exec(thread: int, descriptor: int) -> int:
 
 
 def _maps_of(thread: int, inode: int, offset: int) -> set[int]:
-    """Where this memory file is mapped from this offset on."""
+    """List the addresses where this memory file is mapped from this offset on."""
     found: set[int] = set()
     try:
         with open(f"/proc/{thread}/maps") as file:
@@ -156,11 +160,11 @@ def _maps_of(thread: int, inode: int, offset: int) -> set[int]:
 
 
 def _has_left(thread: int) -> bool:
-    """Whether it has surely come out of its mmap: it sleeps in another call, is stopped, or dead."""
+    """Say whether a thread has surely come out of its mmap: it sleeps in another call, is stopped, or dead."""
     try:
         with open(f"/proc/{thread}/stat") as file:
             state = file.read().rpartition(")")[2].split()[0]
-        if state in "tTZX":  # between its way in and its way out nobody can stop it
+        if state in "tTZX":  # no thread can be stopped inside an mmap
             return True
         with open(f"/proc/{thread}/syscall") as file:
             number = file.read().split()[0]

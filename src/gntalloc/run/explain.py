@@ -1,6 +1,6 @@
-"""`gntalloc run -v`: one line for each call of a program that fails, with the driver's reason.
+"""Explain failed calls, for `gntalloc run -v`: one line for each, with the driver's reason.
 
-All calls of such a run are its supervisor's: a machine that serves a program itself tells it errnos and no reasons.
+The supervisor serves all calls of such a run. A machine that serves a program itself gives errnos and no reasons.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _REQUESTS: Mapping[str, Mapping[int, str]] = {
 
 
 class Explainer:
-    """Says why calls failed.
+    """Say why calls failed.
 
     Args:
-        say: tells the user.
+        say: tells the user a line.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -41,9 +41,9 @@ class Explainer:
         """Say why a call failed.
 
         Args:
-            call: it.
+            call: the call.
             what: the path of an open, or the device of an mmap.
-            refusal: its errno and the reason.
+            refusal: the errno and the reason.
         """
         kind = "mmap" if call.number == MMAP else "open"
         self._tell(call, f"{kind} of {what}", refusal.errno or errno.EIO, str(refusal))

@@ -1,9 +1,9 @@
-"""The machine as a supervisor speaks to it: open files known by their homes, ioctl, mmap; and calls that it hands over.
+"""Speak to the machine for a supervisor: open files, known by their homes; ioctl; mmap; and the calls it hands over.
 
-A supervisor is a program in the domain like any other, with one call channel. What it holds of an open file is only
-what the machine calls it; the home is the program's alone, so that its last close(2) is the release.
+A supervisor is a program in the domain like any other, with one call channel. It holds only the machine's number of an
+open file. The home is the program's alone, so the program's last close(2) is the release.
 
-The machine may be another user's. So what it answers with goes into the program only where the program's call said so.
+The machine may be another user's. So its answers are written into the program only where the program's call said so.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ if TYPE_CHECKING:
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
-_MOST_KNOWN = 4096  # files remembered; one that was forgotten shows its home again
+_MOST_KNOWN = 4096  # files remembered; the home of a forgotten one is shown to the machine again
 
 
 class OpenFile(NamedTuple):
-    """An open device file: what the machine calls it on our channel, and which device it is."""
+    """Name an open device file: its number on our channel, and its device."""
 
     handle: int
     name: str
     generation: int  # of the channel
     inode: int  # of its home
-    away: bool = False  # the descriptor is not its home now, but the pages' memory: see run/debugged.py
+    away: bool = False  # the descriptor is now the pages' memory, and not its home: see run/debugged.py
 
 
 class Plan(NamedTuple):
-    """What an mmap shall make. `descriptors` are to be closed when it is made."""
+    """Say what an mmap shall make. `descriptors` are to be closed when it is made."""
 
     pieces: tuple[Piece, ...]
     descriptors: list[Descriptor]
@@ -77,19 +77,22 @@ class Plan(NamedTuple):
 
 
 class Brought(NamedTuple):
-    """A call that the machine hands over: to be answered with `plan`; None: to be served, and all that follow."""
+    """Hold a call that the machine hands over.
+
+    It is to be answered with `plan`. None: it is to be served, and so are all that follow.
+    """
 
     call: Call
     plan: Plan | None
 
 
 class Files:
-    """The device files of the domain whose socket is at `path`, as `syscalls.serving` uses them.
+    """Give `syscalls.serving` the device files of the domain whose socket is at `path`.
 
     Args:
-        path: see there.
+        path: the domain's socket.
         place: carries out an mmap with a plan, and answers it.
-        waits: whether the caller of a call still waits, so that its memory is still its own.
+        waits: says whether the caller of a call still waits, so that its memory is still its own.
 
     Raises:
         NoMachine: nobody answers there.
@@ -99,9 +102,9 @@ class Files:
         self.channel = MachineConnection(path)
         self.channel.connect()
         self.explainer: Explainer | None = None
-        """Told of ioctls that fail."""
+        """The one that is told of ioctls that fail."""
         self.swaps: Swaps | None = None
-        """The descriptors that are not what they were."""
+        """The descriptors that were replaced."""
         self._place = place
         self._waits = waits
         self._memory = Memory()
@@ -113,14 +116,14 @@ class Files:
 
     @property
     def domid(self) -> int:
-        """Of the domain."""
+        """The number of the domain."""
         return self.channel.domid
 
     def open(self, process: int, name: str, flags: int) -> Descriptor:
-        """Open a device. Gives the home.
+        """Open a device, and return the home.
 
         Raises:
-            DeviceError: the machine's errno. So for all of these.
+            DeviceError: the machine's errno. All methods here raise it so.
         """
         self._speak_for(process)
         answer = self.channel.call(Open(flags, name))
@@ -130,7 +133,7 @@ class Files:
         return home
 
     def open_store(self, process: int) -> socket.socket | None:
-        """A connection to the domain's xenstore. To the machine it is this process's own, and not `process`'s."""
+        """Connect to the domain's xenstore. To the machine the connection is this process's own, not `process`'s."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.connect(self._store)
@@ -140,7 +143,7 @@ class Files:
         return sock
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> OpenFile | None:
-        """The file whose home that is, if it is one of this domain."""
+        """Find the file whose home that is, if it is one of this domain."""
         device, inode = identity
         if device != self._sockets:
             return self._find_away(thread, descriptor, inode)
@@ -162,7 +165,7 @@ class Files:
         return file and file._replace(away=True)
 
     def _bring_back(self, call: Call, process: int, descriptor: int, file: OpenFile) -> None:
-        """Put the device back where the pages' memory is, if nobody is looking there."""
+        """Put the device back where the pages' memory is, if no mmap is looking there."""
         assert self.swaps is not None
         if self.swaps.free(process):
             home = self.channel.call(Home(file.handle)).descriptor()
@@ -170,7 +173,7 @@ class Files:
             home.close()
 
     def keep(self, file: OpenFile, home: int) -> None:
-        """Let the machine keep the home, which the program will not have for a while."""
+        """Have the machine keep the home, which the program will not have for a while."""
         self.channel.call(Keep(file.handle), [home])
 
     def _show(self, home: int, inode: int) -> OpenFile | None:
@@ -183,11 +186,14 @@ class Files:
         return file
 
     def name(self, file: OpenFile) -> str:
-        """Of the device."""
+        """Give the name of the device."""
         return file.name
 
     def ioctl(self, call: Call, process: int, file: OpenFile) -> int:
-        """The result, or a negative errno. What the driver has written goes back, also if it failed after that."""
+        """Carry out an ioctl: its result, or a negative errno.
+
+        The bytes that the driver wrote go back to the program, also if the driver failed after that.
+        """
         thread, (descriptor, request, address, *_) = call.thread, call.arguments
         if file.away:
             self._bring_back(call, process, descriptor & 0xFFFFFFFF, file)
@@ -205,10 +211,10 @@ class Files:
         if any((region.address, len(region.data)) not in ours for region in written):
             raise DeviceError(errno.EIO, "the machine answers with memory that this call does not name")
         if written and not self._waits(call):
-            return result  # nobody will hear of it
+            return result  # the caller will not hear of it
         for region in written:
             if self._memory.write(thread, region.address, bytes(region.data)) < len(region.data):
-                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program sees to that
+                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program has changed that
         return result
 
     def map(self, call: Call, process: int, file: OpenFile) -> None:
@@ -227,19 +233,19 @@ class Files:
         self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), generation, file))
 
     def placed(self, plan: Plan, address: int) -> None:
-        """The program has them there."""
+        """Note that the program has the pages of `plan` at `address`."""
         if plan.confirm:
             try:
                 self.channel.tell(Placed(plan.record, address), plan.generation)
             except MachineGone:
-                pass  # nobody needs to know any more
+                pass  # the machine has dropped the map already
 
-    # What the machine does for us.
+    # Calls that the machine serves or hands over.
 
     def have_served(self, listener: int) -> Descriptor | None:
-        """Ask the machine to serve these calls. Gives the notes it takes of them (syscalls/listener.py), if it does.
+        """Ask the machine to serve these calls. Return the notes it takes of them (syscalls/listener.py), if it does.
 
-        Nobody else's machine is asked: who has the listener can do with the program as it likes.
+        Another user's machine is not asked: the process that has the listener can do anything with the program.
         """
         if self._user_of_the_machine() != os.geteuid():
             return None
@@ -254,12 +260,12 @@ class Files:
         return int(user)
 
     def brought(self) -> Brought | None:
-        """What the machine hands over next. It does not wait; None: nothing, for now.
+        """Take the next call that the machine hands over, without waiting. None: there is none for now.
 
         Raises:
-            MachineGone: it has ended, or its line to us; what it had handed over before has been given.
-            DeviceError: EMFILE likewise; we have no room for what it handed over.
-            MachineBroke: what it handed over cannot be read.
+            MachineGone: it has ended, or its line to us has. All that it had handed over before has been given.
+            DeviceError: EMFILE: likewise, as we have no room for the descriptors that it handed over.
+            MachineBroke: the message cannot be read.
         """
         heard = self.channel.hear(self._served)
         if heard is None:
@@ -276,14 +282,14 @@ class Files:
         return Brought(call, plan)
 
     def has_brought(self) -> bool:
-        """Whether `brought` has something to give or to raise of which the channel's descriptor says nothing."""
+        """Say whether `brought` has something to give or to raise that the channel's descriptor does not tell."""
         return self.channel.has_heard(self._served)
 
     def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
         wanted = process, by_offset, self.channel.generation
         if wanted != self._speaks_for:
             self.channel.tell(Behalf(process, by_offset), self.channel.generation)
-            self.channel.unanswered -= 1  # it is no note: it is served in its turn
+            self.channel.unanswered -= 1  # this one is served in its turn, so it does not count
             self._speaks_for = wanted
 
     def _remember(self, file: OpenFile) -> None:

@@ -1,14 +1,14 @@
-"""Which system calls the kernel brings to us: a seccomp filter in BPF, and how a thread takes it on for good.
+"""Choose the system calls that the kernel brings to the supervisor: a seccomp filter in BPF, which a thread installs.
 
 Everything passes but this:
 
 * ioctl, if the request has no direction and is of the kinds 'G', 'E' or 'P', as those of /dev/xen are;
-* open and openat for reading and writing without O_CREAT, as Xen's libraries open devices and hardly anybody opens
-  anything else. BPF cannot read the path. With `all_opens` every open, and every map of a file;
+* open and openat for reading and writing without O_CREAT. Xen's libraries open devices so, and few programs open
+  anything else so. BPF cannot read the path. With `all_opens` every open, and every map of a file;
 * if asked for, the calls by which root's programs become another user's;
-* mmap of a shared file, unless the upper half of the descriptor's register has our mark: the kernel looks at the lower
-  half only, so that is how the injector's own calls pass;
-* openat2 and io_uring_setup, which say ENOSYS, so that programs take the calls above: the first keeps its flags in
+* mmap of a shared file, unless the upper half of the descriptor's register has our mark. The kernel looks at the lower
+  half only, so the injector's own calls pass by that mark;
+* openat2 and io_uring_setup, which answer ENOSYS, so that programs take the calls above. The first keeps its flags in
   memory, the second makes system calls that no filter sees.
 
 Numbers and layouts are x86-64's. Programs of the 32-bit and x32 kinds pass, and find no /dev/xen.
@@ -46,7 +46,7 @@ _KIND = 0xC000FF00  # direction and kind of a request
 
 
 class _Line(NamedTuple):
-    """One instruction; `then` and `otherwise` are labels, or nothing to go on."""
+    """Hold one instruction. `then` and `otherwise` are labels; without one the next instruction follows."""
 
     code: int
     constant: int
@@ -59,7 +59,7 @@ def _low(argument: int) -> int:
 
 
 def _lines(mark: int, *, all_opens: bool, users: bool) -> list[_Line | str]:
-    """The program. A string is a label."""
+    """Give the program, line by line. A string is a label."""
     opens: list[_Line | str] = [_Line(_IF_EQUAL, OPEN, "notify"), _Line(_IF_EQUAL, OPENAT, "notify")]
     map_flags: list[_Line | str] = [_Line(_AND, _MAP_ANONYMOUS), _Line(_IF_EQUAL, 0, "notify", "allow")]
     if not all_opens:
@@ -109,12 +109,12 @@ def _lines(mark: int, *, all_opens: bool, users: bool) -> list[_Line | str]:
 
 
 def filter_program(mark: int, *, all_opens: bool = False, users: bool = False) -> bytes:
-    """The filter as the kernel takes it: an array of struct sock_filter.
+    """Make the filter as the kernel takes it: an array of struct sock_filter.
 
     Args:
         mark: 32 bits that the injector puts above the descriptor of its own mmap calls.
-        all_opens: bring every open and every map of a file to us.
-        users: bring changes of user to us.
+        all_opens: bring every open and every map of a file.
+        users: bring changes of user.
     """
     lines: list[_Line] = []
     labels: dict[str, int] = {}
@@ -135,16 +135,16 @@ class _Program(ctypes.Structure):
 
 
 def install(program: bytes) -> int:
-    """Put this thread, and all that it will start, under the filter. Gives the listener's descriptor.
+    """Put this thread, and all that it will start, under the filter. Return the listener's descriptor.
 
     Raises:
-        OSError: EBUSY it has a listener already: `run` in `run`; or the kernel's or a sandbox's refusal.
+        OSError: EBUSY: it has a listener already (`run` in `run`). Or the kernel's or a sandbox's refusal.
     """
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise failure()
     head = _Program(len(program) // 8, program)
     wanted = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
-    # Once a call is with us no signal interrupts it but a deadly one, or it would be made twice. Since Linux 5.19.
+    # Only a deadly signal interrupts a call that was taken. Otherwise the call would be made twice. Since Linux 5.19.
     for flags in (wanted | _FLAG_WAIT_KILLABLE_RECV, wanted):
         listener: int = libc.syscall(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.byref(head))
         if listener >= 0:

@@ -1,10 +1,10 @@
-"""A fresh machine with lasting domains, around programs that are started here.
+"""Keep a fresh machine with lasting domains around programs that are started here.
 
     gntalloc machine --domain 1 --domain 2 -- COMMAND      one program, `run_around`
     gntalloc run --pair --in-1 … --in-2 …                  one for each domain, run/pair.py
 
 The programs find the machine through their environment: $GNTALLOC_MACHINE is what `gntalloc run` joins inside. When the
-block ends, so do all processes that were started in it, whatever they have left in the background, and the machine.
+block ends, all processes that were started in it end, also those left in the background, and so does the machine.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ _HANDED_ON = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
-_CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
+_CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
 _SIGNAL_INFO = struct.Struct("=I4xiI112x")  # struct signalfd_siginfo: number, code, sender
-_FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends reaches all by itself
-_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for what is left
+_FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; the terminal's signals reach all processes by themselves
+_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for the processes that are left
 _NAP = 0.01
 
 
 class CannotStart(GntallocError):
-    """A program cannot be started; `status` is what a shell would exit with."""
+    """A program cannot be started; `status` is the exit status that a shell would have."""
 
     status = NOT_EXECUTABLE
 
 
 class Household:
-    """A machine of its own, and the processes of this one that live in it. Use it in a `with`, in the main thread.
+    """Own a machine, and the processes started here that live in it. Use it in a `with`, in the main thread.
 
     Args:
-        domains: which to make, each with the uid of the user whose programs may enter it.
-        settings: of the Machine.
+        domains: the domains to make, each with the uid of the user whose programs may enter it.
+        settings: the Machine's.
 
     Attributes:
         machine: the Machine.
@@ -87,16 +87,16 @@ class Household:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What puts a program's `gntalloc run`, `list` and so on into this machine."""
+        """The environment that puts a program's `gntalloc run`, `list` and so on into this machine."""
         return {**os.environ, MACHINE_VARIABLE: self.machine.folder}
 
     def start(self, command: Sequence[str], *, stdout: int = 1, stderr: int = 2) -> int:
-        """Start a program: its pid.
+        """Start a program, and return its pid.
 
         Args:
             command: the program, looked for in PATH, and its arguments.
             stdout: the descriptor that becomes its standard output.
-            stderr: likewise.
+            stderr: the descriptor that becomes its standard error.
 
         Raises:
             CannotStart: it is not there, or cannot be executed.
@@ -123,16 +123,18 @@ class Household:
         self._poll.register(descriptor, select.POLLIN)
 
     def unwatch(self, descriptor: int) -> None:
-        """Do so no more."""
+        """Stop watching `descriptor`."""
         if self._readers.pop(descriptor, None) is not None:
             self._poll.unregister(descriptor)
 
     def wait(self, done: Callable[[], bool], *deadlines: Deadline) -> bool:
-        """Serve what is watched, and hand signals on to the programs, until `done`. False: a deadline came first.
+        """Serve the watched descriptors, and hand signals on to the programs, until `done`.
+
+        False: a deadline came first.
 
         Args:
-            done: looked at after each event.
-            deadlines: the first counts.
+            done: asked after each event.
+            deadlines: the first of them counts.
         """
         while not done():
             if any(deadline.expired for deadline in deadlines):
@@ -149,10 +151,10 @@ class Household:
         """Send a signal to the programs that were started here and have not ended."""
         for pid in self._started - self.ended.keys():
             with suppress(ProcessLookupError):
-                os.kill(pid, number)  # nobody else collects it, so the number is still its own
+                os.kill(pid, number)  # no other process collects it, so the number is still its own
 
     def end(self) -> None:
-        """End every process that is left: by SIGTERM, and what has not ended after a while by SIGKILL."""
+        """End every process that is left: by SIGTERM, and after a while by SIGKILL."""
         for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
             deadline = Deadline(patience)
             while (left := self._left()) and not deadline.expired:
@@ -165,13 +167,13 @@ class Household:
                 os.close(process)
 
     def close(self) -> None:
-        """End every process that is left, and the machine. Can be repeated."""
+        """End every process that is left, and the machine. The call can be repeated."""
         if self._signals < 0:
             return
         self.end()
         self.machine.close()
         with suppress(FileNotFoundError):
-            os.unlink(lock_path(self.machine.folder))  # which the runs that joined have made
+            os.unlink(lock_path(self.machine.folder))  # the runs that joined have made it
         os.close(self._signals)
         self._signals = -1
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -196,7 +198,7 @@ class Household:
             self.signal(number)
 
     def _collect(self) -> None:
-        """Take in which children have ended, orphans that became ours too; the machine's is its Popen's to know."""
+        """Collect the children that have ended, adopted orphans too. The machine's Popen collects the machine."""
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -211,17 +213,17 @@ class Household:
 def run_around(
     command: Sequence[str], domains: Mapping[int, int], *, timeout: float | None = None, **settings: Any
 ) -> int:
-    """Run a command inside a fresh machine: the command's wait status, or 124 << 8 if its time was over.
+    """Run a command inside a fresh machine, and return its wait status, or 124 << 8 if its time was over.
 
     Args:
         command: the program and its arguments.
         domains: see Household.
-        timeout: seconds for the command; None is for ever.
-        settings: of the Machine.
+        timeout: seconds for the command. None: for ever.
+        settings: the Machine's.
 
     Raises:
         CannotStart: the command cannot be started.
-        GntallocError: the machine cannot.
+        GntallocError: the machine cannot be started.
     """
     with Household(domains, **settings) as household:
         pid = household.start(command)

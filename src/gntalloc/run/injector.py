@@ -1,12 +1,12 @@
-"""An mmap of ours in place of the caller's: pages of other domains under the very addresses that it asked for.
+"""Make a map in place of the caller's: pages of other domains, at the very addresses that it asked for.
 
-The caller sleeps in its mmap call. It gets the memory files as descriptors of its own for a moment, is answered, and
-is stopped by ptrace(2) on its way out of the kernel; there it makes, one instruction at a time, the calls that place
-the pages and close the descriptors. Then it has its registers back, with the address as its result, and no descriptor
-that it did not open. (Another of its threads may have copied one meanwhile. It is what any program of a domain gets
-for its own maps, so nothing depends on that.)
+The caller sleeps in its mmap call. It gets the memory files as descriptors of its own for a moment. Its call is
+answered, and ptrace(2) stops it on its way out of the kernel. There it makes, one instruction at a time, the calls that
+place the pages and close the descriptors. Then it has its registers back, with the address as its result, and no
+descriptor that it did not open. (Another of its threads may have copied one meanwhile. Any program of a domain gets
+such descriptors for its own maps, so nothing depends on that.)
 
-A caller that another tracer has (gdb, strace) cannot be stopped so; `Traced` says it.
+A caller that another tracer has (gdb, strace) cannot be stopped so: `Traced` is raised.
 
 Sources: ptrace(2), linux/ptrace.h, sys/user.h. All numbers are x86-64's.
 """
@@ -35,9 +35,9 @@ __all__ = ["Injector", "Traced"]
 _CONT, _SINGLESTEP, _GETREGS, _SETREGS, _DETACH = 7, 9, 12, 13, 17
 _GETSIGINFO, _SEIZE, _INTERRUPT, _GETSIGMASK, _SETSIGMASK = 0x4202, 0x4206, 0x4207, 0x420A, 0x420B
 _EVENT_STOP = 128
-_TRACED_ONLY = -1 << 31  # __WCLONE: of our own children, none; those we trace are waited for whatever is asked
+_TRACED_ONLY = -1 << 31  # __WCLONE excludes our own children; threads that we trace are waited for in any case
 _SYS_CLOSE, _SYS_MMAP, _SYS_MUNMAP, _SYS_TGKILL = 3, 9, 11, 234
-_SYSCALL_SIZE = 2  # of the instruction; there is no other door for calls with x86-64's numbers
+_SYSCALL_SIZE = 2  # bytes of the instruction; no other makes calls with x86-64's numbers
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x100000
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})
 _MASK = (1 << 64) - 1
@@ -55,15 +55,15 @@ class _Registers(ctypes.Structure):
 
 
 class Traced(Exception):
-    """Somebody else traces the caller, or the kernel lets nobody do so."""
+    """Another process traces the caller, or the kernel lets none do so."""
 
 
 class _Died(Exception):
-    """The thread ended under our hands; its status."""
+    """The thread ended while we held it. The argument is its status."""
 
 
 class _NoInstruction(Exception):
-    """The instruction that it made its call with is not there any more: another thread has taken it away."""
+    """The instruction that made the call is not there any more: another thread has removed it."""
 
 
 def _ptrace(request: int, thread: int, address: int = 0, data: object = None) -> None:
@@ -77,13 +77,13 @@ def _nothing(_result: int) -> None:
 
 
 class Injector:
-    """Makes calls in threads that wait for `listener` to answer them.
+    """Make calls in threads that wait for `listener` to answer them.
 
     Args:
-        listener: where they wait.
-        mark: what the filter lets pass: see filter.py.
-        died: told the thread and wait status of each that died while we held it. Nobody else will hear of it: a
-            status is given out once.
+        listener: answers their calls.
+        mark: the mark that the filter lets pass: see filter.py.
+        died: is told the thread and wait status of each that died while we held it. No other process will hear of
+            it: a status is given out once.
     """
 
     def __init__(self, listener: Listener, mark: int, died: Callable[[int, int], None]) -> None:
@@ -94,20 +94,20 @@ class Injector:
     def place(
         self, call: Call, pieces: Sequence[Piece], descriptors: list[int], done: Callable[[int], None] = _nothing
     ) -> int:
-        """Answer the mmap `call` with a map of `pieces`. The address, or a negative errno.
+        """Answer the mmap `call` with a map of `pieces`. Return the address, or a negative errno.
 
         `done` is told the result before the caller goes on.
 
         Raises:
             Traced: nothing has happened, and the call still waits.
-            CallerGone: there is nobody to map for.
+            CallerGone: the caller is gone.
         """
         thread = call.thread
         try:
             _ptrace(_SEIZE, thread)
         except OSError as error:
             if not self._listener.waits(call):
-                raise CallerGone from None  # one that is dead is refused too
+                raise CallerGone from None  # a dead thread is refused too
             raise Traced(error.strerror) from error
         except _Died:
             raise CallerGone from None
@@ -119,7 +119,7 @@ class Injector:
             done(result)
             self._detach(thread, held)
         except _Died:
-            self._bury(thread)
+            self._collect(thread)
             raise CallerGone from None
         except CallerGone:
             self._let_go(thread)
@@ -129,7 +129,7 @@ class Injector:
     def _answer(self, call: Call, descriptors: list[int]) -> tuple[list[int], int]:
         """Let the call end, with these as descriptors of its caller.
 
-        Gives their numbers there, and why not all of them are: a negative errno, or 0.
+        Return their numbers there, and 0, or the negative errno that kept some of them back.
         """
         theirs: list[int] = []
         try:
@@ -155,7 +155,7 @@ class Injector:
                 for descriptor in theirs:
                     make(_SYS_CLOSE, descriptor)
             except _NoInstruction:
-                result = -errno.EFAULT  # which it will not see: it cannot go on from there either
+                result = -errno.EFAULT  # the caller will not see it: it cannot go on from there either
         saved.rax = result & _MASK
         _ptrace(_SETREGS, thread, 0, ctypes.byref(saved))
         return result
@@ -165,7 +165,7 @@ class Injector:
         if len(pieces) == 1:
             place, offset, size = pieces[0]
             return make(_SYS_MMAP, address, size, prot, flags, self._mark | theirs[place], offset)
-        # Of many parts: a range first, where the caller wants it, then the parts over it.
+        # A map of many parts is a range first, where the caller wants it, then the parts over it.
         how = flags & (_MAP_FIXED | _MAP_FIXED_NOREPLACE)
         start = make(_SYS_MMAP, address, length, 0, how | _MAP_PRIVATE | _MAP_ANONYMOUS, _MASK, 0)
         if start < 0:
@@ -181,7 +181,7 @@ class Injector:
         return start
 
     def _call(self, thread: int, saved: _Registers, held: list[int], number: int, arguments: tuple[int, ...]) -> int:
-        """One system call in the stopped thread. Its result as the kernel gives it, errors negative."""
+        """Make one system call in the stopped thread. Return its result as the kernel gives it, errors negative."""
         registers = _Registers.from_buffer_copy(saved)
         registers.rip -= _SYSCALL_SIZE
         registers.rax = number
@@ -205,7 +205,7 @@ class Injector:
         return result - (1 << 64) if result >= _LOWEST_ERROR else result
 
     def _until_stopped(self, thread: int) -> list[int]:
-        """Wait for the stop that was asked for. Gives the signals that came first, which are held back."""
+        """Wait for the stop that was asked for. Return the signals that came first, which are held back."""
         held: list[int] = []
         while True:
             status = self._wait(thread)
@@ -231,20 +231,20 @@ class Injector:
         return status
 
     def _let_go(self, thread: int) -> None:
-        """The call is answered, or its caller is dying: wait until it stops, and detach."""
+        """Wait until the thread stops, and detach. Its call is answered, or it is dying."""
         try:
             self._detach(thread, self._until_stopped(thread))
         except _Died:
-            self._bury(thread)
+            self._collect(thread)
 
-    def _bury(self, thread: int) -> None:
-        """A thread that is ours to trace and dies must be waited for, or its parent waits for ever."""
+    def _collect(self, thread: int) -> None:
+        """Collect a traced thread that dies. Otherwise its parent waits for ever."""
         with suppress(_Died):
             self._wait(thread)
 
 
 def _was_sent(thread: int) -> bool:
-    """Whether the signal that it stopped by comes from a process, and not from the processor."""
+    """Say whether the signal that stopped the thread comes from a process, and not from the processor."""
     information = (ctypes.c_int32 * 32)()  # siginfo_t: number, errno, code
     _ptrace(_GETSIGINFO, thread, 0, ctypes.byref(information))
     return information[2] <= 0
@@ -252,7 +252,7 @@ def _was_sent(thread: int) -> bool:
 
 @contextmanager
 def _signals_blocked(thread: int) -> Iterator[None]:
-    """No handler of the program's may run between our instructions."""
+    """Block the thread's signals: no handler of the program may run between our instructions."""
     mask = ctypes.c_uint64()
     blocked = ctypes.c_uint64(_BLOCKED)
     _ptrace(_GETSIGMASK, thread, 8, ctypes.byref(mask))

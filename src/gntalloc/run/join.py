@@ -1,7 +1,7 @@
-"""Find the machine that a `run` joins, or start it. One that was started so ends with the last run in it.
+"""Find the machine that a `run` joins, or start it. A machine that was started so ends with the last run in it.
 
-Runs that start at once agree by a lock beside the machine's folder: whoever has it finds a machine that answers, or
-starts one. A machine that nobody is left in takes the same lock before it goes, so nobody joins one that is going.
+Runs that start at once agree by a lock beside the machine's folder: the run that has it finds a machine that answers,
+or starts one. A machine without runs takes the same lock before it ends, so no run joins one that is ending.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ _LEAST = (  # hard limits
 
 
 def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
-    """Enter domain `domid` of machine `name`; both are made if they are not there.
+    """Enter domain `domid` of machine `name`. Both are made if they are not there.
 
-    Gives the connection that stands for us in the domain: it lives until the last such connection to it ends. None if
-    the machine is another user's, who has made the domain for us. And the path of the domain's socket.
+    Return the connection that stands for this run in the domain, and the path of the domain's socket. The domain lives
+    until its last such connection ends. The connection is None if the machine is another user's, who has made the
+    domain for this user.
 
     Raises:
-        GntallocError: it cannot be; the text says why.
+        GntallocError: the domain cannot be entered; the text says why.
     """
     folder = machine_folder(name)
     path = domain_path(folder, domid)
@@ -53,10 +54,10 @@ def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
 
 
 def _start(name: str, folder: str, domid: int) -> ControlClient:
-    """Start a machine in `folder`, and enter the domain. If that fails, nothing of it is left."""
+    """Start a machine in `folder`, and enter the domain. If that fails, nothing of the machine is left."""
     try:
         _see_to_limits()
-        clear_folder(folder)  # of one that was killed
+        clear_folder(folder)  # a killed machine may have left it
         os.makedirs(folder, mode=0o700)
         _, sock = start_machine(folder, {"until_left": True}, quiet=True)
     except OSError as error:
@@ -73,7 +74,7 @@ def _start(name: str, folder: str, domid: int) -> ControlClient:
 
 
 def _see_to_limits() -> None:
-    """The machine lives under the limits of the run that starts it, and would end without a word."""
+    """Check this run's limits. The machine that it starts lives under them, and would end without a word."""
     for limit, least, what in _LEAST:
         _, hard = resource.getrlimit(limit)
         if hard != resource.RLIM_INFINITY and hard < least:
@@ -85,15 +86,15 @@ def _see_to_limits() -> None:
 
 
 def tidy(folder: str) -> None:
-    """Take away what a machine has left there that was killed."""
+    """Remove the files that a killed machine has left in `folder`."""
     if _nobody_answers(folder):
         with _alone(folder):
-            if _nobody_answers(folder) or not os.path.exists(folder):  # nor has anybody started another one since
+            if _nobody_answers(folder) or not os.path.exists(folder):  # no other machine was started since
                 _take_away(folder)
 
 
 def _take_away(folder: str) -> None:
-    """What a machine that is not there any more has left. We have its lock."""
+    """Remove the files of a machine that is not there any more. The caller has its lock."""
     with suppress(GntallocError):
         clear_folder(folder)
     os.unlink(lock_path(folder))
@@ -111,7 +112,7 @@ def _nobody_answers(folder: str) -> bool:
 
 
 def _enter(control: ControlClient, domid: int) -> ControlClient | None:
-    """The same, in the domain. None if nobody answers."""
+    """Enter the domain over `control`, and return that. None: nobody answers."""
     try:
         control.order("enter", domid=domid)
     except (NoMachine, MachineGone):
@@ -130,7 +131,7 @@ def _alone(folder: str) -> Iterator[None]:
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be locked: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_there(lock, path):  # a machine that ended took it away while we waited for it
+            if not _is_there(lock, path):  # a machine that ended has removed it while we waited
                 continue
             yield
             return

@@ -1,10 +1,10 @@
-"""What the shell sees of a `run`: it is the program for whoever called us.
+"""Stand for the program towards the shell that called `run`.
 
     shell ── run ── supervisor ── PROGRAM ── its children
 
-It hands on signals that were sent to it, and ends as the program ends; the supervisor stops it when the program stops,
-and lets it go on when that does. The program is in the shell's process group, so what the terminal sends reaches it
-directly.
+`run` hands on signals that were sent to it, and ends as the program ends. The supervisor stops `run` when the program
+stops, and lets it go on when the program goes on. The program is in the shell's process group, so the terminal's
+signals reach it directly.
 
 The supervisor is the program's parent, since where Yama guards ptrace only an ancestor may read a program's memory. It
 lives until the last process of the run has ended; `run` does not wait for that.
@@ -37,7 +37,7 @@ __all__ = ["NOT_FOUND", "end_by", "run"]
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # exit statuses, as of a shell
 
 _SIGNAL_INFO = struct.Struct("=I4xiI112x")  # struct signalfd_siginfo: number, code, sender
-_FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; what the terminal sends has a higher one
+_FROM_A_PROCESS = 0  # codes up to here: kill(2) and the like; the terminal's signals have a higher one
 _NOT_HANDED_ON = {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _DEADLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
@@ -54,20 +54,21 @@ def run(
     begun: Callable[[int, int, int], None] | None = None,
     verbose: bool = False,
 ) -> int:
-    """Run `command` in a domain. Its exit status; if a signal ended it, this process ends by it too.
+    """Run `command` in a domain, and return its exit status. If a signal ended it, this process ends by it too.
 
     Args:
         command: the program, looked for in PATH, and its arguments.
         domid: the domain, made if it is not there.
-        machine: its name, or the path of its folder; started if it does not run.
+        machine: the machine's name, or the path of its folder; started if it does not run.
         userns: give the program a user namespace of its own, so that other domains' programs of the same user cannot
             reach into it.
         all_opens: serve opens for reading only too, and private maps. It costs all programs some time.
-        begun: called when there is a process for the program: its pid, a descriptor of it, and its supervisor's pid.
-        verbose: say on standard error why each call that fails does, and what cannot be served.
+        begun: called when there is a process for the program, with its pid, a descriptor of it, and its supervisor's
+            pid.
+        verbose: say on standard error why each failing call fails, and which calls cannot be served.
 
     Raises:
-        GntallocError: it could not be started.
+        GntallocError: the program could not be started.
     """
     path = command[0] if "/" in command[0] else shutil.which(command[0])
     if path is None:
@@ -82,7 +83,7 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, every)
     signals = signal_descriptor(every)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    adopt_orphans()  # in case that the supervisor is killed
+    adopt_orphans()  # in case the supervisor is killed
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -99,7 +100,7 @@ def run(
         be_the_supervisor(program, theirs, run, machine, domid)
     theirs.close()
     os.close(run)
-    let_go(0, 1)  # what we may have to say goes to standard error
+    let_go(0, 1)  # messages go to standard error
     try:
         status = _accompany(ours, signals, supervisor, begun)
     finally:
@@ -114,7 +115,7 @@ def run(
 def _accompany(
     news: socket.socket, signals: int, supervisor: int, begun: Callable[[int, int, int], None] | None
 ) -> int:
-    """Be the program until it ends: its wait status."""
+    """Stand for the program until it ends, and return its wait status."""
     poll = select.poll()
     poll.register(news, select.POLLIN)
     poll.register(signals, select.POLLIN)
@@ -127,8 +128,8 @@ def _accompany(
                 except BlockingIOError:
                     continue  # a stop takes back a SIGCONT that waits, and the other way round
                 if process < 0 and number in _DEADLY:
-                    return int(number)  # before there is a program it is for us
-                sent = code <= _FROM_A_PROCESS and sender != supervisor  # who lets us go on with the program
+                    return int(number)  # before there is a program the signal is for `run`
+                sent = code <= _FROM_A_PROCESS and sender != supervisor  # the supervisor's is not for it
                 if process >= 0 and sent and number not in _NOT_HANDED_ON:
                     send(process, number)
                 continue
@@ -151,8 +152,8 @@ def _accompany(
 
 
 def _end_all_that_is_left() -> None:
-    """What the program had started is ours since the supervisor is dead, and nobody would serve it."""
-    while children := _children():  # what they had started is ours when they have ended
+    """End all that the program had started. It is ours since the supervisor is dead, and no process would serve it."""
+    while children := _children():  # their children become ours when they have ended
         for child in children:
             send(child, signal.SIGKILL)
         for child in children:
@@ -185,7 +186,7 @@ def _see_to_proc() -> None:
 
 
 def _occupy_streams() -> None:
-    """Streams that are closed shall be so for the program, and not be what we open next."""
+    """Occupy closed streams, so that they stay closed for the program, and no file that is opened next takes one."""
     while (nothing := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < _STREAMS:
         pass
     os.close(nothing)

@@ -1,8 +1,8 @@
-"""Programs in several domains of one fresh machine, as a test of both ends of something needs them.
+"""Run programs in several domains of one fresh machine, as a test of both ends of a channel needs.
 
-The first is the server. Each other one is started when xenstore shows its domain that a server waits for it, so a
-client need not try again. That is: a node `event-channel` that its domain may read, which is the last that libxenvchan
-and this package write of a channel.
+The first program is the server. Each other one is started when xenstore shows its domain that a server waits for it, so
+a client need not try again. The sign is a node `event-channel` that its domain may read. libxenvchan and this package
+write it last of a channel's nodes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "run_pair"]
 
 _LAST_NODE = "/event-channel"
-_GRACE = 5.0  # seconds for a server to end by itself when its clients have
+_GRACE = 5.0  # seconds for a server to end by itself when its clients have ended
 _CHUNK = 65536
 _STREAMS = (1, 2)
 
 
 class Outcome(NamedTuple):
-    """How the program of one domain ended.
+    """Tell how the program of one domain ended.
 
     Attributes:
-        status: its exit status, 128 and the signal's number if one killed it; None: it was ended, or never started.
-        seconds: since the pair was started.
+        status: its exit status, or 128 and the signal's number if one killed it. None: it was ended here, or never
+            started.
+        seconds: from the start of the pair to its end.
     """
 
     status: int | None
@@ -52,14 +53,14 @@ def run_pair(
     patience: float = 10.0,
     timeout: float | None = None,
 ) -> tuple[int, dict[int, Outcome]]:
-    """Run a program in each domain: the status of the first that failed, and how each ended.
+    """Run a program in each domain. Return the status of the first that failed, and how each ended.
 
     Args:
         commands: program and arguments by domid, the server's first.
-        show: is given what they write: the domain's name, 1 or 2 for the stream, bytes.
-        options: more for `gntalloc run`.
-        patience: seconds to wait until a server's nodes are there; then the next is started all the same.
-        timeout: seconds for all; then the status is 124.
+        show: is given the programs' output: the domain's name, 1 or 2 for the stream, bytes.
+        options: more options for `gntalloc run`.
+        patience: seconds to wait for a server's nodes. Afterwards the next program is started all the same.
+        timeout: seconds for all programs. Afterwards the status is 124.
 
     Raises:
         CannotStart, GntallocError: the machine or `gntalloc run` cannot be started.
@@ -88,7 +89,7 @@ class _Pair:
         self._open: set[int] = set()  # pipes
 
     def run(self, patience: float, timeout: float | None) -> tuple[int, dict[int, Outcome]]:
-        """See run_pair."""
+        """See `run_pair`."""
         deadline = Deadline(timeout)
         server, *clients = self._commands
         watches = {domid: self._watch(domid) for domid in clients}
@@ -100,7 +101,7 @@ class _Pair:
             self._start(domid)
         in_time = self._household.wait(lambda: self._is_over(clients), deadline)
         if in_time and not self._failed():
-            # A server may have something to say when its clients have left. One that waits for more is ended.
+            # A server may still have output when its clients have left. One that waits for more clients is ended.
             self._household.wait(self._all_ended, Deadline(_GRACE), deadline)
         self._end_the_rest(say=in_time)
         status = self._failed() if in_time else TIME_OVER
@@ -168,13 +169,13 @@ class _Pair:
         return bool(self._failed()) or all(domid in self._outcomes for domid in clients if domid in self._pids)
 
     def _failed(self) -> int:
-        """The status of the first that failed, by time; 0: none has."""
+        """Give the status of the first program that failed, by time. 0: none has."""
         for domid in self._pids:
             self._has_ended(domid)
         return next((each.status for each in self._outcomes.values() if each.status), 0)
 
     def _end_the_rest(self, *, say: bool) -> None:
-        """End what still runs, and take in the last that they write."""
+        """End the programs that still run, and take in their last output."""
         running = [domid for domid in self._pids if not self._has_ended(domid)]
         self._household.end()
         self._household.wait(lambda: not self._open, Deadline(_GRACE))

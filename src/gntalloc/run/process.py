@@ -1,7 +1,7 @@
-"""The supervisor's process: joins the machine, starts the program, serves it, and collects what ends.
+"""Be the supervisor's process: join the machine, start the program, serve it, and collect children that end.
 
-It has all signals blocked and no streams, and is in a session of its own, so that neither the terminal nor a
-signal to the program's group takes it away before the program. It ends when nobody is left under the filter.
+The process blocks all signals, has no streams, and is in a session of its own. So neither the terminal nor a signal to
+the program's group ends it before the program. It ends when no process is left under the filter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAST_STREAM = 2
 
 
 def be_the_supervisor(program: Program, news: socket.socket, process: int, machine: str, domid: int) -> NoReturn:
-    """Live as one. `news` goes to `run`, which tells the shell; `process` is a descriptor of it."""
+    """Be the supervisor until the end. `news` goes to `run`, which tells the shell; `process` is a descriptor of it."""
     run = _Run(news, process)
     try:
         _be_free_of_the_caller()
@@ -53,7 +53,7 @@ def be_the_supervisor(program: Program, news: socket.socket, process: int, machi
 
 
 class _Run:
-    """One run, from its beginning to the end of its last process."""
+    """Live through one run, from its beginning to the end of its last process."""
 
     def __init__(self, news: socket.socket, run: int) -> None:
         self._news: socket.socket | None = news  # None: `run` has ended
@@ -72,12 +72,12 @@ class _Run:
                 pass
 
     def begin(self, program: Program, machine: str, domid: int) -> None:
-        """Join, and start the program.
+        """Join the machine, and start the program.
 
         Raises:
             GntallocError, CannotExecute: see `join` and `start`.
         """
-        self._standing, path = join(machine, domid)  # for as long as we live: it is our place in the domain
+        self._standing, path = join(machine, domid)  # our place in the domain, for as long as we live
         self._folder = os.path.dirname(path)
         self._supervisor = Supervisor(
             path, say=lambda text: self.tell(say=text), explain=program.verbose, all_opens=program.all_opens
@@ -93,19 +93,19 @@ class _Run:
         _stand_apart()
 
     def _announce(self, child: int) -> None:
-        """From now on signals to `run` are the program's."""
+        """Tell `run` that signals to it are the program's from now on."""
         self._process = os.pidfd_open(child)
         assert self._news is not None
         socket.send_fds(self._news, [json.dumps({"started": child}).encode()], [self._process])
 
     def serve(self) -> None:
-        """Until nobody is left."""
+        """Serve the run until no process of it is left."""
         listener = self._listener.fileno()
         assert self._news is not None
         news = self._news.fileno()
         for descriptor in (self._children, news):
             self._poll.register(descriptor, select.POLLIN)
-        self._supervisor.hear()  # it may have come with the answer that said that the machine serves
+        self._supervisor.hear()  # a call may have come together with the answer that the machine serves
         machine = -1
         while True:
             machine = self._wait_for_calls(listener, machine)
@@ -125,9 +125,12 @@ class _Run:
                     self._run_has_ended()
 
     def _wait_for_calls(self, listener: int, before: int) -> int:
-        """Of the program, and of the machine: its descriptor, -1 if there is none. `before` is what it was."""
+        """Wait for calls of the program, and for the machine. Return the machine's descriptor, -1 if it has none.
+
+        `before` is the descriptor that the machine had.
+        """
         supervisor = self._supervisor
-        # Else the calls are the machine's, and the end is ours to see.
+        # Otherwise the machine takes the calls, and only the end is seen here.
         self._poll.register(listener, select.POLLIN if supervisor.serves else 0)
         machine = supervisor.machine
         if machine != before:
@@ -138,7 +141,7 @@ class _Run:
         return machine
 
     def _run_has_ended(self) -> None:
-        """If that was before the program has, somebody killed it, and meant the program."""
+        """Kill the program if it still runs: a signal that killed `run` was meant for it."""
         assert self._news is not None
         self._poll.unregister(self._news)
         self._news.close()
@@ -150,14 +153,14 @@ class _Run:
                 pass
 
     def _wait_for_the_end(self) -> None:
-        """Nobody is under the filter any more; that can be seen a moment before a status can be collected."""
+        """Wait for the program's status, which may come a moment after the last process left the filter."""
         while not self._ended:
             self._saw_the_end(*os.waitpid(self._child, 0))
         if self._standing is not None:
             tidy(self._folder)
 
     def _collect(self) -> None:
-        """Hear of children: the program stops or ends, others were left to us."""
+        """Collect news of children: the program stops or ends, and others were left to us."""
         while True:
             try:
                 child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
@@ -178,7 +181,7 @@ class _Run:
             self._stop(stopped=False)
 
     def _stop(self, *, stopped: bool) -> None:
-        """Let `run` stop or go on. We do it and not `run` itself, so that it is in the order in which it happened."""
+        """Let `run` stop or go on. It is done here and not by `run` itself, which keeps the order of events."""
         if stopped or self._stopped:
             self._stopped = stopped
             try:
@@ -188,7 +191,7 @@ class _Run:
 
 
 def _be_free_of_the_caller() -> None:
-    """What our caller wants of signals, limits and files is for the program: not for us, and the machine we start."""
+    """Drop the caller's signals, limits and files: they are for the program, not for us or a machine that we start."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for limit in LIMITS:
         _, hard = resource.getrlimit(limit)
@@ -205,18 +208,20 @@ def _why(program: Program, code: int) -> str:
 
 
 def _stand_apart() -> None:
-    """Hold nothing of the program's or the terminal's."""
-    # A group of its own in the same session would not do: the kernel hangs up on a group (SIGHUP to all of it) that has
-    # lost its last tie to the rest of its session when one of its members is stopped, and such a tie we would be.
+    """Leave the session and streams of the program and the terminal."""
+    # A group of its own in the same session would not do. A process of one group that has its parent in another ties
+    # the two together. We would be such a tie, and when the last one goes while a member of the group is stopped, the
+    # kernel hangs up on the group (SIGHUP to all of it).
     os.setsid()
     os.chdir("/")
     let_go(0, 1, 2)
 
 
 def let_go(*streams: int) -> None:
-    """Hold none of these streams, nor any other descriptor that we were started with.
+    """Close these streams, and any other descriptor that we were started with.
 
-    They are the program's: when it has closed a pipe, its other end must see that. Ours are all close-on-exec.
+    They are the program's: when it has closed a pipe, the pipe's other end must see that. Our own descriptors are all
+    close-on-exec.
     """
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for stream in streams:
@@ -227,4 +232,4 @@ def let_go(*streams: int) -> None:
             if descriptor > _LAST_STREAM and os.get_inheritable(descriptor):
                 os.close(descriptor)
         except OSError:
-            pass  # listdir's own
+            pass  # the descriptor that listdir used

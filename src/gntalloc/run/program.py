@@ -1,7 +1,7 @@
-"""Starting a program under the filter: what happens in its process before it is the program.
+"""Start a program under the filter, and prepare its process.
 
-The supervisor forks; the child takes the filter on, hands over the listener, and calls execve. All it has of us by
-then is what it was born with: streams, folder, process group, environment, limits, signals.
+The supervisor forks. The child installs the filter, hands over the listener, and calls execve. From us it keeps only
+its inheritance: streams, folder, process group, environment, limits, signals.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = ["LIMITS", "CannotExecute", "Program", "enter_namespace", "map_ids", "
 _CLONE_NEWUSER = 0x10000000
 _SFD_CLOEXEC, _SFD_NONBLOCK = 0o2000000, 0o4000
 LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA)
-"""What a supervisor gives itself as much of as it may."""
-_CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # it ignores them
+"""The limits that a supervisor raises as far as it may."""
+_CHANGED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
 _SHELL = "/bin/sh"
 
 
 class Program:
-    """What is to be started, with what it inherits of the process that makes this object.
+    """Describe a program to start, with all that it inherits from the process that makes this object.
 
     Args:
-        path: of the file.
-        arguments: the zeroth too.
-        mask: signals that are blocked in it.
+        path: the path of the file.
+        arguments: its arguments, with the zeroth.
+        mask: the signals that are blocked in it.
         userns, all_opens, verbose: see `run`.
     """
 
@@ -75,13 +75,13 @@ class CannotExecute(Exception):
 
 
 def start(program: Program, extra: dict[str, str], announce: Callable[[int], None]) -> tuple[int, int]:
-    """Start it with `extra` in its environment. Gives its pid and its listener.
+    """Start a program with `extra` in its environment. Return its pid and its listener.
 
     `announce` is told the pid before the program runs its first instruction.
 
     Raises:
-        GntallocError: the kernel or a sandbox forbids what this needs.
-        CannotExecute: see there.
+        GntallocError: the kernel or a sandbox forbids a step.
+        CannotExecute: execve refused the program.
     """
     ours, theirs = socket.socketpair()
     parent = os.getpid()
@@ -117,7 +117,7 @@ def _expect(line: socket.socket, what: str) -> tuple[int, int]:
 
 
 def _become(program: Program, extra: dict[str, str], line: socket.socket, parent: int) -> NoReturn:
-    """In the child. What goes wrong is told over `line`, as an errno."""
+    """Become the program, in the child. A failure is told over `line`, as an errno."""
     try:
         environment = _environment() | {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
         if program.userns:
@@ -126,8 +126,8 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
             line.recv(1)
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         if os.getppid() != parent:
-            os._exit(1)  # it died before it could take us along
-        listener = install(program.filter)  # from here on no file may be opened: nobody serves us yet
+            os._exit(1)  # it died before its death could end us
+        listener = install(program.filter)  # from here on no file may be opened: no process serves us yet
         socket.send_fds(line, [bytes(4)], [listener])
         os.close(listener)
         line.recv(1)
@@ -154,7 +154,7 @@ def _become(program: Program, extra: dict[str, str], line: socket.socket, parent
 
 
 def _environment() -> dict[bytes, bytes]:
-    """What we were started with. Python adds to it (LC_CTYPE) where the locale is C."""
+    """Give the environment that we were started with. Python adds LC_CTYPE to it where the locale is C."""
     try:
         with open("/proc/self/environ", "rb") as file:
             pairs = [entry.partition(b"=") for entry in file.read().split(b"\0")]
@@ -165,7 +165,7 @@ def _environment() -> dict[bytes, bytes]:
 
 
 def enter_namespace() -> None:
-    """Leave for a user namespace of one's own.
+    """Enter a user namespace of one's own.
 
     Raises:
         OSError: the kernel's or a sandbox's refusal.
@@ -174,7 +174,7 @@ def enter_namespace() -> None:
 
 
 def map_ids(child: int) -> None:
-    """Let every id in the namespace of `child` be what it is here; an ordinary user may do so for its own alone.
+    """Give every id in the namespace of `child` the number it has here. An ordinary user may do so for its own alone.
 
     Raises:
         GntallocError: the kernel or a sandbox forbids it.
@@ -187,7 +187,7 @@ def map_ids(child: int) -> None:
 
 
 def _all_ids(what: str) -> str:
-    """Those that there are here, which in a container may be few."""
+    """List the ids that there are here, which in a container may be few."""
     with open(f"/proc/self/{what}_map") as file:
         ranges = [line.split() for line in file]
     return "\n".join(f"{first} {first} {count}" for first, _, count in ranges)
@@ -202,7 +202,7 @@ def _write(path: str, text: str) -> None:
 
 
 def signal_descriptor(numbers: Iterable[int]) -> int:
-    """A descriptor that tells of these signals, which must be blocked."""
+    """Make a descriptor that tells of these signals, which must be blocked."""
     wanted = (ctypes.c_uint64 * 16)()  # as large as any C library's set
     for number in numbers:
         wanted[0] |= 1 << (number - 1)

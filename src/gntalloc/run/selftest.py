@@ -1,7 +1,8 @@
-"""What `run` needs of a kernel and its settings, tried with a program of a few lines. `gntalloc doctor` asks.
+"""Try, for `gntalloc doctor`, what `run` needs of a kernel and its settings, with a program of a few lines.
 
-The program opens a device that nobody has and maps a page of it; we serve both, with the parts that serve all programs.
-Each trial goes one step further than the one before, so the first that fails names what is lacking.
+The program opens a device that no machine has, and maps a page of it. Both calls are served here, by the parts that
+serve all programs. Each trial goes one step further than the one before, so the first that fails names the step that
+this computer lacks.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _PATIENCE = 5000  # milliseconds
 
 
 def notification() -> str:
-    """An open is brought to us, and we put a descriptor in its place.
+    """Try to have an open brought to us, and to answer it with a descriptor.
 
     Raises:
-        OSError: it cannot be. So for all of these.
+        OSError: it cannot be done. All trials here raise it so.
     """
     with _program() as listener, _Home() as home:
         listener.answer_with(_next(listener), home.fileno(), flags=0)
@@ -44,14 +45,14 @@ def notification() -> str:
 
 
 def memory() -> str:
-    """What the program calls the file is read from its memory."""
+    """Try to read the path of an open from the program's memory."""
     with _program() as listener:
         _read(_next(listener))
     return "a child's memory can be read"
 
 
 def placing() -> str:
-    """A page is mapped in the program, and what it writes is in our file."""
+    """Try to map a page in the program, and to find its bytes in our file."""
     page = os.memfd_create("trial", os.MFD_CLOEXEC)
     os.ftruncate(page, mmap.PAGESIZE)
     with _program() as listener, _Home() as home:
@@ -73,14 +74,14 @@ def placing() -> str:
 
 
 def namespace() -> str:
-    """All of it is so for a child in a user namespace, whose ids we write."""
+    """Try all of it with a child in a user namespace, whose ids we write."""
     with _program(userns=True) as listener:
         _read(_next(listener))
     return "can be entered, given ids and looked into"
 
 
 class _Home(socket.socket):
-    """A file for the program, and our end of it."""
+    """Be a file for the program, with our end of it."""
 
     peer: socket.socket
 
@@ -105,7 +106,7 @@ def _next(listener: Listener) -> Call:
 
 @contextmanager
 def _program(*, userns: bool = False) -> Iterator[Listener]:
-    """Start it, and end it."""
+    """Start the program, and end it."""
     ours, theirs = socket.socketpair()
     child = os.fork()
     if not child:
@@ -128,7 +129,7 @@ def _program(*, userns: bool = False) -> Iterator[Listener]:
 
 
 def _told(line: socket.socket) -> int:
-    """The descriptor that came with the child's word that it got so far."""
+    """Receive the descriptor that the child sends when it got so far."""
     data, descriptors, _, _ = socket.recv_fds(line, 4, 1)
     code = int.from_bytes(data, "little")
     if code:
@@ -137,7 +138,7 @@ def _told(line: socket.socket) -> int:
 
 
 def _be_served(line: socket.socket, *, userns: bool) -> NoReturn:
-    """In the child."""
+    """Be the program, in the child."""
     try:
         if userns:
             program.enter_namespace()

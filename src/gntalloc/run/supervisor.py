@@ -1,9 +1,9 @@
-"""Serves one `run`: a process beside the program, one thread around one poll.
+"""Serve one `run`: a process beside the program, one thread around one poll.
 
-Where the machine is of the same user it serves the program's calls itself (machine/syscalls.py), and what is left to us
-are the maps, which are placed by ptrace. Else we serve all of them, as a program in the domain like any other: a
-program's memory may be another program's to fill in (userfaultfd, FUSE), and a thread under ptrace may not stop for
-long; that holds up this process, which serves nobody else, and never the machine.
+A machine of the same user serves the program's calls itself (machine/syscalls.py), and leaves only the maps to the
+supervisor, which places them by ptrace. Otherwise the supervisor serves all calls, as a program in the domain like any
+other. Some calls may wait for long: another program may have to fill a program's memory in (userfaultfd, FUSE), and a
+thread under ptrace may not stop soon. That holds up this process, which serves no other run, and never the machine.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["Supervisor"]
 
 
 class Supervisor:
-    """Serves the calls of `listener`, or has them served.
+    """Serve the calls of `listener`, or have them served.
 
     Args:
-        path: of the domain's socket.
-        say: tells the user something.
-        explain: say of each call that fails why.
+        path: the path of the domain's socket.
+        say: tells the user a line.
+        explain: say why each failing call fails.
         all_opens: see `run`.
 
     Raises:
@@ -51,20 +51,20 @@ class Supervisor:
     ) -> None:
         self.files = Files(path, self._place, self._waits)
         self.serves = True
-        """Whether it is us who take the calls; else the machine does, and says what is left to us."""
+        """Whether this process takes the calls. Otherwise the machine does, and hands over those that are left."""
         self._say = say
         self._all_opens = all_opens
         self._explainer = self.files.explainer = Explainer(say) if explain else None
         self._said: set[str] = set()
-        self._notes: mmap.mmap | None = None  # of the calls that the machine takes, as long as it may hand any over
+        self._notes: mmap.mmap | None = None  # of calls that the machine takes, as long as it may hand any over
 
     def begin(self, listener: Listener, *, mark: int, died: Callable[[int, int], None]) -> None:
         """Have the calls served.
 
         Args:
-            listener: where they come from.
-            mark: the filter's.
-            died: told of threads whose end we saw in passing: see Injector.
+            listener: brings the calls.
+            mark: the filter's mark.
+            died: is told of threads whose end was seen in passing: see Injector.
         """
         self._listener = listener
         self._serving: Serving[OpenFile] = Serving(
@@ -77,7 +77,7 @@ class Supervisor:
         self._injector = Injector(listener, mark, died)
         self._swaps = self.files.swaps = Swaps(listener)
         if self._explainer is not None:
-            return  # a machine that serves them says no reasons
+            return  # a machine that serves the calls gives no reasons
         notes = self.files.have_served(listener.fileno())
         if notes is not None:
             self._notes = mmap.mmap(notes.fileno(), NOTES_SIZE, prot=mmap.PROT_READ)
@@ -86,7 +86,7 @@ class Supervisor:
 
     @property
     def machine(self) -> int:
-        """A descriptor to wait for: the machine hands something over. -1 if it never will (any more)."""
+        """The descriptor that is readable when the machine hands something over. -1: it never will (any more)."""
         return -1 if self._notes is None else self.files.channel.fileno()
 
     def serve(self) -> None:
@@ -94,13 +94,13 @@ class Supervisor:
         call = self._listener.receive()
         if call is not None:
             self._serve(call)
-        if self._notes is not None and self.files.has_brought():  # it came with an answer to us
+        if self._notes is not None and self.files.has_brought():  # it came together with an answer
             self.hear()
 
     def hear(self) -> None:
-        """Do all that the machine has handed over by now, or has left undone if it has ended.
+        """Serve all calls that the machine has handed over by now, or has left unanswered if it has ended.
 
-        It goes on handing over after the first call that we are to take over: those which it had taken already.
+        After the first call to take over, the machine goes on handing over those that it had taken already.
         """
         while self._notes is not None:
             try:
@@ -130,7 +130,7 @@ class Supervisor:
         except Denied:
             if self._explainer is not None:
                 self._explainer.not_seen(call)
-            self._listener.go_on(call)  # it can be nobody's whom we serve
+            self._listener.go_on(call)  # its caller is in none of the processes served here
 
     def _place(self, call: Call, plan: Plan) -> None:
         try:
@@ -147,13 +147,13 @@ class Supervisor:
             _close(plan)
 
     def _done(self, plan: Plan, result: int) -> None:
-        """The caller is about to go on. What it has not mapped must not be held by us when it asks."""
+        """Close the plan's descriptors: the caller is about to go on, and may ask whether its pages are held."""
         _close(plan)
         if result >= 0:
             self.files.placed(plan, result)
 
     def _swap(self, call: Call, plan: Plan) -> bool:
-        """Whether the program's own call could make this map: see run/debugged.py."""
+        """Try to let the program's own call make this map: see run/debugged.py. Return whether it could."""
         process, descriptor = leader_of(call.thread), call.arguments[4] & 0xFFFFFFFF
         if plan.file is None or len(plan.pieces) != 1 or plan.pieces[0].offset != call.arguments[5]:
             return False
