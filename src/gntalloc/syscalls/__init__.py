@@ -1,10 +1,10 @@
-"""System calls of programs that were never told about us: they are brought here, served and answered.
+"""Take, serve and answer the system calls of programs that do not know this package.
 
 listener    take a call, answer it, put a descriptor into its caller
-threads     who the caller is, and which file its descriptor is
-memory      the memory of a program
-arguments   which memory goes along with which ioctl
-serving     what each call means
+threads     find a caller's process, and the file of its descriptor
+memory      read and write the memory of a program
+arguments   choose the memory that goes along with an ioctl
+serving     serve each kind of call
 
 Two processes serve so: a run's supervisor, and, for programs of its own user, the machine itself.
 """

@@ -1,8 +1,9 @@
-"""Which memory goes along with which ioctl.
+"""Choose the memory that goes along with an ioctl.
 
-A driver reads and writes its caller's memory while it works, and the machine must not wait for anybody's. So the
-supervisor copies what a request may need before it asks, with the rights that the program has there, and writes back
-what the driver wrote. What is not there, or not writable, is not sent, and the driver finds that out in its own order.
+A driver reads and writes its caller's memory while it works, and the machine must not wait for the memory of any
+program. So the supervisor copies the memory that a request may need before it asks, with the rights that the program
+has there. Afterwards it writes back the bytes that the driver wrote. Memory that is missing or not writable is not
+sent, and the driver finds that out in its own order.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ __all__ = ["regions_of"]
 
 _COUNT_AT_4 = Struct("=4xI")
 _COUNT_AT_0 = Struct("=I")
-_MOST = MAX_PAYLOAD // 2  # of memory with one request, so that the message has room for the rest
+_MOST = MAX_PAYLOAD // 2  # bytes of memory with one request, so that the message has room for the rest
 
 
 class _Shape(NamedTuple):
-    """An argument: its first `size` bytes, all of it as `whole` says by those, the first `written` bytes written."""
+    """Describe an argument: its first `size` bytes tell `whole` its length, and the first `written` are written."""
 
     size: int
     whole: Callable[[bytes], int] | None = None
@@ -62,7 +63,7 @@ _SHAPES: dict[tuple[str, int], _Shape] = {
 
 
 def regions_of(name: str, request: int, address: int, memory: Memory, thread: int) -> list[Region]:
-    """The memory that goes with this request to the device `name`."""
+    """Copy the memory that goes with this request to the device `name`."""
     shape = _SHAPES.get((name, request))
     if shape is not None:
         return _argument(shape, address, memory, thread)
@@ -96,7 +97,7 @@ def _region(address: int, data: bytes, *, writable: bool) -> Region:
 
 
 class _Range(NamedTuple):
-    """Bytes that a request names somewhere in its argument."""
+    """Name a range of bytes that a request names somewhere in its argument."""
 
     start: int
     end: int
@@ -104,7 +105,7 @@ class _Range(NamedTuple):
 
 
 def _copy_ranges(address: int, memory: Memory, thread: int) -> Iterator[_Range]:
-    """GRANT_COPY: the argument, its segments, and the local side of each."""
+    """Give the ranges of a GRANT_COPY: the argument, its segments, and the local side of each."""
     head = memory.read(thread, address, gntdev.GrantCopy.SIZE)
     yield _Range(address, address + len(head), written=False)
     if len(head) < gntdev.GrantCopy.SIZE:
@@ -122,7 +123,7 @@ def _copy_ranges(address: int, memory: Memory, thread: int) -> Iterator[_Range]:
 
 
 def _hypercall_ranges(address: int, memory: Memory, thread: int) -> Iterator[_Range]:
-    """A hypercall: the argument, and what it points to if it is one of the few that are answered."""
+    """Give the ranges of a hypercall: the argument, and the struct that it points to if the call is answered."""
     head = memory.read(thread, address, privcmd.Hypercall.SIZE)
     yield _Range(address, address + len(head), written=False)
     if len(head) == privcmd.Hypercall.SIZE:
@@ -134,7 +135,7 @@ def _hypercall_ranges(address: int, memory: Memory, thread: int) -> Iterator[_Ra
 
 
 def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[Region]:
-    """Disjoint regions, page by page, of ranges that may overlap."""
+    """Make disjoint regions, page by page, of ranges that may overlap."""
     pieces: dict[int, list[int]] = {}  # page -> first byte, end, whether any of it is written
     for start, end, written in ranges:
         at = start
@@ -164,7 +165,7 @@ def _regions(ranges: Iterator[_Range], memory: Memory, thread: int) -> list[Regi
 
 
 def _together(pieces: list[tuple[int, ...]]) -> Iterator[_Range]:
-    """Pieces of neighbouring pages as one, where they touch and are used alike."""
+    """Join pieces of neighbouring pages where they touch and are used alike."""
     run: _Range | None = None
     for begin, end, written in pieces:
         if run is not None and run.end == begin and run.written == bool(written) and end - run.start <= _MOST:

@@ -1,4 +1,4 @@
-"""System calls that the kernel brings to us: take one, answer it, put a descriptor into its caller.
+"""Listen for the system calls that the kernel brings: take one, answer it, put a descriptor into its caller.
 
 Each caller sleeps in its call until it is answered. Source: seccomp_unotify(2).
 """
@@ -30,15 +30,15 @@ CALL_SIZE = _CALL.size
 _RESPONSE = Struct("=QqiI")
 _ADD = Struct("=QIIII")
 _ID = Struct("=Q")
-_ZEROS = bytes(_NOTIFICATION.size)  # what the kernel wants to find
+_ZEROS = bytes(_NOTIFICATION.size)  # the kernel wants an empty buffer
 
 
 class CallerGone(Exception):
-    """The caller died, or was interrupted, before it was answered. There is nobody to serve any more."""
+    """The caller died, or was interrupted, before it was answered. Its call is over."""
 
 
 class Call(NamedTuple):
-    """One system call: `thread` is its caller's."""
+    """Hold one system call. `thread` is its caller's."""
 
     id: int
     thread: int
@@ -46,12 +46,12 @@ class Call(NamedTuple):
     arguments: tuple[int, ...]
 
     def encode(self) -> bytes:
-        """For another process."""
+        """Make bytes of the call, for another process."""
         return _CALL.pack(self.id, self.thread, self.number, *self.arguments)
 
     @classmethod
     def decode(cls, data: bytes) -> Call:
-        """The other way round, from the first CALL_SIZE bytes."""
+        """Read a call from the first CALL_SIZE bytes."""
         number_of_call, thread, number, *arguments = _CALL.unpack_from(data)
         return cls(number_of_call, thread, number, tuple(arguments))
 
@@ -60,18 +60,18 @@ _new = tuple.__new__  # of a NamedTuple: in half the time
 
 
 class Listener:
-    """The descriptor that install gave, in whichever process it is now.
+    """Take and answer calls over the descriptor that `install` gave, in any process.
 
     Args:
-        descriptor: it.
-        notes: NOTES_SIZE bytes, where the kernel itself writes down the last MOST_TAKEN calls that were taken. If
-            another process can read them too, it knows after our death who waits for an answer.
+        descriptor: the listener.
+        notes: NOTES_SIZE bytes, where the kernel itself writes the last MOST_TAKEN calls that were taken. If another
+            process can read them too, it knows after our death which callers wait for an answer.
     """
 
     def __init__(self, descriptor: int, notes: bytearray | memoryview | None = None) -> None:
         self._descriptor = descriptor
         notes = bytearray(NOTES_SIZE) if notes is None else notes
-        # Windows so large that fcntl.ioctl hands them to the kernel as they are, and not a copy.
+        # These windows are so large that fcntl.ioctl hands them to the kernel as they are, and not a copy.
         view = memoryview(notes)
         places = range(0, MOST_TAKEN * _STRIDE, _STRIDE)
         self._windows = cycle([(view[at : at + _WINDOW], view[at : at + len(_ZEROS)]) for at in places])
@@ -80,19 +80,19 @@ class Listener:
             # The caller waits for us and we for it, so let the two share a processor: 15 µs instead of 57 here.
             fcntl.ioctl(descriptor, _SET_FLAGS, _SYNC_WAKE_UP)
         except OSError:
-            pass  # before Linux 6.6 it is only slower
+            pass  # before Linux 6.6 this is not known, and calls are only slower
 
     def fileno(self) -> int:
-        """To wait for: readable, a call is there; hung up, nobody is left who could make one."""
+        """Give the descriptor to wait for. Readable: a call is there. Hung up: no process is left to make one."""
         return self._descriptor
 
     def close(self) -> None:
-        """From now on the calls that would be brought to us fail with ENOSYS. The notes are let go of."""
+        """Take no more calls: those that would be brought fail with ENOSYS. The notes are released."""
         os.close(self._descriptor)
         self._windows = cycle(())
 
     def receive(self) -> Call | None:
-        """The next call. Waits if there is none; None if it went away meanwhile."""
+        """Take the next call, and wait for it if need be. None: it went away meanwhile."""
         buffer, head = next(self._windows)
         head[:] = _ZEROS
         try:
@@ -105,7 +105,7 @@ class Listener:
         return _new(Call, (*head_of_call[:3], head_of_call[3:]))
 
     def fail_all(self, notes: bytes | memoryview, code: int) -> None:
-        """Whoever took calls, with these notes, is dead: let those fail that it had not answered."""
+        """Let the calls fail that a process took, with these notes, and had not answered when it died."""
         for at in range(0, MOST_TAKEN * _STRIDE, _STRIDE):
             (number_of_call,) = _ID.unpack_from(notes, at)
             try:
@@ -114,44 +114,44 @@ class Listener:
                 pass  # answered, or never there
 
     def answer(self, call: Call, result: int) -> None:
-        """Let it return `result`; a negative number is an errno.
+        """Let the call return `result`. A negative number is an errno.
 
         Raises:
-            CallerGone: see there. So for all of these.
+            CallerGone: the caller is gone. The other methods that have a call raise it too.
         """
         value, code = (result, 0) if result >= 0 else (0, result)
         self._send(call, value, code, 0)
 
     def go_on(self, call: Call) -> None:
-        """It is not for us: let the kernel carry it out."""
+        """Let the kernel carry the call out."""
         self._send(call, 0, 0, _CONTINUE)
 
     def give(self, call: Call, descriptor: int, *, flags: int) -> int:
-        """Put a copy of ours into the caller. Its number there.
+        """Put a copy of `descriptor` into the caller, and return its number there.
 
         Raises:
-            OSError: EMFILE the caller has no room.
+            OSError: EMFILE: the caller has no room.
         """
         return self._add(_ADD.pack(call.id, 0, descriptor, _ANY_FD, flags))
 
     def answer_with(self, call: Call, descriptor: int, *, flags: int) -> int:
-        """Put a copy of ours into the caller and return its number there, all in one step.
+        """Put a copy of `descriptor` into the caller, and let the call return its number there, all in one step.
 
         Raises:
-            OSError: EMFILE the caller has no room. The call is not answered then.
+            OSError: EMFILE: the caller has no room. The call is not answered then.
         """
         return self._add(_ADD.pack(call.id, _ADDFD_SEND, descriptor, _ANY_FD, flags))
 
     def replace(self, call: Call, descriptor: int, theirs: int, *, flags: int) -> None:
-        """Let the caller's descriptor `theirs` be a copy of ours from now on.
+        """Replace the caller's descriptor `theirs` with a copy of ours.
 
         Raises:
-            OSError: it cannot be.
+            OSError: it cannot be replaced.
         """
         self._add(_ADD.pack(call.id, _ADDFD_SETFD, descriptor, theirs, flags))
 
     def waits(self, call: Call) -> bool:
-        """Whether its caller still waits, so that the number of its thread is still its own."""
+        """Say whether the caller still waits, so that the number of its thread is still its own."""
         try:
             fcntl.ioctl(self._descriptor, _ID_VALID, _ID.pack(call.id))
         except OSError:

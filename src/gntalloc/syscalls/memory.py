@@ -1,7 +1,7 @@
-"""The memory of a program: copy from it and to it, as far as its own rights go.
+"""Copy from the memory of a program and to it, as far as the program's own rights go.
 
 Source: process_vm_readv(2). It fails where the program's own access would, unlike /proc/PID/mem, which writes to
-read-only pages. A copy is cut at page boundaries, so that one that cannot be whole tells how far it got.
+read-only pages. A copy is cut at page boundaries, so a copy that cannot be whole tells how far it got.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _TOP = 1 << 64
 
 
 class Denied(PermissionError):
-    """The kernel lets us not look into this program at all: Yama, or what its file's mode says."""
+    """The kernel does not let us look into this program at all: Yama, or the mode of the program's file."""
 
 
 class _Piece(ctypes.Structure):
     _fields_ = (("base", ctypes.c_size_t), ("length", ctypes.c_size_t))
 
 
-# Without argtypes: all arguments but the thread are made once, so that a call need not convert them.
+# No argtypes here: all arguments but the thread are made once, so that a call need not convert them.
 _read, _write = libc_with_gil.process_vm_readv, libc_with_gil.process_vm_writev
 _ONE, _NONE = ctypes.c_ulong(1), ctypes.c_ulong(0)
 
 
 class Memory:
-    """Copies between programs and a buffer here. One object a process; not for several threads."""
+    """Copy between programs and a buffer here. A process has one such object, for one thread."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(PAGE_SIZE)
@@ -48,10 +48,10 @@ class Memory:
         self._there_at = ctypes.byref(self._there)
 
     def read(self, thread: int, address: int, size: int) -> bytes:
-        """Up to `size` bytes: fewer if not all of them can be read.
+        """Read up to `size` bytes: fewer if not all of them can be read.
 
         Raises:
-            Denied: see there. So for all of these.
+            Denied: the kernel forbids it. The other methods raise it too.
         """
         if 0 <= size <= PAGE_SIZE - address % PAGE_SIZE:  # within one page, as nearly always
             self._here.length = self._there.length = size
@@ -69,7 +69,7 @@ class Memory:
         return buffer.raw[:got]
 
     def write(self, thread: int, address: int, data: bytes) -> int:
-        """Put `data` there; how many bytes could be written."""
+        """Write `data` at `address`, and return how many bytes could be written."""
         size = len(data)
         if size <= PAGE_SIZE - address % PAGE_SIZE:
             self._buffer[:size] = data
@@ -85,10 +85,10 @@ class Memory:
         return self._copy(_write, thread, address, buffer, len(data))
 
     def writable(self, thread: int, address: int, size: int) -> int:
-        """How many of `size` bytes from `address` on can be written.
+        """Count how many of `size` bytes from `address` on can be written.
 
-        There is no way to ask but to write. So the first byte in each page is written as it is; the caller is about to
-        have it written anyway.
+        Only a write can tell. So the first byte in each page is written as it is. The caller is about to have it
+        written anyway.
         """
         end = min(address + size, _TOP)
         at = address
@@ -100,7 +100,7 @@ class Memory:
         return end - address
 
     def path(self, thread: int, address: int) -> bytes:
-        """A string of at most 255 bytes. Empty if there is none."""
+        """Read a string of at most 255 bytes. It is empty if there is none."""
         size = min(256, PAGE_SIZE - address % PAGE_SIZE)
         found = self.read(thread, address, size)
         if b"\0" not in found and size < 256:
@@ -110,7 +110,7 @@ class Memory:
     def _whole(
         self, copy: Callable[..., int], thread: int, address: int, buffer: ctypes.Array[ctypes.c_char], size: int
     ) -> bool:
-        """All in one piece, as nearly always; how much of it is there otherwise, only page by page can tell."""
+        """Copy all in one piece, as is nearly always possible. Otherwise only a copy page by page tells how far."""
         if not 0 <= address <= _TOP - size:
             return False
         self._there.base, self._there.length = address, size

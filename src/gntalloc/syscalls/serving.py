@@ -1,7 +1,7 @@
-"""What each system call that is brought to us means: opens, ioctls and maps of /dev/xen, and of nothing else.
+"""Serve system calls: opens, ioctls and maps of /dev/xen, and of nothing else.
 
-It is the same in both processes that serve: a run's supervisor, which asks the machine for each (run/files.py), and
-the machine itself, which has the files (machine/syscalls.py).
+Two processes serve so: a run's supervisor, which asks the machine for each call (run/files.py), and the machine itself,
+which has the files (machine/syscalls.py).
 """
 
 from __future__ import annotations
@@ -50,61 +50,61 @@ F = TypeVar("F")
 
 
 class Home(Protocol):
-    """A program's end of an open file, as long as it is ours."""
+    """Hold a program's end of an open file, until the program has it."""
 
     def fileno(self) -> int:
-        """Its number."""
+        """Give the number of the descriptor."""
 
     def close(self) -> None:
-        """It has been handed over."""
+        """Close our copy, as the program has its own."""
 
 
 class Files(Protocol[F]):
-    """The open device files of a domain; F is one of them. All of it may raise GntallocError with the errno."""
+    """Give the open device files of a domain. F is one of them. Each method may raise GntallocError with the errno."""
 
     def open(self, process: int, name: str, flags: int) -> Home:
-        """Open a device: ENOENT there is none of that name."""
+        """Open a device. ENOENT: no device has that name."""
 
     def open_store(self, process: int) -> socket.socket | None:
-        """A connection to the domain's xenstore for this process, if the domain has one."""
+        """Connect to the domain's xenstore for this process, if the domain has one."""
 
     def find(self, thread: int, descriptor: int, identity: tuple[int, int]) -> F | None:
-        """The file whose home is that descriptor."""
+        """Find the file whose home is that descriptor."""
 
     def name(self, file: F) -> str:
-        """Of the device."""
+        """Give the name of the device."""
 
     def ioctl(self, call: Call, process: int, file: F) -> int:
-        """Carry out this ioctl: its result or a negative errno."""
+        """Carry out this ioctl, and return its result or a negative errno."""
 
     def map(self, call: Call, process: int, file: F) -> None:
         """Carry out this mmap, and answer it."""
 
 
 class Witness(Protocol):
-    """Is told of calls that fail, and of those that are left to the kernel though they are about a device."""
+    """Hear of calls that fail, and of calls on a device that are left to the kernel."""
 
     def refused(self, call: Call, what: str, refusal: OSError) -> None:
-        """An open or an mmap has failed."""
+        """Hear that an open or an mmap has failed."""
 
     def not_served(self, call: Call, what: str, why: str) -> None:
-        """The kernel has it."""
+        """Hear that a call is left to the kernel."""
 
 
 def is_shared(flags: int) -> bool:
-    """Whether an mmap with these flags is."""
+    """Say whether an mmap with these flags is shared."""
     return flags & _MAP_SHARED_BITS != _MAP_PRIVATE
 
 
 class Serving(Generic[F]):
-    """Serves the calls of `listener` with `files`.
+    """Serve the calls of `listener` with `files`.
 
     Args:
-        listener: where the calls come from.
-        files: see there.
-        say: told of faults of ours.
-        one_user: be done with it when the program becomes another user's.
-        witness: told of what fails. The filter brings all opens and maps here then.
+        listener: brings the calls.
+        files: the device files of the domain.
+        say: is told of our own faults.
+        one_user: stop when the program becomes another user's.
+        witness: is told of calls that fail. The filter brings all opens and maps here then.
         all_opens: serve also opens for reading only, and private maps, if the filter brings them here.
     """
 
@@ -138,7 +138,7 @@ class Serving(Generic[F]):
         """Answer a call.
 
         Raises:
-            Denied: we may not look into this program. It is not answered.
+            Denied: the kernel does not let us look into this program. The call is not answered.
         """
         try:
             try:
@@ -152,7 +152,7 @@ class Serving(Generic[F]):
                 self._say(f"a call of thread {call.thread} could not be served: {error!r}")
                 self._listener.answer(call, -errno.EIO)
         except CallerGone:
-            pass  # nobody waits for the answer
+            pass  # no caller waits for the answer
 
     def _refuse(self, call: Call, refusal: GntallocError, what: str = "a device") -> None:
         if self._witness is not None:
@@ -160,11 +160,11 @@ class Serving(Generic[F]):
         self._listener.answer(call, -(refusal.errno or errno.EIO))
 
     def is_traced(self, thread: int) -> bool:
-        """Whether a debugger has the caller that is being served."""
+        """Say whether a debugger traces the caller that is being served."""
         return self._threads.is_traced(thread)
 
     def close(self) -> None:
-        """Let go of what is known of the program."""
+        """Forget all threads of the program."""
         self._threads.close()
 
     def _open(self, call: Call, path: int, flags: int) -> None:
@@ -182,7 +182,7 @@ class Serving(Generic[F]):
             if error.errno != errno.ENOENT:
                 self._refuse(call, error, device)
             else:
-                self._leave(call, f"an open of {device}", str(error))  # what the computer says itself
+                self._leave(call, f"an open of {device}", str(error))  # the kernel itself answers so
             return
         try:
             self._listener.answer_with(call, home.fileno(), flags=flags & os.O_CLOEXEC)
@@ -200,7 +200,7 @@ class Serving(Generic[F]):
         return self._files.open(self._threads.process_now(call.thread), device, flags & _LOW_INT)
 
     def _open_store(self, call: Call, flags: int) -> Home:
-        """The device gives what the daemon's socket does, so the file is a connection to it."""
+        """Open the xenstore device. It gives what the daemon's socket gives, so the file is a connection to that."""
         sock = self._files.open_store(self._threads.process_now(call.thread))
         if sock is None:
             raise GntallocError(errno.ENOENT, "this domain has no xenstore")
@@ -224,7 +224,7 @@ class Serving(Generic[F]):
         self._listener.answer(call, self._files.ioctl(call, process, file))
 
     def _change_user(self, call: Call) -> None:
-        """From now on it may be somebody's whom those who serve must not wait for."""
+        """Let a program change its user, and stop serving it here: the server must not wait for another user's."""
         if self._one_user:
             raise Denied
         self._listener.go_on(call)
@@ -247,7 +247,7 @@ class Serving(Generic[F]):
 
 
 def _empty(home: int, identity: tuple[int, int] | None) -> None:
-    """Throw away the events on a home, if this is it: the machine cannot take them back."""
+    """Throw away the events on a home, if `home` still is that: the machine cannot take them back."""
     if home < 0:
         return
     try:

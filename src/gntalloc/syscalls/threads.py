@@ -1,7 +1,7 @@
-"""Who makes a call: the process that a thread belongs to, and which file its descriptor is.
+"""Find the process that a calling thread belongs to, and the file of its descriptor.
 
-A thread's folder in /proc is kept open from its first call on: it is never another thread's, though that may get the
-number, so what was found out about the thread stays true.
+A thread's folder in /proc is kept open from its first call on. An open folder never becomes another thread's, even if
+that gets the same number. So all that was found out about the thread stays true.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_KNOWN = 64
 _SOCKET, _MEMORY = "socket:[", "/memfd:"
 _SYS_PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # since Linux 6.9
-_ENOUGH = 512  # of a status, for what is at its beginning
+_ENOUGH = 512  # bytes of a status, which have the lines at its beginning
 
 
 class _Known(NamedTuple):
@@ -29,7 +29,7 @@ class _Known(NamedTuple):
 
 
 class Threads:
-    """The threads that called last."""
+    """Remember the threads that called last."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
@@ -37,9 +37,9 @@ class Threads:
             self._sockets = os.fstat(sock.fileno()).st_dev  # the file system of all sockets
 
     def identity(self, thread: int, descriptor: int) -> tuple[int, int] | None:
-        """Device and inode of the socket or memory file behind a descriptor of this thread.
+        """Give device and inode of the socket or memory file behind a descriptor of this thread.
 
-        None: it has none, or is not to be seen; or the file is another, and none of ours.
+        None: there is no such descriptor, it cannot be seen, or it is a file of another kind, and none of ours.
         """
         known = self._known.get(thread)
         if known is not None:
@@ -59,15 +59,15 @@ class Threads:
         if link.startswith(_MEMORY):
             status = os.stat(f"fd/{descriptor}", dir_fd=folder)
             return status.st_dev, status.st_ino
-        return None  # and no stat, which may have to wait for another computer (NFS), or another program (FUSE)
+        return None  # no stat is made: it may have to wait for another computer (NFS), or another program (FUSE)
 
     def process(self, thread: int) -> int:
-        """The process that it belongs to. Right after `identity`, which notices if a number has changed hands."""
+        """Give the process of a thread. Call it right after `identity`, which notices if a number was given anew."""
         known = self._known.get(thread)
         return leader_of(thread) if known is None else known.process
 
     def process_now(self, thread: int) -> int:
-        """The process that it belongs to; itself if that cannot be seen."""
+        """Give the process of a thread, or the thread itself if that cannot be seen."""
         known = self._known.get(thread)
         if known is not None:
             try:
@@ -81,12 +81,12 @@ class Threads:
             return thread
 
     def close(self) -> None:
-        """Forget all of them."""
+        """Forget all threads."""
         for thread in list(self._known):
             self.forget(thread)
 
     def is_traced(self, thread: int) -> bool:
-        """Whether a debugger has it: strace, gdb. Right after `identity`."""
+        """Say whether a debugger (strace, gdb) traces a thread. Call it right after `identity`."""
         known = self._known.get(thread)
         return known is not None and _number(known.status, b"TracerPid:", 0) != 0
 
@@ -103,7 +103,7 @@ class Threads:
         return known
 
     def forget(self, thread: int) -> None:
-        """It may be another one that has this number now."""
+        """Forget a thread: another one may have its number now."""
         known = self._known.pop(thread, None)
         if known is not None:
             os.close(known.folder)
@@ -111,12 +111,12 @@ class Threads:
 
 
 def leader_of(thread: int) -> int:
-    """The process that a thread belongs to; itself if that cannot be seen."""
+    """Give the process of a thread, or the thread itself if that cannot be seen."""
     return _look(thread, b"Tgid:", thread)
 
 
 def is_traced(thread: int) -> bool:
-    """Whether a debugger has it: strace, gdb."""
+    """Say whether a debugger (strace, gdb) traces a thread."""
     return _look(thread, b"TracerPid:", 0) != 0
 
 
@@ -132,7 +132,7 @@ def _look(thread: int, name: bytes, unknown: int) -> int:
 
 
 def _number(status: int, name: bytes, unknown: int) -> int:
-    """What a status says under this name."""
+    """Read the number under this name from a status."""
     try:
         text = os.pread(status, _ENOUGH, 0)
     except OSError:
@@ -142,9 +142,10 @@ def _number(status: int, name: bytes, unknown: int) -> int:
 
 
 def fetch(thread: int, descriptor: int) -> int:
-    """A copy of a thread's descriptor; -1 if it has none, or it cannot be had.
+    """Make a copy of a thread's descriptor. -1: it has none, or it cannot be had.
 
-    Before Linux 6.9 it is its process's, which is the same but for threads with descriptors of their own.
+    Before Linux 6.9 it is the descriptor of the thread's process. The two differ only for threads with descriptors of
+    their own.
     """
     try:
         handle = _handle(thread)
