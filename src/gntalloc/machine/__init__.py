@@ -1,25 +1,25 @@
-"""The process that plays the machine: the only owner of truth. Control goes through it; data never does.
+"""Be the machine: a process that alone knows which domain has which page. Control goes through it; data never does.
 
-process      the entry point of the child process
-server       puts the parts together, makes and ends domains, runs the loop
-orders       what the machine's owner can order
-control      the control channel, over which orders come
-connection   one program's call channel
-supervision  what a run's supervisor asks beyond its own calls, and what it is handed
-syscalls     system calls of a run that the machine serves itself
-store        connections to xenstore
-doors        the sockets at which programs knock, and who may come in
-lifetime     domains and machines that last as long as the runs in them
-homes        homes of open files: what programs hold of the machine
-home         one of them
-waits        sockets that tell when pages are released
-placements   maps that were given out, until their program says where it has them
-faults       faults that a test asks for
-stream       a program's messages in, the machine's replies out
-turns        which speaker is served next, how much of it, and which has to wait
-loop         waits for descriptors; knows nobody
-descriptors  descriptors that programs send: taken in, and let go of without waiting
-machine      domains, their drivers and open files; what the kernel says of mappings is taken in here
-disturbed    event channels that are late or repeat themselves, for faults
-toolstack    the nodes that a domain finds in xenstore
+process      enter the child process
+server       put the parts together, make and end domains, run the loop
+orders       define the orders of the machine's owner
+control      take orders over the control channel
+connection   serve one program's call channel
+supervision  serve a run's supervisor beyond its own calls, and hand calls over to it
+syscalls     serve system calls of a run in the machine itself
+store        serve connections to xenstore
+doors        listen on the machine's sockets, and decide which programs may come in
+lifetime     let domains and machines last as long as the runs in them
+homes        keep the homes of all open files
+home         be one home: a program's hold on an open file, and the machine's end of it
+waits        tell programs, by sockets, when their pages are released
+placements   keep maps that were given out, until their program says where it has them
+faults       cause the faults that a test asks for
+stream       move a program's messages in and the machine's replies out
+turns        choose which speaker is served next, how much of it, and which has to wait
+loop         wait for descriptors
+descriptors  take descriptors that programs send, and close them without waiting
+machine      keep domains, their drivers and open files, and take in what the kernel says of mappings
+disturbed    delay or repeat events of event channels, for faults
+toolstack    make the nodes that a domain finds in xenstore
 """

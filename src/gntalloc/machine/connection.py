@@ -1,4 +1,4 @@
-"""One program's call channel: each message is a call of it, answered in turn."""
+"""Serve one program's call channel. Each message is a call of the program, answered in turn."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def pieces_of_plan(plan: Plan, loans: list[Loan[Any]]) -> tuple[Piece, ...]:
 
 
 def _made_by(request: int, argument: bytes) -> int:
-    """The index that ALLOC_GREF or MAP_GRANT_REF has put into its argument."""
+    """Read the index that ALLOC_GREF or MAP_GRANT_REF has put into its argument."""
     layout = AllocGref if request == ALLOC_GREF else MapGrantRef
     return int(layout.unpack_from(argument).index)
 
 
 class _Undo:
-    """How what a message made is taken off its file's list again."""
+    """Take the pages or the map that a message made off its file's list again."""
 
     __slots__ = ("_file", "_index", "_pages", "_request")
 
@@ -95,18 +95,18 @@ class _Undo:
         try:
             self._file.ioctl(request, 0, MessageCaller([Region(0, bytearray(argument), writable=False)]))
         except DeviceError:
-            pass  # it was given back by somebody who knew it
+            pass  # a program that knew it has given it back
 
 
 class Connection(MessageStream):
-    """The call channel of one process in a domain.
+    """Serve the call channel of one process in a domain.
 
     Args:
-        sock: to it.
+        sock: the socket to the process.
         guest: the domain.
         peer: the process.
-        homes: of open files.
-        waits: for releases.
+        homes: the homes of open files.
+        waits: the waits for releases.
         carry_out: makes descriptions for a plan.
         handlers: see `handlers_with`.
     """
@@ -126,7 +126,7 @@ class Connection(MessageStream):
         self.guest = guest
         self.peer = peer
         self.pid = peer.pid
-        """The process that it speaks for; a supervisor says which that is."""
+        """The process that it speaks for. A supervisor names that process."""
         self.by_offset = False
         """Whether that process makes its maps itself, at the offset that it asks for."""
         self.placements = Placements()
@@ -136,14 +136,14 @@ class Connection(MessageStream):
         self._handlers = handlers
         self._files: dict[int, File] = {}
         self._next_handle = 1
-        # Takes what the last message made off its file's list again. If no message follows, its answer may not have
-        # been read (no descriptors left, Ctrl-C), and then nobody knows the index. What is mapped of it stays so.
+        # Undoes the last message, if that made pages or a map. If no message follows, its answer may not have been read
+        # (no descriptors left, Ctrl-C), and then the program does not know the index. Pages that are mapped stay so.
         self._undo: _Undo | None = None
         self._ended: list[Callable[[], None]] = []
 
     @property
     def notes_expected(self) -> int:
-        """See MessageStream."""
+        """See `MessageStream`."""
         return len(self.placements)
 
     def serve(self, message: Message, descriptors: list[int]) -> None:
@@ -161,11 +161,11 @@ class Connection(MessageStream):
             raise Dropped(f"what it sent is no message: {error}") from None
 
     def when_ended(self, call: Callable[[], None]) -> None:
-        """Call this when the program is gone."""
+        """Have `call` called when the program is gone."""
         self._ended.append(call)
 
     def close(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
         super().close()
         for call in self._ended:
             call()
@@ -174,10 +174,10 @@ class Connection(MessageStream):
             undo()
 
     def file(self, handle: int) -> File:
-        """Find a file by what this program calls it.
+        """Find a file by its handle on this channel.
 
         Raises:
-            DeviceError: EBADF it is none, or is closed.
+            DeviceError: EBADF: there is no such file, or it is closed.
         """
         file = self._files.get(handle)
         if file is None:
@@ -222,19 +222,19 @@ class Connection(MessageStream):
         try:
             caller = MessageCaller(asked.regions, process=self.pid, by_offset=self.by_offset)
             result = self.file(asked.handle).ioctl(asked.request, asked.address, caller)
-        except DeviceError as refusal:  # what was written before it failed stays written, as in Linux
+        except DeviceError as refusal:  # bytes that were written before it failed stay written, as in Linux
             error, why = self._refused(refusal)
         self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
 
     def _ioctl_told(self, message: Message, told: IoctlTold, descriptors: list[int]) -> None:
-        """Do what nobody waits for: to give pages back. If they are gone already, so much the better."""
+        """Serve an ioctl without an answer, which gives pages back. Pages that are gone already are no error."""
         try:
             self.file(told.handle).ioctl(told.request, told.address, MessageCaller(told.regions, process=self.pid))
         except DeviceError as refusal:
             self._refused(refusal)
 
     def _ioctl_mmap(self, message: Message, asked: IoctlMmap, descriptors: list[int]) -> None:
-        """Serve ALLOC or MAP, and what always follows it."""
+        """Serve ALLOC or MAP, and the mmap that always follows it."""
         if asked.request not in {ALLOC_GREF, MAP_GRANT_REF}:
             raise Dropped(f"it wanted to map what request {asked.request:#010x} makes, which makes nothing to map")
         caller = MessageCaller(asked.regions, process=self.pid)
@@ -270,7 +270,7 @@ class Connection(MessageStream):
         self._answer_with(message, number, encode(MmapAnswer(confirm, pieces_of_plan(plan, loans))), loans)
 
     def _answer_with(self, message: Message, result: int, body: bytes, loans: list[Loan[Any]]) -> None:
-        """Answer, and let go of the machine's copies of these descriptors."""
+        """Answer, and close the machine's copies of these descriptors."""
         try:
             self.answer(message, result=result, body=body, descriptors=[loan.descriptor for loan in loans])
         finally:
@@ -322,7 +322,7 @@ _HANDLERS: dict[type, Handler] = {
 
 
 def handlers_with(more: Mapping[type, Handler]) -> Handlers:
-    """Give what serves each kind of message, by its number: a connection's own kinds, and `more`."""
+    """Give the function that serves each kind of message, by its number: a connection's own kinds, and `more`."""
     return {kind_of(kind): (kind, handler) for kind, handler in {**_HANDLERS, **more}.items()}
 
 

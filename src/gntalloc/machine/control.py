@@ -1,4 +1,4 @@
-"""The control channel: orders of the machine's owner, JSON in and JSON out."""
+"""Take orders of the machine's owner over the control channel: JSON in and JSON out."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["Control"]
 
 
 class Control(MessageStream):
-    """One control connection.
+    """Serve one control connection.
 
     Args:
-        sock: to its owner's program.
-        orders: what can be ordered: each is called with this connection, and the order's fields by name.
+        sock: the socket to the owner's program.
+        orders: each order's function, which is called with this connection, and the order's fields by name.
     """
 
     def __init__(self, sock: socket.socket, orders: Mapping[str, Order]) -> None:

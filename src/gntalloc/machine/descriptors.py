@@ -1,10 +1,10 @@
-"""Descriptors that programs send us, asked for or not: to let go of one must not be to wait.
+"""Take descriptors that programs send, asked for or not, and close them without waiting.
 
-Whose last close(2) it is, waits: for a TCP socket that shall linger, as long as its owner said. The kernel makes that
-close for us too, where we read without room for descriptors, and where we close a socket that has some in its queue.
-So all are taken, and told not to linger. A file on FUSE is asked at each close(2), and nothing ends that wait; so a
-thread has it, which does nothing else. Where nobody has reason to send any they are refused at the sender, as far as
-the kernel can do that.
+The process that makes the last close(2) may have to wait: for a TCP socket that lingers, as long as its owner said. The
+kernel makes that close for us too, when we read without room for descriptors, and when we close a socket that has some
+in its queue. So all descriptors are taken, and told not to linger. A file on FUSE is asked at each close(2), and no
+event ends that wait. So a thread closes it, which does nothing else. Where programs have no reason to send descriptors
+the sender is refused, as far as the kernel can do that.
 
 Sources: unix(7), socket(7) on SO_LINGER, linux/net.h on SO_PASSRIGHTS.
 """
@@ -20,7 +20,7 @@ import struct
 __all__ = ["Truncated", "hang_up", "let_go", "receive", "refuse"]
 
 _SO_PASSRIGHTS = 83  # since Linux 6.16
-_MOST = 253  # that go with one message: SCM_MAX_FD
+_MOST = 253  # descriptors of one message: SCM_MAX_FD
 _SPACE = socket.CMSG_SPACE(_MOST * 4)
 _HOW = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)  # as numbers: flag by flag they cost as much as the call
 _TRUNCATED = int(socket.MSG_CTRUNC)
@@ -30,11 +30,11 @@ _A_PIECE = 65536
 
 
 class Truncated(Exception):
-    """There was no room for all the descriptors that came."""
+    """Not all of the descriptors that came had room here."""
 
 
 def refuse(sock: socket.socket) -> bool:
-    """Let nobody send descriptors to `sock`: EPERM. False: this kernel cannot (before 6.16), so some may come."""
+    """Refuse descriptors to `sock` at the sender: EPERM. False: this kernel (before 6.16) cannot, so some may come."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     except OSError:
@@ -43,11 +43,11 @@ def refuse(sock: socket.socket) -> bool:
 
 
 def receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """Up to `size` bytes, and the descriptors that came with them. Never waits.
+    """Receive up to `size` bytes, and the descriptors that came with them. Never wait.
 
     Raises:
         Truncated: we have no descriptors left.
-        OSError: EAGAIN nothing is there; it cannot be read any more.
+        OSError: EAGAIN: nothing is there. Another: the socket cannot be read any more.
     """
     data, controls, flags, _ = sock.recvmsg(size, _SPACE, _HOW)
     if not controls and not flags & _TRUNCATED:
@@ -63,7 +63,7 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 
 
 def let_go(descriptors: array.array[int] | list[int]) -> None:
-    """Close what a program sent. What would wait for a network does so without us."""
+    """Close the descriptors that a program sent. A close that waits for a network waits without us."""
     for descriptor in descriptors:
         try:
             sock = socket.socket(fileno=descriptor)
@@ -73,7 +73,7 @@ def let_go(descriptors: array.array[int] | list[int]) -> None:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         except OSError:
-            pass  # of a kind that does not linger
+            pass  # sockets of this kind do not linger
         _close(sock.detach())
 
 
@@ -91,11 +91,11 @@ def _close(descriptor: int) -> None:
     try:
         os.close(descriptor)
     except OSError:
-        pass  # its file system has something to say, to whom it may concern; it is closed
+        pass  # its file system reports an error, which does not concern us; the descriptor is closed
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Close `sock`, and let go of what is in its queue."""
+    """Close `sock`, and the descriptors in its queue."""
     try:
         sock.shutdown(socket.SHUT_RD)  # so no more comes
     except OSError:

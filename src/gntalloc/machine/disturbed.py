@@ -1,7 +1,7 @@
-"""Event channel ports whose events are late, or come again, when a test asks for it.
+"""Delay or repeat the events of event channel ports, when a test asks for it.
 
-Both are legal in Xen: no guest can rely on more. A port that comes again is pending once more as soon as its event
-was taken.
+Both are legal in Xen: no guest can rely on more. A port whose event is repeated is pending once more as soon as the
+event was taken.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["DisturbedPorts"]
 
 
 class DisturbedPorts(Ports):
-    """The ports of one domain. They behave as `Ports` do until `postpone` or `repeats` is set."""
+    """Keep the ports of one domain. They behave as `Ports` do until `postpone` or `repeats` is set."""
 
     def __init__(self, domid: int, domains: Mapping[int, Ports]) -> None:
         super().__init__(domid, domains)
         self.postpone: Callable[[int, Port], None] | None = None
-        """If there is one, it is told of each event instead, and calls `deliver` when it likes."""
+        """The function that is told of each event instead, if there is one. It calls `deliver` later."""
         self.repeats = 0
-        """How often an event comes again, each time when the one before was taken."""
+        """The number of times that an event comes again, each time when the one before was taken."""
         # By the numbers of ports. The next event at a number, of this port or of a later one, begins both anew.
         self._left: dict[int, int] = {}  # so often the event still comes again
         self._echoes: set[int] = set()  # the last event was one that came again
@@ -46,7 +46,7 @@ class DisturbedPorts(Ports):
         super().arrive(number)
 
     def calm(self) -> None:
-        """End all repetitions. What is pending only by one is pending no more."""
+        """End all repetitions. A port that is pending only by one is pending no more."""
         self.repeats = 0
         for number in self._echoes:
             super().take_pending(number)

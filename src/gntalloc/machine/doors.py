@@ -1,7 +1,7 @@
-"""Doors: the sockets at which programs knock, and who may come in.
+"""Listen on the machine's sockets, and decide which programs may come in.
 
-Who may come in is decided at connect, by the user that the kernel names (SO_PEERCRED). The modes of the sockets only
-keep others from knocking.
+The decision falls at connect, by the user that the kernel names (SO_PEERCRED). The modes of the sockets only keep other
+users from connecting at all.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 class Peer(NamedTuple):
-    """The process at the other end of a socket, as the kernel named it when it connected."""
+    """Name the process at the other end of a socket, as the kernel named it at connect."""
 
     pid: int
     uid: int
 
     @classmethod
     def of(cls, sock: socket.socket) -> Peer:
-        """Ask the kernel."""
+        """Ask the kernel for the process at the other end of `sock`."""
         pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         return cls(pid, uid)
 
 
 class Doors:
-    """The sockets in a machine's folder.
+    """Keep the sockets in a machine's folder.
 
     Args:
-        loop: hears who knocks.
-        folder: for the sockets.
+        loop: tells of programs that connect.
+        folder: the folder for the sockets.
     """
 
     def __init__(self, loop: Loop, folder: str) -> None:
@@ -61,7 +61,7 @@ class Doors:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def open_control(self, let_in: Callable[[socket.socket], None]) -> None:
-        """Let the machine's owner, and root, give orders.
+        """Open the control socket, where the machine's owner, and root, give orders.
 
         Raises:
             GntallocError: the socket cannot be made.
@@ -81,10 +81,12 @@ class Doors:
         let_in: Callable[[socket.socket, Guest, Peer], None],
         let_in_to_store: Callable[[socket.socket, Guest, Peer], None],
     ) -> None:
-        """Let programs of the domain's user, and root, into a domain and its xenstore. Either may refuse: DeviceError.
+        """Let programs of the domain's user, and root, into a domain and its xenstore.
+
+        Either of the functions that are given may refuse a program with DeviceError.
 
         Raises:
-            GntallocError: a socket cannot be made; then there is none.
+            GntallocError: a socket cannot be made. Then there is none.
         """
         mode = 0o600
         if guest.uid != os.getuid():
@@ -102,7 +104,7 @@ class Doors:
         def accept_to_store(sock: socket.socket) -> None:
             try:
                 let_in_to_store(sock, guest, _entitled(sock, guest))
-            except DeviceError as why:  # xenstore's wire has no word for it
+            except DeviceError as why:  # xenstore's wire has no message for it
                 log.info("refused a program at xenstore: %s", why)
                 sock.close()
 
@@ -114,12 +116,12 @@ class Doors:
             raise
 
     def shut_domain(self, domid: int) -> None:
-        """Let nobody into a domain any more."""
+        """Let no program into a domain any more."""
         self._shut(domain_path(self._folder, domid))
         self._shut(store_path(self._folder, domid))
 
     def close(self) -> None:
-        """Take all sockets out of the folder."""
+        """Remove all sockets from the folder."""
         for path in list(self._listeners):
             self._shut(path)
         os.close(self._spare)
@@ -133,7 +135,7 @@ class Doors:
             listener.bind(unheard)
             os.chmod(unheard, mode)
             listener.listen(_BACKLOG)
-            os.rename(unheard, path)  # whoever sees it there may connect at once
+            os.rename(unheard, path)  # a program that sees it there may connect at once
         except OSError as error:
             listener.close()
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
@@ -148,7 +150,7 @@ class Doors:
         try:
             os.unlink(path)
         except FileNotFoundError:
-            pass  # somebody tidied the folder up before us
+            pass  # another process has cleared the folder before us
 
     def _take_in(self, listener: socket.socket, accept: Callable[[socket.socket], None]) -> None:
         try:
@@ -156,12 +158,12 @@ class Doors:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
-            # Out of descriptors. Take the caller in with the spare one and hang up, or it would wake us for ever.
+            # No descriptors are left. Accept the program with the spare one and hang up, or it would wake us for ever.
             os.close(self._spare)
             try:
                 listener.accept()[0].close()
             except OSError:
-                pass  # it gave up by itself
+                pass  # the program gave up by itself
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             return
         accept(sock)
@@ -180,5 +182,5 @@ def _refuse(sock: socket.socket, why: DeviceError) -> None:
     try:
         sock.send(reply, _NEVER_WAIT)
     except OSError:
-        pass  # it did not even wait for the answer
+        pass  # the program did not even wait for the answer
     sock.close()

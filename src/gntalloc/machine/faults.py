@@ -1,7 +1,7 @@
-"""Faults that a test asks for: events late or repeated, quotas of xenstore reached. All of them are legal in Xen.
+"""Cause the faults that a test asks for: events late or repeated, quotas of xenstore reached. All are legal in Xen.
 
-A fault lasts as long as the control connection that ordered it, so a test that is killed leaves none behind. Several at
-once: the longest delay, the most repetitions and the smallest quotas hold.
+A fault lasts as long as the control connection that ordered it, so a test that is killed leaves none behind. Of several
+faults at once the longest delay, the most repetitions and the smallest quotas hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_LATE = 65536  # events; further ones come on time
 
 
 class _Fault(NamedTuple):
-    """What one order asked for."""
+    """Keep the faults that one order asked for."""
 
     owner: object
     domid: int
@@ -39,7 +39,7 @@ class _Fault(NamedTuple):
 
 
 class _Late(NamedTuple):
-    """An event that waits for its time."""
+    """Keep an event that waits for its time."""
 
     due: float
     number: int  # in the order of their coming
@@ -49,14 +49,14 @@ class _Late(NamedTuple):
 
 
 class Faults:
-    """The faults of one machine. Whoever runs its loop waits no longer than `patience`, and calls `serve`."""
+    """Keep the faults of one machine. The machine's loop waits no longer than `patience`, and calls `serve`."""
 
     def __init__(self, machine: Machine) -> None:
         self.late: list[_Late] = []
         """Events that wait: a heap."""
         self._machine = machine
         self._faults: list[_Fault] = []
-        self._on_the_way: set[Port] = set()  # what is sent after them meanwhile is the same event
+        self._on_the_way: set[Port] = set()  # a later event for the same port is the same event meanwhile
         self._numbers = count()
 
     def disturb(
@@ -70,19 +70,19 @@ class Faults:
         watches: int | None = None,
         transactions: int | None = None,
     ) -> None:
-        """A domain has it harder, until `owner` is calm.
+        """Disturb a domain, until `calm` is called for `owner`.
 
         Args:
-            owner: who asks.
+            owner: the connection that asks.
             domid: the domain.
-            delay: of its events, in microseconds.
-            repeats: how often each of them comes again.
-            nodes: so many more it may own in xenstore.
-            watches: likewise.
-            transactions: likewise, at a time.
+            delay: the delay of its events, in microseconds.
+            repeats: how often each event comes again.
+            nodes: so many more nodes it may own in xenstore.
+            watches: so many more watches it may set.
+            transactions: so many more transactions it may have open at a time.
 
         Raises:
-            GntallocError: ESRCH there is no such domain; EINVAL a number is negative, or far too large.
+            GntallocError: ESRCH: there is no such domain. EINVAL: a number is negative, or far too large.
         """
         self._machine.guest(domid)
         left = {"nodes": nodes, "watches": watches, "transactions": transactions}
@@ -104,18 +104,18 @@ class Faults:
         self._apply(domid)
 
     def calm(self, owner: object) -> None:
-        """Whatever `owner` asked for is over: late events of those domains come now."""
+        """End the faults that `owner` asked for. Late events of those domains come now."""
         over = {fault.domid for fault in self._faults if fault.owner is owner}
         self._faults = [fault for fault in self._faults if fault.owner is not owner]
         for domid in over & self._machine.guests.keys():
             self._apply(domid)
 
     def patience(self) -> float | None:
-        """Seconds until the next late event is due. None: none is late."""
+        """Give the seconds until the next late event is due. None: none is late."""
         return max(0.0, self.late[0].due - clock.now()) if self.late else None
 
     def serve(self) -> None:
-        """Deliver what is due."""
+        """Deliver the events that are due."""
         now = clock.now()
         while self.late and self.late[0].due <= now:
             self._deliver(heapq.heappop(self.late))

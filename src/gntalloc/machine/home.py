@@ -1,11 +1,11 @@
-"""A home: what a program holds as an open device file, and the machine's end of it.
+"""Be the home of an open device file: the descriptor that a program holds, and the machine's end of it.
 
-One socketpair an open file. dup, fork, exec and SCM_RIGHTS carry the program's end, and its last close is the machine's
-end of file: release().
+Each open file has a socketpair. dup, fork, exec and SCM_RIGHTS carry the program's end. Its last close gives the
+machine the end of file, which means release().
 
-On a home of evtchn ports travel, four bytes each: to the program those that had an event, back those that it has dealt
-with. So read, poll and select are the kernel's own there, for programs that know nothing of any of this too. On any
-other home nothing travels: reading it finds the end of file, polling it finds it ready, as with the real devices.
+On a home of evtchn ports travel, four bytes each: ports that had an event go to the program, and ports to re-arm come
+back. So read, poll and select are the kernel's own there, also for programs that do not know this package. On any other
+home nothing travels: a read finds the end of file, and a poll finds it ready, as with the real devices.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Home", "identity_of"]
 
-_QUEUE = 1 << 20  # bytes of kernel memory for events that are not read; the most that is asked for, not what is used
+_QUEUE = 1 << 20  # the most bytes of kernel memory for events that are not read; hardly any are used
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as a number: flag by flag it costs as much as the call
 _INT = struct.Struct("=i")
 
 
 class Home:
-    """The machine's end. As an `Outlet` of evtchn it never waits for the program."""
+    """Be the machine's end. As an `Outlet` of evtchn it never waits for the program."""
 
     __slots__ = ("_only_bytes", "_want_room", "file", "guest", "identity", "sock")
 
     def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
         self.sock = sock
         self._only_bytes = received.refuse(sock)
-        self.identity = identity  # of the program's end: how a copy of it is recognised
+        self.identity = identity  # tells a copy of the program's end from other files
         self.guest = guest
         self.file = file
         self._want_room: Callable[[Home], None] | None = None
 
     @classmethod
     def make(cls, guest: Guest, file: File) -> tuple[Home, socket.socket]:
-        """A home for `file`, and the program's end of it.
+        """Make a home for `file`, and the program's end of it.
 
         Raises:
             OSError: there are no descriptors left.
@@ -61,15 +61,15 @@ class Home:
 
     @property
     def carries_events(self) -> bool:
-        """Whether what the program writes here is for the driver."""
+        """Whether bytes that the program writes here are for the driver."""
         return self._want_room is not None
 
     def carry_nothing(self) -> None:
-        """A program that reads its end gets end of file, one that polls it, ready."""
+        """Carry no bytes: a program that reads its end gets end of file, and a poll finds it ready."""
         self.sock.shutdown(socket.SHUT_WR)
 
     def carry_events(self, want_room: Callable[[Home], None]) -> None:
-        """Be an outlet. `want_room` is called when it is full, and the owner of this home shall watch for room."""
+        """Be an outlet. `want_room` is called when it is full: the owner of this home shall watch for room."""
         self._want_room = want_room
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE)
         _bytes_of_one_event()
@@ -83,15 +83,15 @@ class Home:
                 self._want_room(self)
             return False
         except OSError:
-            pass  # nobody can read there any more, and so nobody misses it
+            pass  # no program can read there any more, so none misses it
         return True
 
     def unread(self) -> int:
-        """See `Outlet`. The kernel says how much memory what we sent still takes, and each event takes as much."""
+        """See `Outlet`. The kernel tells the memory of all that was sent and not read; each event takes as much."""
         return _queued(self.sock) // _bytes_of_one_event()
 
     def receive(self, size: int) -> bytes | None:
-        """What the program wrote. Empty: its end is closed. None: nothing."""
+        """Receive the bytes that the program wrote. Empty: its end is closed. None: nothing has come."""
         try:
             if self._only_bytes:
                 return self.sock.recv(size, _NEVER_WAIT)
@@ -104,7 +104,7 @@ class Home:
         return data
 
     def close(self) -> None:
-        """The file is closed."""
+        """Close the machine's end, as the file is closed."""
         if self._only_bytes:
             self.sock.close()
         else:
@@ -112,7 +112,7 @@ class Home:
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:
-    """What tells one open file from another, whoever has it."""
+    """Give what tells one open file from another, in any process."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
@@ -124,7 +124,7 @@ def _queued(sock: socket.socket) -> int:
 
 @cache
 def _bytes_of_one_event() -> int:
-    """What the kernel takes for four bytes sent: a whole buffer, of the same size each time."""
+    """Measure the memory that the kernel takes for four bytes sent: a whole buffer, of the same size each time."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.send(bytes(PORT.size))

@@ -1,11 +1,9 @@
-"""Homes of open files: what programs hold of the machine.
+"""Keep the homes of all open files. A home is a program's hold on an open file.
 
-Each ends when its last copy is closed, in whichever program that is, and the machine sees it here: `fileno` is readable
-then.
+Each home ends when its last copy is closed, in any program. The machine sees that here: `fileno` is readable then.
 
 A home can also be kept, while anything is mapped of its file. That is for programs under a debugger: for a while they
-have the pages' memory where they had the home (run/debugged.py). Nothing is lost by it: a file lives as long as its
-maps.
+have the pages' memory in place of the home (run/debugged.py). Nothing is lost by it: a file lives as long as its maps.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ __all__ = ["Homes"]
 
 
 class Homes:
-    """The homes of all files.
+    """Keep the homes of all files.
 
     Args:
-        loop: waits for what programs write to homes of evtchn.
+        loop: waits for bytes that programs write to homes of evtchn.
         machine: opens and closes the files.
     """
 
@@ -44,14 +42,14 @@ class Homes:
         self._homes: dict[int, Home] = {}
         self._by_identity: dict[tuple[int, int], Home] = {}
         self._kept: dict[File, int] = {}  # programs' ends
-        self._hang_ups = select.epoll()  # of homes that carry nothing: their ends, and what programs write there
+        self._hang_ups = select.epoll()  # of homes that carry nothing: their ends, and bytes that programs write there
 
     def fileno(self) -> int:
         """Give a descriptor that is readable when `settle` has something to do."""
         return self._hang_ups.fileno()
 
     def close(self) -> None:
-        """End all of them."""
+        """End all homes."""
         for home in self._homes.values():
             home.close()
         for descriptor in self._kept.values():
@@ -59,7 +57,7 @@ class Homes:
         self._hang_ups.close()
 
     def settle(self) -> None:
-        """Take in what programs have let go of."""
+        """Take in the files that programs have closed."""
         for descriptor, events in self._hang_ups.poll(0, len(self._homes) + 1):
             if descriptor in self._homes:
                 self._serve(self._homes[descriptor], events)
@@ -70,7 +68,7 @@ class Homes:
         """Open a device file and make its home. The second is the program's end.
 
         Raises:
-            DeviceError: ENOENT no such device; ENFILE, EMFILE too many files.
+            DeviceError: ENOENT: no such device. ENFILE, EMFILE: too many files.
         """
         file = self._machine.open(guest, name, flags, opener=opener)
         try:
@@ -87,13 +85,13 @@ class Homes:
             guest.evtchn.attach_outlet(file, home)
         else:
             home.carry_nothing()
-            # Anybody may write to a home, and it may be sent through itself, and then has nobody but its own queue: so
-            # what comes is always taken out.
+            # Any holder may write to a home, and may send the home through itself. Then only its own queue holds it. So
+            # all that comes is taken out.
             self._hang_ups.register(descriptor, select.EPOLLIN)
         return file, theirs
 
     def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
-        """The file whose home has this identity. None if it is none of this domain."""
+        """Find the file whose home has this identity. None: it is no file of this domain."""
         home = self._by_identity.get(identity)
         return home.file if home is not None and home.guest is guest else None
 
@@ -131,7 +129,7 @@ class Homes:
         """Hold a copy of a home, as long as something is mapped of its file.
 
         Raises:
-            DeviceError: EBADF that is not its home; EINVAL nothing is mapped of it.
+            DeviceError: EBADF: that is not its home. EINVAL: nothing is mapped of it.
         """
         home = self._by_identity.get(identity_of(descriptors[0])) if descriptors else None
         if home is None or home.file is not file:
@@ -142,10 +140,10 @@ class Homes:
             self._kept[file] = os.dup(descriptors[0])
 
     def kept(self, file: File) -> int:
-        """The copy.
+        """Give the copy of a home that is kept.
 
         Raises:
-            DeviceError: EBADF there is none.
+            DeviceError: EBADF: there is none.
         """
         descriptor = self._kept.get(file)
         if descriptor is None:
@@ -153,7 +151,7 @@ class Homes:
         return descriptor
 
     def keep_no_longer(self) -> None:
-        """What has nothing mapped any more is let go of."""
+        """Close the kept homes of files of which nothing is mapped any more."""
         for file in [file for file in self._kept if not file.records]:
             self._let_go(file)
 

@@ -1,7 +1,8 @@
-"""Visitors: programs that are in a domain for as long as a control channel of theirs is open.
+"""Let domains and machines last as long as their visitors.
 
-`gntalloc run` is one: the domain is made when the first of them enters it, unless it is there, and ends with the last
-of them. A machine that was started for them ends when nobody is left.
+A visitor is a program that is in a domain for as long as its control channel is open. `gntalloc run` is one. The domain
+is made when the first visitor enters it, unless it is there, and ends with the last. A machine that was started for
+visitors ends when none is left.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ __all__ = ["Visits"]
 
 
 class Visits:
-    """The visitors of one machine.
+    """Keep the visitors of one machine.
 
     Args:
-        folder: the machine's.
-        is_there: whether there is a domain of that number.
-        create: makes one, for this user.
-        destroy: ends one.
-        settle: takes in what programs have let go of.
+        folder: the machine's folder.
+        is_there: says whether there is a domain of that number.
+        create: makes a domain, for this user.
+        destroy: ends a domain.
+        settle: takes in the files and maps that programs have given up.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Visits:
     ) -> None:
         self.ends_when_left = False
         self.over = False
-        """Whether nobody is left, and the machine is there for visitors only."""
+        """Whether no visitor is left, and the machine is there for visitors only."""
         self._lock_path = lock_path(folder)
         self._is_there = is_there
         self._create = create
@@ -51,12 +52,12 @@ class Visits:
         self._lock = -1
 
     def wait_for(self, visitor: Hashable) -> None:
-        """The machine was started for this one, who will enter, and ends when nobody is left."""
+        """Wait for the visitor that the machine was started for. The machine ends when no visitor is left."""
         self.ends_when_left = True
         self._visitors[visitor] = set()
 
     def enter(self, visitor: Hashable, domid: int) -> None:
-        """Let a visitor in.
+        """Let a visitor into a domain.
 
         Raises:
             GntallocError: there can be no such domain.
@@ -68,21 +69,21 @@ class Visits:
         self.over = False
 
     def leave(self, visitor: Hashable) -> None:
-        """It is gone, and so are domains that nobody is in any more."""
+        """Forget a visitor that is gone, and end the domains that were made for visitors and have none left."""
         left = self._visitors.pop(visitor, set())
         self.over = self.ends_when_left and not self._visitors
-        self._settle()  # its programs' maps went before it did: their peers are told before the ports go
+        self._settle()  # its programs' maps went before it: their peers are told before the ports go
         for domid in left & self._made:
             if not any(domid in domids for domids in self._visitors.values()):
                 self.forget(domid)
                 self._destroy(domid)
 
     def forget(self, domid: int) -> None:
-        """The domain ends."""
+        """Forget a domain, as it ends."""
         self._made.discard(domid)
 
     def may_end(self) -> bool:
-        """Whether nobody is just coming in: who comes has the lock, and from now on we have it, until our end."""
+        """Say whether no visitor is coming in: it would have the lock. Then the lock is held here until the end."""
         if self._lock < 0:
             self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -92,7 +93,7 @@ class Visits:
         return True
 
     def close(self) -> None:
-        """The folder is gone: let those in who wait for the lock, to start another machine."""
+        """Release the lock, as the folder is gone. Runs that wait for it may start another machine."""
         if self._lock >= 0:
             os.unlink(self._lock_path)
             os.close(self._lock)

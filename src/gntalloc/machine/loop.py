@@ -1,4 +1,4 @@
-"""The loop: waits for descriptors, in one epoll, and calls what was left for each. It knows nobody."""
+"""Wait for descriptors, in one epoll, and call the function that was left for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SWALLOW = 4096
 
 
 class Loop:
-    """One epoll, and what to call for each descriptor in it."""
+    """Keep one epoll, and a function for each descriptor in it."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -43,19 +43,19 @@ class Loop:
         self.watch(descriptor, lambda _events: _swallow(descriptor))
 
     def hear(self, patience: float) -> None:
-        """Call what is left for each descriptor that has events.
+        """Call the function of each descriptor that has events.
 
         Args:
-            patience: seconds to wait until any has; 0 takes only what is there, -1 waits for ever.
+            patience: seconds to wait for the first event. 0 takes only the events that are there, -1 waits for ever.
         """
         ready = self._ready
         for descriptor, events in self._epoll.poll(patience, len(ready)):
             call = ready.get(descriptor)
-            if call is not None:  # one before it may have ended this one
+            if call is not None:  # a function that was called before may have ended this one
                 call(events)
 
     def close(self) -> None:
-        """Give the epoll back."""
+        """Close the epoll."""
         self._epoll.close()
 
 

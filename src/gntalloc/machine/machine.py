@@ -1,4 +1,4 @@
-"""Domains, their drivers and open files, and what the kernel says of mappings. No sockets here."""
+"""Keep domains, their drivers and open files, and take in what the kernel says of mappings. No sockets are here."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ MAX_FILES = 4096  # open at once in one domain, so that it cannot use up the mac
 
 
 class Guest:
-    """A domain: its user, its grants and event channels, and its kernel's drivers.
+    """Keep a domain: its user, its grants and event channels, and its kernel's drivers.
 
     Args:
         domid: its number.
         uid: the user whose programs may connect.
         table: its grants.
         ports: its event channel ports.
-        gntalloc: the driver that holds its limit.
-        gntdev: the driver that holds what it maps of others.
-        evtchn: the driver that lets programs have its ports.
+        gntalloc: the driver that has its limit.
+        gntdev: the driver that has its maps of other domains' pages.
+        evtchn: the driver that gives its ports to programs.
         privcmd: the driver of the hypercalls that it may make.
     """
 
@@ -71,12 +71,12 @@ class Guest:
 
 
 class Machine:
-    """Everything there is.
+    """Keep all domains and their open files.
 
     Args:
-        limit: pages a domain may have in use at once, unless it is given another limit.
+        limit: the most pages that a domain may have in use at once, unless it is given another limit.
         behaviour: ours, or as Linux does.
-        table_frames: how far a grant table may grow, in frames of 512 references.
+        table_frames: the most frames, of 512 references each, that a grant table may have.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Machine:
         """Make a domain.
 
         Raises:
-            GntallocError: EEXIST there is one of that number, or the number is none a domain may have.
+            GntallocError: EEXIST: there is one of that number, or no domain may have that number.
         """
         table: GrantTable[Frame] = GrantTable(
             domid,
@@ -126,10 +126,10 @@ class Machine:
         return guest
 
     def guest(self, domid: int) -> Guest:
-        """The domain of that number.
+        """Find the domain of that number.
 
         Raises:
-            GntallocError: ESRCH there is none.
+            GntallocError: ESRCH: there is none.
         """
         guest = self.guests.get(domid)
         if guest is None:
@@ -138,7 +138,7 @@ class Machine:
         return guest
 
     def destroy(self, domid: int) -> None:
-        """End a domain: its files close. Pages that others map, or its own programs, stay until they unmap them."""
+        """End a domain: its files close. Pages that others, or its own programs, map stay until they unmap them."""
         guest = self.guest(domid)
         for file in list(guest.files):
             self.close(guest, file)
@@ -153,7 +153,7 @@ class Machine:
         """Open a device file of a domain.
 
         Raises:
-            DeviceError: ENOENT there is no such device; ENOTDIR a folder was wanted; ENFILE too many are open.
+            DeviceError: ENOENT: there is no such device. ENOTDIR: a folder was wanted. ENFILE: too many are open.
         """
         driver = guest.drivers.get(name)
         if driver is None:
@@ -170,15 +170,15 @@ class Machine:
         return file
 
     def close(self, guest: Guest, file: File) -> None:
-        """The last descriptor of `file` is gone."""
+        """Close `file`, as its last descriptor is gone."""
         guest.files.discard(file)
         file.close()
 
     def carry_out(self, plan: Plan) -> list[Loan]:
-        """Descriptions for a plan, one for each extent in the order they first appear. Send them, then close them.
+        """Make descriptions for a plan, one for each extent in the order they first appear. Send them, then close them.
 
         Raises:
-            DeviceError: ENOMEM; nothing is left of the plan.
+            DeviceError: ENOMEM. Nothing is left of the plan.
         """
         loans: dict[object, Loan] = {}
         try:
@@ -197,10 +197,10 @@ class Machine:
             raise
         return list(loans.values())
 
-    # What the kernel says.
+    # News of the kernel's.
 
     def settle(self, *, heard: bool = True) -> None:
-        """Take in what has been unmapped. After this the books agree with the kernel. `heard`: see `Frames.news`."""
+        """Take in which maps have ended. After this the books agree with the kernel. `heard`: see `Loans.news`."""
         news = self.frames.news(heard=heard)
         for loan in news.ended:
             record = loan.holder
@@ -213,7 +213,7 @@ class Machine:
     # For people.
 
     def grants(self) -> list[dict[str, Any]]:
-        """Every granted page of every domain."""
+        """List every granted page of every domain."""
         return list(self._grants())
 
     def _grants(self) -> Iterator[dict[str, Any]]:
@@ -222,7 +222,7 @@ class Machine:
                 yield {"granter": guest.domid, **grant._asdict()}
 
     def files(self) -> list[dict[str, Any]]:
-        """Every open device file of every domain: who opened it, the ports bound on it, the bytes mapped of it."""
+        """List every open device file of every domain: its opener, the ports bound on it, the bytes mapped of it."""
         return [
             {
                 "domid": guest.domid,
@@ -236,7 +236,7 @@ class Machine:
         ]
 
     def statistics(self) -> dict[str, Any]:
-        """Counters of the machine and of each domain."""
+        """Give the counters of the machine and of each domain."""
         return {
             "pid": os.getpid(),
             "pages": self.frames.pages,

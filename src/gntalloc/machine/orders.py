@@ -1,4 +1,4 @@
-"""What the machine's owner can order over a control channel: listing, limits, making and ending domains, faults."""
+"""Define the orders of the machine's owner: listing, limits, making and ending domains, faults."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def orders_of(
     create: Callable[..., str],
     destroy: Callable[[int], None],
 ) -> Mapping[str, Callable[..., Any]]:
-    """Give each order by its name: what is called with the connection that gave it, and its arguments.
+    """Give each order's function by its name. It is called with the connection that gave the order, and its arguments.
 
     Args:
         machine: the domains.
-        store: its connections.
-        visits: of runs.
-        faults: for tests.
+        store: the connections to xenstore.
+        visits: the visits of runs.
+        faults: the faults for tests.
         create: makes a domain, and gives the path of its socket.
         destroy: ends one.
     """

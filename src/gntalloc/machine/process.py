@@ -1,4 +1,4 @@
-"""The machine as a process: started by `gntalloc.Machine` as a child, or run in the foreground by the command line."""
+"""Run the machine as a process: as a child of `gntalloc.Machine`, or in the foreground by the command line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["child_main", "make_server", "protect_and_provide", "stop_on_signals"
 
 
 def protect_and_provide() -> None:
-    """Keep programs of the same user out of our memory, and have as many descriptors as we may.
+    """Keep programs of the same user out of our memory, and raise the limit of descriptors as far as we may.
 
-    The collector of cycles is told to look seldom: pages come and go by the hundred, hardly anything is in a cycle, and
-    each of its looks would find nothing.
+    The collector of cycles is told to look seldom: pages come and go by the hundred, hardly any object is in a cycle,
+    and its looks would find nothing.
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -35,13 +35,16 @@ def protect_and_provide() -> None:
 
 
 def make_server(folder: str, settings: dict[str, Any]) -> Server:
-    """A machine with its control socket in `folder`. `settings`: limit, behaviour (a name), strict, table_frames."""
+    """Make a machine with its control socket in `folder`.
+
+    `settings` has limit, behaviour (a name), strict and table_frames.
+    """
     behaviour = replace(BEHAVIOURS[settings.pop("behaviour", "ours")], strict=settings.pop("strict", False))
     return Server(Machine(behaviour=behaviour, **settings), folder)
 
 
 def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
-    """Let these signals end `run`. Gives a list that the number of each that comes is put into."""
+    """Let these signals end `run`. Return a list into which the number of each that comes is put."""
     came: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
@@ -50,7 +53,7 @@ def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
 
     for number in numbers:
         signal.signal(number, stop)
-    # The handler runs between two instructions of ours; the wake-up descriptor ends the wait it may have come in.
+    # The handler runs between two instructions of ours. The wake-up descriptor ends the wait in which it may have come.
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     server.loop.wake_by(reading)
@@ -58,17 +61,17 @@ def stop_on_signals(server: Server, *numbers: signal.Signals) -> list[int]:
 
 
 def child_main(descriptor: int, folder: str, settings: str) -> None:
-    """The child of `gntalloc.Machine`: orders come over `descriptor`, whose end of file is ours.
+    """Be the child of `gntalloc.Machine`. Orders come over `descriptor`, and the machine ends at its end of file.
 
-    With the setting `until_left` it ends when nobody is in it any more; with `verbose` it says why requests fail.
+    With the setting `until_left` it ends when no visitor is left; with `verbose` it says why requests fail.
     """
     chosen = json.loads(settings)
     level = logging.DEBUG if chosen.pop("verbose", False) else logging.WARNING
     logging.basicConfig(level=level, format="gntalloc machine: %(message)s", stream=sys.stderr)
-    # Ctrl-C in a terminal reaches every process in it. Whether the machine ends is for its parent to say.
+    # Ctrl-C in a terminal reaches every process in it. The parent decides whether the machine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever it was for who started us
-    os.chdir("/")  # wherever we were started, that may be taken away
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the mask of our starter is not for us
+    os.chdir("/")  # the folder where we were started may be removed
     protect_and_provide()
     until_left = chosen.pop("until_left", False)
     try:

@@ -1,7 +1,7 @@
-"""The machine with its sockets: puts its parts together, makes and ends domains, and runs the loop.
+"""Serve a machine at its sockets: put its parts together, make and end domains, and run the loop.
 
-One thread. Every wait is in one epoll; no send and no receive ever blocks. What is served when is the business of
-`turns`.
+There is one thread. Every wait is in one epoll; no send and no receive ever blocks. `turns` decides what is served
+when.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 __all__ = ["MAX_CONNECTIONS", "Server"]
 
 MAX_CONNECTIONS = 1024
-"""So many programs of one domain are connected at most, so that it cannot use up the machine's descriptors."""
-_LEAVING = 0.05  # seconds between looks whether nobody is coming in
+"""The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
+_LEAVING = 0.05  # seconds between looks whether a run is coming in
 
 
 class Server:
-    """The machine with its sockets in `folder`, which must exist and be empty."""
+    """Serve the machine with its sockets in `folder`, which must exist and be empty."""
 
     def __init__(self, machine: Machine, folder: str) -> None:
         self.machine = machine
@@ -72,10 +72,10 @@ class Server:
     # Domains.
 
     def create(self, domid: int, *, uid: int, limit: int | None = None) -> str:
-        """Make a domain and its sockets: the path of the first.
+        """Make a domain and its sockets, and return the path of the first.
 
         Raises:
-            GntallocError: EEXIST there is one of that number.
+            GntallocError: EEXIST: there is one of that number.
         """
         guest = self.machine.create(domid, uid=uid, limit=limit)
         try:
@@ -83,14 +83,14 @@ class Server:
         except GntallocError:
             self.machine.destroy(domid)
             raise
-        self._store.deliver()  # tells those who watch
+        self._store.deliver()  # tells the domains that watch
         return domain_path(self.folder, domid)
 
     def destroy(self, domid: int) -> None:
-        """End a domain: nobody comes in any more, its programs are disconnected, its files close.
+        """End a domain: no program comes in any more, its programs are disconnected, its files close.
 
         Raises:
-            GntallocError: ESRCH there is none of that number.
+            GntallocError: ESRCH: there is none of that number.
         """
         guest = self.machine.guest(domid)
         self._doors.shut_domain(domid)
@@ -100,12 +100,12 @@ class Server:
         self.homes.close_those_of(guest)
         self.visits.forget(domid)
         self.machine.destroy(domid)
-        self._store.deliver()  # tells those who watch, and hangs up on its programs
+        self._store.deliver()  # tells the domains that watch, and hangs up on its programs
 
     # The loop.
 
     def run(self) -> None:
-        """Serve until `stopping`."""
+        """Serve until `stopping` is set."""
         while not self.stopping:
             self.loop.hear(self._patience())
             if self._faults.late:
@@ -115,7 +115,7 @@ class Server:
                 self.stopping = self.visits.may_end()
 
     def close(self) -> None:
-        """Disconnect everybody and take the sockets out of the folder."""
+        """Disconnect all programs, and remove the sockets from the folder."""
         for speaker in self.turns:
             self.turns.drop(speaker, "the machine ends")
         self._doors.close()
@@ -125,14 +125,14 @@ class Server:
         self.machine.frames.close()
 
     def adopt_control(self, sock: socket.socket, *, until_left: bool = False) -> None:
-        """Take orders from `sock`, and end when it does; or, `until_left`, when nobody is in the machine any more."""
+        """Take orders from `sock`, and end when it does, or with `until_left` when no visitor is left."""
         control = Control(sock, self._orders)
         if until_left:
             self.visits.wait_for(control)
         self._add_control(control, ends_the_machine=not until_left)
 
     def _patience(self) -> float:
-        """Seconds until there is something to do that no descriptor tells of; -1: there is nothing."""
+        """Give the seconds until there is work that no descriptor tells of. -1: there is none."""
         patience = self.turns.patience()
         if patience == 0:
             return 0.0
@@ -144,7 +144,7 @@ class Server:
         return min(wait for wait in waits if wait is not None)
 
     def _settle(self) -> None:
-        """Take in what programs have let go of."""
+        """Take in the files, maps and waits that programs have given up."""
         if self._news_of_homes:
             self._news_of_homes = False
             self.homes.settle()
@@ -165,7 +165,7 @@ class Server:
     def _note_pages(self, _events: int) -> None:
         self._news_of_pages = True
 
-    # Those who come in.
+    # Programs that come in.
 
     def _let_in(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
         there = sum(isinstance(speaker, Connection) and speaker.guest is guest for speaker in self.turns)
@@ -198,10 +198,10 @@ class Server:
         self._store.connect(sock, guest.domid, peer.pid)
 
     def _open_store(self, guest: Guest, *, opener: int) -> socket.socket:
-        """Make a connection to xenstore, as process `opener` of this domain: the program's end.
+        """Make a connection to xenstore, as process `opener` of this domain, and return the program's end.
 
         Raises:
-            DeviceError: EMFILE the machine has no descriptors left, or too many programs are connected.
+            DeviceError: EMFILE: the machine has no descriptors left, or too many programs are connected.
         """
         try:
             ours, theirs = socket.socketpair()

@@ -1,8 +1,9 @@
-"""Connections of programs to xenstore, each a Speaker.
+"""Serve connections of programs to xenstore, each a `Speaker`.
 
-Nothing here waits for a program. What it does not read is kept: of a domain's programs as much as their memory quota
-allows, after which they miss events as they would miss them with the real daemon; of domain 0's, 16 MiB each, after
-which the connection ends. A program that leaves twenty answers unread is not listened to until it reads.
+Nothing here waits for a program. Messages that a program does not read are kept. A domain's programs may leave as much
+unread as their memory quota allows; beyond it they miss events, as with the real daemon. A program of domain 0 may
+leave 16 MiB unread; beyond it the connection ends. A program that leaves twenty answers unread is not listened to until
+it reads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["MAX_LINES", "MOST_SHOWN", "StoreFront"]
 
 log = logging.getLogger("gntalloc.machine")
 
-MAX_LINES = 1024  # of one domain, so that it cannot use up the machine's descriptors
+MAX_LINES = 1024  # connections of one domain, so that it cannot use up the machine's descriptors
 MOST_SHOWN = 1000  # watches and transactions in one answer to a person
 _LONGEST_SHOWN = 200  # characters
 _BYTES_A_TURN = 16384
@@ -40,11 +41,11 @@ _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 class StoreFront:
-    """All connections to a daemon.
+    """Keep all connections to a daemon.
 
     Args:
         daemon: the store.
-        turns: in which they are served.
+        turns: the turns in which they are served.
     """
 
     def __init__(self, daemon: Daemon, turns: Turns) -> None:
@@ -56,7 +57,7 @@ class StoreFront:
         """Serve a program of this domain on `sock`: process `pid`.
 
         Raises:
-            DeviceError: ECONNREFUSED domain 0 has released the domain; EMFILE too many programs are connected.
+            DeviceError: ECONNREFUSED: domain 0 has released the domain. EMFILE: too many programs are connected.
         """
         if sum(session.domain.domid == domid for session in self._lines) >= MAX_LINES:
             raise DeviceError(errno.EMFILE, f"{MAX_LINES} programs of domain {domid} use xenstore already; end some")
@@ -68,7 +69,7 @@ class StoreFront:
         self._turns.add(line, lambda: self._ended(session))
 
     def handle(self, line: StoreLine, message: Message) -> None:
-        """Serve one request, and send what that has caused, to whomever."""
+        """Serve one request, and send all that it has caused, on any connection."""
         refused = self._daemon.handle(line.session, message)
         if refused is not None and message.type != wire.WHY and log.isEnabledFor(logging.DEBUG):
             log.debug("xenstore, domain %d: %s", line.session.domain.domid, _said(message, refused))
@@ -76,11 +77,11 @@ class StoreFront:
 
     @property
     def outstanding(self) -> int:
-        """So many answers a program may leave unread."""
+        """The number of answers that a program may leave unread."""
         return self._daemon.quotas.outstanding
 
     def deliver(self) -> None:
-        """Send what the daemon has to say, as far as it goes; hang up where it is done."""
+        """Send the daemon's messages, as far as they go, and hang up where the daemon is done."""
         talking = self._daemon.talking
         while talking:
             line = self._lines.get(session := talking.pop())
@@ -97,10 +98,10 @@ class StoreFront:
                 self._turns.plan(line)
 
     def connections(self) -> list[dict[str, Any]]:
-        """For people: each connection that keeps watches or transactions, of which process, and which they are.
+        """List, for people, the connections that keep watches or transactions, with their processes.
 
-        Path and token of each watch; number of each transaction, and the first path that it has seen, or "". They are
-        cut where they are long, and all together are at most MOST_SHOWN.
+        A watch has its path and token. A transaction has its number, and the first path that it has seen, or "". Long
+        texts are cut, and at most MOST_SHOWN watches and transactions are listed.
         """
         shown: list[dict[str, Any]] = []
         room = MOST_SHOWN
@@ -123,19 +124,19 @@ class StoreFront:
 
 
 def _said(message: Message, refused: Refused) -> str:
-    """The refusal of a request, for the log: what was asked, and why not."""
+    """Make a line for the log of a refused request: what was asked, and why it was refused."""
     first, end, _rest = message.body.partition(b"\0")
     path = first.decode("latin-1").encode("unicode_escape").decode() if end and first else None
     return str(error_for(refused.code, wire.type_name(message.type), path, refused.reason or None))
 
 
 class StoreLine:
-    """One connection: a Speaker.
+    """Be one connection: a `Speaker`.
 
     Args:
-        sock: to the program.
-        session: of the daemon.
-        pid: of the process that made it.
+        sock: the socket to the program.
+        session: the daemon's session.
+        pid: the process that made it.
         front: serves its requests.
     """
 
@@ -150,29 +151,29 @@ class StoreLine:
         self._sock = sock
         self._front = front
         self._inbox: deque[Message] = deque()
-        self._broken = False  # whether what came is no message, so that nothing after it can be read
+        self._broken = False  # whether bytes came that are no message, so that nothing after them can be read
         self._admitted = 0
         self._decoder = wire.Decoder()
         self._rest = b""
 
     def fileno(self) -> int:
-        """See Speaker."""
+        """See `Speaker`."""
         return self._sock.fileno()
 
     @property
     def standing(self) -> int:
-        """See Speaker."""
+        """See `Speaker`."""
         wanted = WRITABLE if self._rest or self.session.outbox else 0
         if not self._may_speak():
             return wanted
         return wanted | RUNNABLE if self._inbox or self._broken else wanted | READABLE
 
     def stalled(self, now: float) -> bool:
-        """See Speaker. What it leaves unread counts against its domain's memory."""
+        """See `Speaker`. Unread messages count against the domain's memory."""
         return False
 
     def receive(self, events: int) -> None:
-        """Take what has come.
+        """Take the bytes that have come.
 
         Raises:
             Dropped: the program is gone.
@@ -196,7 +197,7 @@ class StoreLine:
             self._broken = True
 
     def flush(self) -> None:
-        """Send what waits, as far as it goes.
+        """Send the messages that wait, as far as they go.
 
         Raises:
             Dropped: the program is gone.
@@ -213,17 +214,17 @@ class StoreLine:
             self._rest = self._rest[sent:]
 
     def admit(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
         self._admitted = len(self._inbox)
 
     def take_notes(self) -> None:
-        """See Speaker. Nothing is told here that is not asked."""
+        """See `Speaker`. Every message here is answered."""
 
     def take_turn(self) -> None:
-        """See Speaker.
+        """See `Speaker`.
 
         Raises:
-            Dropped: what it sent after that is no message.
+            Dropped: the next bytes that it sent are no message.
         """
         for _ in range(min(self._admitted, MESSAGES_A_TURN)):
             if self.session.closed or not self._may_speak():
@@ -233,7 +234,7 @@ class StoreLine:
             raise Dropped("what it sent is no message")
 
     def close(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
         self._inbox.clear()
         received.hang_up(self._sock)
 

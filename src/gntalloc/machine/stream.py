@@ -1,8 +1,8 @@
-"""MessageStream: a program's messages in, the machine's replies out, in order.
+"""Move a program's messages in and the machine's replies out, in order.
 
-The machine never blocks on a program. It sends with MSG_DONTWAIT; what does not go out at once is kept, and no further
-message of that program is served before it has gone. A program that leaves a message half sent, or does not read, is
-dropped after a while; its files live on with their homes.
+The machine never blocks on a program. It sends with MSG_DONTWAIT. A reply that does not go out at once is kept, and no
+further message of that program is served before it has gone. A program that leaves a message half sent, or does not
+read, is dropped after a while. Its files live on with their homes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["MessageStream"]
 
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 65536
-_DESCRIPTORS_A_MESSAGE = 8  # more than any has
+_DESCRIPTORS_A_MESSAGE = 8  # more than any message has
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
 _NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})
-_NOTES_A_TURN = 2 * MOST_UNANSWERED  # all of a program that keeps to the rules, and a Placed or two that do not count
+_NOTES_A_TURN = 2 * MOST_UNANSWERED  # all that a correct program sends, and a Placed or two that do not count
 
 
 class MessageStream:
-    """A stream of messages to and from one program, non-blocking: a Speaker. `serve` answers one message."""
+    """Move messages to and from one program without blocking: a `Speaker`. `serve` answers one message."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -47,24 +47,24 @@ class MessageStream:
         self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
-        self._admitted = 0  # how many of the inbox
+        self._admitted = 0  # so many messages of the inbox
 
     def serve(self, message: Message, descriptors: list[int]) -> None:
         """Answer one message. The descriptors are closed by the caller."""
         raise Dropped("nobody listens")
 
     def fileno(self) -> int:
-        """See Speaker."""
+        """See `Speaker`."""
         return self.sock.fileno()
 
     @property
     def notes_expected(self) -> int:
-        """How many notes more than usual are in order."""
+        """The number of notes beyond the usual that a correct program may send."""
         return 0
 
     @property
     def standing(self) -> int:
-        """See Speaker. A program that has sent enough waits for answers first."""
+        """See `Speaker`. A program that has sent enough waits for answers first."""
         if self._outbox:
             wanted = WRITABLE
         elif self.inbox:
@@ -79,14 +79,14 @@ class MessageStream:
         return bool(self._outbox)
 
     def stalled(self, now: float) -> bool:
-        """See Speaker."""
+        """See `Speaker`."""
         return self._stalled_since is not None and now - self._stalled_since > STALL
 
     def receive(self, events: int) -> None:
-        """Take what has come.
+        """Take the bytes that have come.
 
         Raises:
-            Dropped: the program is gone, or what it sent is no message.
+            Dropped: the program is gone, or the bytes are no message.
         """
         try:
             data, descriptors = received.receive(self.sock, _BYTES_A_TURN)
@@ -112,11 +112,11 @@ class MessageStream:
         self._judge()
 
     def admit(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
         self._admitted = len(self.inbox)
 
     def take_turn(self) -> None:
-        """See Speaker.
+        """See `Speaker`.
 
         Raises:
             Dropped: the program is gone.
@@ -128,7 +128,7 @@ class MessageStream:
         self._judge()
 
     def take_notes(self) -> None:
-        """See Speaker. What was told is served though it was not admitted: its teller may have told others since.
+        """See `Speaker`. A note is served though it was not admitted: its sender may have told others of it since.
 
         Raises:
             Dropped: the program is gone.
@@ -140,7 +140,7 @@ class MessageStream:
 
     @property
     def has_notes(self) -> bool:
-        """See Speaker."""
+        """See `Speaker`."""
         return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox
 
     def _serve_next(self) -> None:
@@ -171,7 +171,7 @@ class MessageStream:
         self.send(data, descriptors)
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send, or keep for later. The descriptors may be closed afterwards.
+        """Send bytes, or keep them for later. The descriptors may be closed afterwards.
 
         Raises:
             Dropped: the program is gone.
@@ -205,7 +205,7 @@ class MessageStream:
             raise Dropped(f"it cannot be written to any more: {error.strerror}") from None
 
     def flush(self) -> None:
-        """Send what waits, as far as it goes.
+        """Send the replies that wait, as far as they go.
 
         Raises:
             Dropped: the program is gone.
@@ -225,7 +225,7 @@ class MessageStream:
         self._judge()
 
     def close(self) -> None:
-        """Let go of the program, and of what was meant for it."""
+        """Disconnect the program, and drop the replies that were meant for it."""
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
         received.let_go(list(self._received))

@@ -1,8 +1,8 @@
-"""What a run's supervisor asks of the machine beyond calls of its own, and the calls that it is handed.
+"""Serve a run's supervisor beyond its own calls, and hand calls over to it.
 
 The machine serves the system calls of its own user's programs itself (syscalls.py), over a listener that the supervisor
-sends. Maps are placed by the supervisor, since ptrace waits for the program; so are all calls from the moment on when
-the machine may not look into the program, or a debugger has it.
+sends. The supervisor places maps, since ptrace waits for the program. It takes over all calls from the moment on when
+the machine may not look into the program, or a debugger traces it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = ["Supervision"]
 
 
 class Supervision:
-    """Serves supervisors, of all runs.
+    """Serve the supervisors of all runs.
 
     Args:
-        turns: of programs.
-        homes: of open files.
+        turns: the turns of programs.
+        homes: the homes of open files.
         open_store: opens a connection to xenstore.
         carry_out: makes descriptions for a plan.
     """
@@ -94,7 +94,7 @@ class Supervision:
 
 
 class _Run:
-    """One run whose calls the machine serves: what it hands to the supervisor."""
+    """Hand calls to the supervisor, for one run whose calls the machine serves."""
 
     def __init__(self, connection: Connection, turns: Turns, carry_out: Callable[[Plan], list[Any]]) -> None:
         self._connection = connection
@@ -103,13 +103,13 @@ class _Run:
         self._calls: Syscalls | None = None
 
     def begin(self, calls: Syscalls) -> None:
-        """Serve these calls in turn, as long as the supervisor reads what it is handed."""
+        """Serve these calls in turn, as long as the supervisor reads the calls that it is handed."""
         self._calls = calls
         self._connection.companion = calls
         self._turns.add(calls, self._forget)
 
     def end(self) -> None:
-        """Serve no more of them."""
+        """Stop serving the run's calls."""
         if self._calls is not None:
             self._turns.drop(self._calls, "its supervisor is gone, or serves it")
 
@@ -126,7 +126,7 @@ class _Run:
                 loan.close()
 
     def take_over(self, call: Call) -> None:
-        """Have the supervisor answer this call and all that follow, those that were taken already among them."""
+        """Have the supervisor answer this call, those that were taken already, and all that follow."""
         calls = self._calls
         assert calls is not None
         left: Call | None = call

@@ -1,15 +1,16 @@
-"""Programs of a `run` that the machine serves itself: their system calls come straight to its loop.
+"""Serve the system calls of a `run` in the machine itself: they come straight to its loop.
 
-That is for programs of the machine's own user only. To look into a program can be to wait for whoever fills its memory,
-and who can hold the machine up so must be one who could stop it anyway: kill(2) asks for no more than the user, in a
-user namespace too. Programs of others are served by their run's supervisor, which asks the machine for each call.
+That is for programs of the machine's own user only. A look into a program may wait for another process that fills the
+program's memory. A user who can hold the machine up so must be one who could stop it anyway: kill(2) asks for no more
+than the same user, in a user namespace too. Programs of other users are served by their run's supervisor, which asks
+the machine for each call.
 
-What waits by design is left to the supervisor here too: a map is placed by ptrace. And if the kernel does not let us
-look into a program (Yama: its parent only may), or another program traces it (strace, gdb), the supervisor takes over
-for good.
+A step that waits by design is left to the supervisor here too: it places maps, by ptrace. The supervisor also takes
+over for good if the kernel does not let us look into a program (Yama: only its parent may), or another program traces
+it (strace, gdb).
 
-If we die, the supervisor fails the calls that we had taken and not answered; which those are the kernel has written
-down, in a page that it can read and nobody but we could write to.
+If we die, the supervisor fails the calls that we had taken and not answered. The kernel has noted these calls in a page
+that the supervisor can read, and that no other process but ours could write to.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ __all__ = ["Handover", "OpenStore", "Syscalls", "may_be_served", "process_namesp
 
 log = logging.getLogger("gntalloc.machine")
 
-# Requests that name memory beside their argument, any amount of it: what goes along with them has a limit.
+# Requests that name memory beside their argument, any amount of it. The memory that goes along with them has a limit.
 _FAR = frozenset({privcmd.HYPERCALL})
 _LISTENER = "anon_inode:seccomp notify"
 _CALLS_WAIT = READABLE | RUNNABLE
@@ -58,12 +59,12 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # a
 
 
 def process_namespace() -> int:
-    """What tells our numbers of processes from those of another container."""
+    """Give a number that tells our numbers of processes from those of another container."""
     return os.stat("/proc/self/ns/pid").st_ino
 
 
 def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
-    """Whether we serve the calls that come over `descriptor`, for a supervisor of that user."""
+    """Say whether we serve the calls that come over `descriptor`, for a supervisor of that user."""
     return (
         uid == os.getuid()
         and namespace == process_namespace()
@@ -72,31 +73,35 @@ def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
 
 
 class Handover(Protocol):
-    """The supervisor, to which calls go that the machine does not answer itself."""
+    """Hand calls that the machine does not answer itself to the supervisor."""
 
     def place(self, call: Call, plan: Plan, process: int) -> None:
-        """Have it answer this mmap with these pages."""
+        """Have the supervisor answer this mmap with these pages."""
 
     def take_over(self, call: Call) -> None:
-        """Have it answer this call and all that follow."""
+        """Have the supervisor answer this call and all that follow."""
 
 
 class OpenStore(Protocol):
-    """Opens a connection to xenstore as process `opener` of a domain: the program's end."""
+    """Open a connection to xenstore as process `opener` of a domain, and return the program's end."""
 
     def __call__(self, guest: Guest, *, opener: int) -> socket.socket:
-        """Raise DeviceError if it cannot be: EMFILE."""
+        """Open a connection.
+
+        Raises:
+            DeviceError: EMFILE: it cannot be opened.
+        """
 
 
 class Syscalls:
-    """The calls of one run: a Speaker, and the `Files` of them.
+    """Serve the calls of one run: be their `Speaker`, and their `Files`.
 
     Args:
         guest: the run's domain.
         descriptor: the listener; ours from now on.
-        homes: of open files.
-        open_store: for /dev/xen/xenbus.
-        supervisor: answers what is not answered here.
+        homes: the homes of open files.
+        open_store: opens /dev/xen/xenbus.
+        supervisor: answers the calls that are not answered here.
     """
 
     companion: Speaker | None = None
@@ -125,14 +130,14 @@ class Syscalls:
     # As a Speaker.
 
     def fileno(self) -> int:
-        """See Speaker: the listener."""
+        """Give the listener. See `Speaker`."""
         return self._listener.fileno()
 
     def receive(self, events: int) -> None:
         """Take one call.
 
         Raises:
-            Dropped: nobody is left who could make one.
+            Dropped: no process is left that could make one.
         """
         if not events & READABLE:
             raise Dropped("nobody is left in that run")
@@ -142,21 +147,21 @@ class Syscalls:
             self.standing = _CALLS_WAIT
 
     def flush(self) -> None:
-        """See Speaker. Answers never wait."""
+        """See `Speaker`. Answers never wait."""
 
     def stalled(self, now: float) -> bool:
-        """See Speaker. A run's supervisor may be; its calls are not."""
+        """See `Speaker`. A run's supervisor may stall; its calls do not."""
         return False
 
     def admit(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
         self._admitted = len(self._taken)
 
     def take_notes(self) -> None:
-        """See Speaker."""
+        """See `Speaker`."""
 
     def take_turn(self) -> None:
-        """Answer calls, or have them answered."""
+        """Answer calls, or have the supervisor answer them."""
         taken = self._taken
         left = min(self._admitted, MESSAGES_A_TURN)
         while left and taken:  # none is left once the supervisor has taken over
@@ -171,16 +176,16 @@ class Syscalls:
             self.standing = READABLE
 
     def take_back(self) -> Call | None:
-        """Give back the next of the calls that were taken and are not served; None: there is none."""
+        """Give back the next of the calls that were taken and are not served. None: there is none."""
         return self._taken.popleft() if self._taken else None
 
     def fail(self, call: Call) -> None:
-        """Let a call fail that nobody can serve."""
+        """Let a call fail that no process can serve."""
         with suppress(CallerGone):
             self._listener.answer(call, -errno.EIO)
 
     def close(self) -> None:
-        """Serve no more. Calls that nobody has taken back fail, or their callers would wait for ever."""
+        """Stop serving. Calls that were not taken back fail, or their callers would wait for ever."""
         while (call := self.take_back()) is not None:
             self.fail(call)
         self._listener.close()
@@ -188,10 +193,10 @@ class Syscalls:
         self._serving.close()
 
     def _notify(self, call: Call) -> bool:
-        """NOTIFY, which comes more often than all else together, on the shortest way. False: it has to go the long one.
+        """Serve NOTIFY the short way: it comes more often than all other calls together. False: take the long way.
 
-        That way finds out which file the descriptor is; here it is taken for what it was when this thread last went
-        there. If it is another one by now, its port is not that file's, unless the program is wrong about it.
+        The long way finds out which file the descriptor is. The short way assumes the file that it was when this thread
+        last went the long way. If it is another by now, its port is not that file's, unless the program is wrong.
         """
         file = self._bells.get((call.thread, call.arguments[0]))
         if file is None or file.closed or call.number != IOCTL:
@@ -248,15 +253,15 @@ class Syscalls:
             result = -(refusal.errno or errno.EIO)
         for region in there:
             if region.written and not self.put(call, region.address, region.data):
-                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program sees to that
+                result = -errno.EFAULT  # it was writable a moment ago: another thread of the program has changed that
         return result
 
     def get(self, call: Call, address: int, size: int) -> bytes:
-        """So much of the caller's memory, or less."""
+        """Read so much of the caller's memory, or less."""
         return self._memory.read(call.thread, address, size)
 
     def put(self, call: Call, address: int, data: bytes | bytearray) -> bool:
-        """Whether all of it could be written to the caller's memory, if it is still there."""
+        """Write to the caller's memory, if the caller is still there. Return whether all could be written."""
         return self._listener.waits(call) and self._memory.write(call.thread, address, bytes(data)) == len(data)
 
     def map(self, call: Call, process: int, file: File) -> None:
@@ -270,7 +275,7 @@ class Syscalls:
 
     @contextmanager
     def _told(self, process: int) -> Iterator[None]:
-        """Log in full what the program gets as an errno alone; not that a device is none of ours."""
+        """Log the reasons of refusals that the program gets as an errno alone, but for devices that are not ours."""
         try:
             yield
         except DeviceError as refusal:
@@ -280,11 +285,11 @@ class Syscalls:
 
 
 class _Program:
-    """Its memory, as drivers see it."""
+    """Give drivers the memory of a program."""
 
     __slots__ = ("_call", "_calls", "process")
 
-    by_offset = False  # whose maps are, its supervisor serves
+    by_offset = False  # a program whose maps are so is served by its supervisor
 
     def __init__(self, calls: Syscalls, call: Call, process: int) -> None:
         self.process = process

@@ -1,7 +1,7 @@
-"""What a domain finds in xenstore: the nodes that xl makes for a guest without devices, with the same permissions.
+"""Make a domain's nodes in xenstore: those that xl makes for a guest without devices, with the same permissions.
 
-Source: xenstore-ls -fp under Xen 4.17, beside a running guest. Those of what is not here (processors, console, the
-guest's image) are left out.
+Source: xenstore-ls -fp under Xen 4.17, beside a running guest. Nodes of things that are not here (processors, console,
+the guest's image) are left out.
 """
 
 from __future__ import annotations

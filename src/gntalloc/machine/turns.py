@@ -1,13 +1,15 @@
-"""Turns: which speaker is served next, how much of it, and which has to wait until it reads.
+"""Choose which speaker is served next, how much of it, and which has to wait until it reads.
 
-A speaker is a connection of a program's, of the machine's owner, to xenstore, or a run's system calls. Once for all of
-them: each that has something to serve gets a turn of a few messages, then it is another's; one that does not read what
-was sent to it is not listened to; one that leaves the machine waiting is dropped.
+A speaker is a program's connection, a connection of the machine's owner, a connection to xenstore, or the system calls
+of a run. The same rules hold for all. A speaker that has something to serve gets a turn of a few messages, then another
+one gets its turn. A speaker that does not read its replies is not listened to. A speaker that leaves the machine
+waiting is dropped.
 
-Rounds make calls that are told and not asked (IoctlTold, Placed, close(2), munmap(2)) as synchronous as in a kernel. A
-round admits what has come; hears once more what has come since; settles what programs have let go of; serves what was
-told, admitted or not; and only then what was asked and admitted. Whatever was told before a question was sent is in
-that second look, so it is served before that question, over whichever connections both came.
+A *note* is a call without an answer: IoctlTold, Placed, close(2), munmap(2). Rounds make notes as synchronous as in a
+kernel. A round admits the messages that have come, and then hears once more those that have come since. It settles the
+files and maps that programs have given up. It serves the notes, admitted or not, and only then the admitted requests. A
+note that was sent before a request is heard in that second look. So it is served before the request, over whichever
+connections both came.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ __all__ = ["MESSAGES_A_TURN", "RUNNABLE", "STALLING", "Dropped", "Speaker", "Tur
 log = logging.getLogger("gntalloc.machine")
 
 MESSAGES_A_TURN = 8
-"""So many messages of one speaker are served before it is another's turn."""
+"""The most messages of one speaker that are served in a turn."""
 RUNNABLE, STALLING = 1 << 16, 1 << 17
 """Bits of a speaker's standing, beside epoll's."""
 _EVENTS = READABLE | WRITABLE
@@ -38,54 +40,54 @@ _CHECK_FOR_STALLS = 1.0  # seconds
 
 
 class Dropped(Exception):
-    """There is no way to go on with this speaker; the text says why."""
+    """The machine cannot go on with this speaker; the text says why."""
 
 
 class Speaker(Protocol):
-    """One that sends messages to be served. Each of these calls may raise Dropped, but `close`."""
+    """Send messages to be served. Each of these calls may raise Dropped, but `close`."""
 
     companion: Speaker | None
     """Another speaker, which is listened to only while this one reads what is sent to it."""
 
     @property
     def standing(self) -> int:
-        """How things stand with it, in bits.
+        """The state of the speaker, in bits.
 
-        READABLE while more may come of it, and WRITABLE while something waits to be sent. RUNNABLE if a message waits
-        and may be served. STALLING if it keeps the machine waiting.
+        READABLE: more may come from it. WRITABLE: something waits to be sent. RUNNABLE: a message waits and may be
+        served. STALLING: it keeps the machine waiting.
         """
 
     @property
     def has_notes(self) -> bool:
-        """Whether what waits first was told, and not asked."""
+        """Whether the message that waits first is a note."""
 
     def fileno(self) -> int:
-        """What to wait for."""
+        """Give the descriptor to wait for."""
 
     def receive(self, events: int) -> None:
-        """Take in what has come; `events` are epoll's."""
+        """Take in the bytes that have come; `events` are epoll's."""
 
     def flush(self) -> None:
-        """Send what waits, as far as it goes."""
+        """Send the replies that wait, as far as they go."""
 
     def admit(self) -> None:
-        """Let what has come until now be served at the next turn."""
+        """Let the messages that have come until now be served at the next turn."""
 
     def take_turn(self) -> None:
         """Serve MESSAGES_A_TURN of the messages that were admitted, at most."""
 
     def take_notes(self) -> None:
-        """Serve what was told before anything was asked, admitted or not."""
+        """Serve the notes before the first request, admitted or not."""
 
     def stalled(self, now: float) -> bool:
-        """Whether it keeps the machine waiting for too long."""
+        """Say whether it keeps the machine waiting for too long."""
 
     def close(self) -> None:
-        """End it."""
+        """End the speaker."""
 
 
 class _Seat:
-    """What Turns knows of one speaker."""
+    """Keep what `Turns` knows of one speaker."""
 
     __slots__ = ("ended", "listened_to", "queued", "speaker", "wanted")
 
@@ -98,11 +100,11 @@ class _Seat:
 
 
 class Turns:
-    """All speakers.
+    """Give all speakers their turns.
 
     Args:
         loop: waits for them.
-        settle: takes in what programs have let go of.
+        settle: takes in the files and maps that programs have given up.
     """
 
     def __init__(self, loop: Loop, settle: Callable[[], None]) -> None:
@@ -113,7 +115,7 @@ class Turns:
         self._slow: set[Speaker] = set()
 
     def patience(self) -> float | None:
-        """Seconds until a round is due though nothing comes; None: none is."""
+        """Give the seconds until a round is due though nothing comes. None: none is."""
         if self._queue:
             return 0.0
         return _CHECK_FOR_STALLS if self._slow else None
@@ -127,7 +129,7 @@ class Turns:
         self._loop.watch(speaker.fileno(), partial(self._ready, seat))
 
     def drop(self, speaker: Speaker, why: str) -> None:
-        """End a speaker. One that is not there any more is no error."""
+        """End a speaker. A speaker that is not there any more is no error."""
         seat = self._seats.pop(speaker, None)
         if seat is None:
             return
@@ -139,13 +141,13 @@ class Turns:
             seat.ended()
 
     def plan(self, speaker: Speaker) -> None:
-        """Settle what to wait for of a speaker, and whether it has something to serve, after anything has changed."""
+        """Decide, after a change, what to wait for of a speaker, and whether it has something to serve."""
         seat = self._seats.get(speaker)
         if seat is not None:
             self._plan(seat)
 
     def serve(self) -> None:
-        """Serve a round; it only settles if nobody has said anything."""
+        """Serve a round, or only settle if no speaker has sent anything."""
         queue = self._queue
         admitted = len(queue)
         if admitted:
@@ -180,7 +182,7 @@ class Turns:
             self._queue.append(seat)
 
     def _let(self, seat: _Seat, work: Callable[[], None]) -> None:
-        """Let a speaker's messages be served; nobody else notices if that fails."""
+        """Serve a speaker's messages with `work`. No other speaker notices if that fails."""
         speaker = seat.speaker
         if speaker not in self._seats:
             return
@@ -190,7 +192,7 @@ class Turns:
             self.drop(speaker, str(reason))
             return
         except Exception:
-            # A fault of ours. The program must not wait for ever, nobody else may notice, and we want to know.
+            # This is our own fault. The program must not wait for ever, no other may notice, and the log shows it.
             log.exception("a message could not be served")
             self.drop(speaker, "serving it failed, see above")
             return

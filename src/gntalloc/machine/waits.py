@@ -1,4 +1,4 @@
-"""Sockets that tell programs when no peer holds their pages any more: each comes to its end of file then."""
+"""Tell programs, by sockets, when no peer holds their pages any more: each comes to its end of file then."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["MAX_WAITS", "Waits"]
 
 MAX_WAITS = 1024
-"""So many waits one domain has at most, so that it cannot use up the machine's descriptors."""
+"""The most waits of one domain, so that it cannot use up the machine's descriptors."""
 
 
 class Waits:
-    """The waits of all programs."""
+    """Keep the waits of all programs."""
 
     def __init__(self) -> None:
         self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
@@ -40,10 +40,12 @@ class Waits:
                 self._end(descriptor)
 
     def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
-        """Make a socket that comes to its end of file when no peer holds these pages any more: the program's end.
+        """Make a socket that comes to its end of file when no peer holds these pages any more.
+
+        Return the program's end.
 
         Raises:
-            DeviceError: EMFILE the machine has no descriptors left, or the domain waits for too much.
+            DeviceError: EMFILE: the machine has no descriptors left, or the domain has too many waits.
         """
         if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
             raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
@@ -59,7 +61,7 @@ class Waits:
         return theirs
 
     def close(self) -> None:
-        """End all of them."""
+        """End all waits."""
         for sock, _, _ in self._waiters.values():
             sock.close()
         self._hang_ups.close()
