@@ -1,4 +1,4 @@
-"""What the daemon's error answers become: OSErrors that say what was asked, why not, and what to do."""
+"""Turn the daemon's error answers into OSErrors that say what was asked, why it was refused, and what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Denied(StoreError, PermissionError):
 
 
 class Conflict(StoreError):
-    """Somebody else changed what the transaction had looked at. Nothing was done: run it again (EAGAIN)."""
+    """Another request changed a node that the transaction had looked at. Nothing was done: run it again (EAGAIN)."""
 
     code = errno.EAGAIN
 
@@ -57,12 +57,12 @@ _REASONS = {
 
 
 def error_for(code: int, operation: str, path: str | None = None, reason: str | None = None) -> StoreError:
-    """The exception for an answer.
+    """Make the exception for an answer.
 
     Args:
         code: the errno.
-        operation: what was asked, such as "read".
-        path: of which node, if it was one.
+        operation: the operation, such as "read".
+        path: the node's path, if the operation had one.
         reason: what stood in the way, if more is known than the errno says.
     """
     asked = f"xenstore {operation} {path}" if path is not None else f"xenstore {operation}"

@@ -1,8 +1,7 @@
-"""What a path in xenstore may be, and the permission entries of a node.
+"""Check paths in xenstore, and read the permission entries of a node.
 
-Client and server share the rules. The client does not enforce them (daemons differ in the characters they
-take, and theirs is the last word) except where breaking them would break the connection; it uses them to
-explain a refusal.
+Client and server share the rules. The client uses them to explain a refusal. It enforces them only where breaking them
+would break the connection: daemons differ in the characters that they accept, and the daemon decides.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ ACCESS = {"n": "no access", "r": "read", "w": "write", "b": "read and write"}
 
 
 def problem(path: str, *, watch: bool = False) -> str | None:
-    """Why this is not a path; None if it is one.
+    """Say why this is not a path. None: it is one.
 
     Args:
         path: absolute, or relative to the domain's own /local/domain/<domid>.
@@ -46,10 +45,10 @@ def problem(path: str, *, watch: bool = False) -> str | None:
 
 
 class Permission(NamedTuple):
-    """What one domain may do with a node.
+    """Say what one domain may do with a node.
 
-    The first entry of a node names its owner, who may do everything; its letter is what every domain without
-    an entry of its own may do.
+    The first entry of a node names its owner, which may do everything. The letter of that entry holds for every domain
+    without an entry of its own.
     """
 
     domid: int
@@ -60,7 +59,11 @@ class Permission(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `b0`, `r3` and the like; ValueError if it is not one."""
+        """Read `b0`, `r3` and the like.
+
+        Raises:
+            ValueError: the text is no permission.
+        """
         access, number = text[:1], text[1:]
         domid = whole_number(number, 0xFFFF)
         if access not in ACCESS or domid is None:

@@ -1,8 +1,9 @@
-"""xenstore messages as bytes. Sans-I/O: nothing here reads, writes or waits.
+"""Turn xenstore messages into bytes and back. Sans-I/O: nothing here reads, writes or waits.
 
 A message is a header of four 32-bit numbers in the machine's byte order (type, request id, transaction id,
 length) and a body of at most 4096 bytes. Strings in a body end in NUL; the value of a WRITE and of READ's
 answer does not.
+
 Source: Xen's public io/xs_wire.h and docs/misc/xenstore.txt.
 """
 
@@ -36,7 +37,7 @@ PAYLOAD_MAX = 4096
 
 
 class Type(IntEnum):
-    """What a message is. An answer has the type of its request, or is an ERROR."""
+    """Name the type of a message. An answer has the type of its request, or is an ERROR."""
 
     CONTROL = 0
     DIRECTORY = 1
@@ -68,7 +69,7 @@ class Type(IntEnum):
 
 
 WHY = 0x676E7401
-"""A request of our own: why was the last request of this connection refused? Every other daemon answers ENOSYS.
+"""A request of this package alone: why was the last request of this connection refused? Other daemons answer ENOSYS.
 
 The body is one zero. The answer is text without a zero, such as "transactions 10: domain 1 has 11 open", or the error
 ENOENT if there is nothing more to say. An ERROR itself stays as stock clients know it: the errno's name, nothing more.
@@ -85,7 +86,7 @@ ERROR_CODES: dict[str, int] = {
 
 
 class Message(NamedTuple):
-    """One message, either way. `type` is a Type, or a number that we do not know."""
+    """Hold one message, either way. `type` is a Type, or a number that we do not know."""
 
     type: int
     req_id: int
@@ -94,7 +95,7 @@ class Message(NamedTuple):
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message.
+    """Make the bytes of a message.
 
     Raises:
         ValueError: the body is longer than PAYLOAD_MAX. The daemon would drop the connection.
@@ -105,16 +106,16 @@ def encode(message: Message) -> bytes:
 
 
 class Decoder:
-    """Turns bytes, in whatever pieces they come, into messages.
+    """Turn bytes, in pieces of any size, into messages.
 
-    After an error it stays in it: where the next message would begin is not known any more.
+    After an error every call fails: the beginning of the next message is not known any more.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes.
+        """Add bytes, and return the messages that they complete.
 
         Raises:
             PeerBroke: a header announces more than a message can hold.
@@ -127,7 +128,7 @@ class Decoder:
             kind, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
             if length > PAYLOAD_MAX:
                 if messages:
-                    break  # what came before it is good; the next call finds it at the front
+                    break  # the messages before it are good; the next call finds it at the front
                 raise PeerBroke(f"a xenstore message ({type_name(kind)}) announces {length} bytes, over {PAYLOAD_MAX}")
             end = start + HEADER.size + length
             if end > len(buffer):
@@ -139,12 +140,12 @@ class Decoder:
 
     @property
     def pending(self) -> int:
-        """Bytes of a message that is not complete yet."""
+        """The number of bytes of a message that is not complete yet."""
         return len(self._buffer)
 
 
 def type_name(kind: int) -> str:
-    """What to call a message type in an error."""
+    """Name a message type for an error's text."""
     if kind == WHY:
         return "WHY"
     try:
@@ -154,15 +155,15 @@ def type_name(kind: int) -> str:
 
 
 def join(*strings: str | bytes) -> bytes:
-    """Strings as a body: each followed by a NUL."""
+    """Make a body of strings: each is followed by a NUL."""
     return b"".join((string.encode() if isinstance(string, str) else string) + b"\0" for string in strings)
 
 
 def split(body: bytes) -> list[str]:
-    """The strings of a body, each of which must end in NUL.
+    """Split a body into its strings, each of which must end in NUL.
 
     Raises:
-        PeerBroke: the last one does not, or something is not text.
+        PeerBroke: the last one does not, or one is not text.
     """
     if body and body[-1]:
         raise PeerBroke(f"a xenstore string does not end in NUL: {body[-40:]!r}")
@@ -173,11 +174,11 @@ def split(body: bytes) -> list[str]:
 
 
 def error_name(code: int) -> str:
-    """The name to send for an errno; EIO for one that the protocol has no name for."""
+    """Give the name to send for an errno: EIO for one that has no name in the protocol."""
     name = errno.errorcode.get(code, "")
     return name if name in ERROR_CODES else "EIO"
 
 
 def error_code(body: bytes) -> int:
-    """The errno that the body of an ERROR names; EIO for a name that the protocol does not have."""
+    """Give the errno that the body of an ERROR names: EIO for a name that the protocol does not have."""
     return ERROR_CODES.get(body.rstrip(b"\0").decode("ascii", "replace"), errno.EIO)

@@ -1,16 +1,16 @@
-"""xenstored, the daemon's half of xenstore: what the C daemon of Xen 4.17 does, as pure state. Sans-I/O.
+"""Be xenstored, the daemon's half of xenstore: as the C daemon of Xen 4.17, but as pure state. Sans-I/O.
 
-    limits        quotas, and what a refusal is
-    arguments     the strings and numbers in a request, read as C reads them
-    permissions   who may do what with a node
-    tree          nodes, and names of nodes
-    domains       the domains that the daemon knows, and what each has in use
-    transactions  what one has seen and changed
-    session       one connection: its watches, its transactions, what it has not read yet
-    watches       who is told of what
-    view          the tree as one request sees it
-    control       the administrator's commands
-    server        requests to answers
+    limits        define quotas and refusals
+    arguments     read the strings and numbers in a request, as C reads them
+    permissions   decide what a domain may do with a node
+    tree          keep nodes, and check their names
+    domains       keep the domains that the daemon knows, and count what each has in use
+    transactions  keep what a transaction has seen and changed
+    session       keep one connection: its watches, its transactions, its unread messages
+    watches       find the watches that an event fires
+    view          show the tree as one request sees it
+    control       carry out the administrator's commands
+    server        turn requests into answers
 
-Whoever serves the sockets feeds `Server.handle` with messages and sends what is in `Session.outbox`.
+The code that serves the sockets feeds `Daemon.handle` with messages and sends the messages of `Session.outbox`.
 """

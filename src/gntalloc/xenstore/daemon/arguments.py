@@ -1,4 +1,4 @@
-"""The strings and numbers in a request, read as C reads them: what follows a number is overlooked."""
+"""Read the strings and numbers in a request as C reads them: characters after a number are ignored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LONG = 1 << 63
 
 
 def one(body: bytes) -> bytes:
-    """The only string of a request, which ends in its only zero.
+    """Read the only string of a request, which ends in its only zero.
 
     Raises:
-        Refused: EINVAL it does not.
+        Refused: EINVAL: it does not end so.
     """
     if body.find(0) != len(body) - 1 or not body:
         raise Refused(errno.EINVAL)
@@ -26,10 +26,10 @@ def one(body: bytes) -> bytes:
 
 
 def strings(body: bytes, least: int) -> list[bytes]:
-    """The first strings of a request, each with its zero. What follows the last zero does not count.
+    """Read the first strings of a request, each with its zero. Bytes after the last zero do not count.
 
     Raises:
-        Refused: EINVAL there are fewer.
+        Refused: EINVAL: there are fewer.
     """
     parts = body.split(b"\0")
     if len(parts) <= least:
@@ -38,12 +38,12 @@ def strings(body: bytes, least: int) -> list[bytes]:
 
 
 def count(body: bytes) -> int:
-    """How many strings there are."""
+    """Count the strings of a request."""
     return body.count(0)
 
 
 def integer(text: bytes) -> int:
-    """As atoi: 0 if it is no number."""
+    """Read a number as atoi does: 0 if it is none."""
     found = _DECIMAL.match(text)
     if found is None:
         return 0
@@ -53,15 +53,15 @@ def integer(text: bytes) -> int:
 
 
 def decimal(text: bytes) -> int:
-    """As atoi into an unsigned number: a domid."""
+    """Read a domid, as atoi into an unsigned number does."""
     return integer(text) & 0xFFFFFFFF
 
 
 def number(text: str) -> int:
-    """As strtol with any base into an unsigned number, and nothing may follow.
+    """Read a number as strtol with any base into an unsigned number does. Nothing may follow it.
 
     Raises:
-        Refused: EINVAL it is no number.
+        Refused: EINVAL: it is no number.
     """
     found = _ANY_BASE.fullmatch(text)
     if found is None:

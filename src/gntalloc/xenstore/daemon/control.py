@@ -1,4 +1,4 @@
-"""CONTROL: what an administrator may ask of the daemon. Of its commands those that change nothing outside."""
+"""Serve CONTROL, the administrator's commands: those that change nothing outside the daemon."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ OK = b"OK\0"
 
 
 class Control:
-    """The commands check, help, log, print, quota and quota-soft.
+    """Carry out the commands check, help, log, print, quota and quota-soft.
 
     Args:
-        quotas: of every domain.
-        domains: that are known.
+        quotas: the quotas of every domain.
+        domains: the known domains.
         unread: tells how many answers a domain has not read.
     """
 
@@ -47,7 +47,7 @@ class Control:
         """Carry out one command.
 
         Raises:
-            Refused: EINVAL there is no such command, or not with these arguments; ENOENT no such domain.
+            Refused: EINVAL: there is no such command, or not with these arguments. ENOENT: there is no such domain.
         """
         name, *rest = strings(body, 1)
         command = self._commands.get(name)

@@ -1,11 +1,11 @@
-"""The domains that the daemon knows, and what each has in use.
+"""Keep the domains that the daemon knows, and count what each has in use.
 
 A domain is known from the moment it is introduced, or a permission names it or it owns a node, until it is gone.
 
-A permission names a number. There are two rules for which domain that is. xenstored's: the one that had the number when
-the permission was given; a younger domain gets nothing of it, and a number without a domain is void. Or, with
-`by_number`: whichever domain has the number, as long as the node is there and domain 0 has not released the number
-since. In both a node's owner is a living domain, and its nodes go when it does.
+A permission names a number. Two rules tell which domain that is. By xenstored's rule it is the domain that had the
+number when the permission was given. A younger domain gets nothing of it, and a number without a domain is void. With
+`by_number` it is any domain that has the number, as long as the node is there and domain 0 has not released the number
+since. By both rules a node's owner is a living domain, and its nodes go when it does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Domain", "Domains"]
 
 @dataclass(eq=False)
 class Domain:
-    """What is known of one domain, and what it has in use."""
+    """Keep one domain, and count what it has in use."""
 
     domid: int
     generation: int
@@ -36,7 +36,7 @@ class Domain:
     transactions: int = 0
     memory: int = 0
     target: int | None = None
-    """The domain whose rights it has too."""
+    """The domain whose rights this one has too."""
 
     @property
     def privileged(self) -> bool:
@@ -45,21 +45,21 @@ class Domain:
 
 
 class Domains(dict[int, Domain]):
-    """The known domains by number."""
+    """Keep the known domains by number."""
 
     def __init__(self, tree: Tree, quotas: Quotas, *, by_number: bool = False) -> None:
         super().__init__()
         self.by_number = by_number
         """Whether a permission holds for every domain that ever has its number."""
         self.quotas = quotas
-        """Of every domain, unless it is given others of its own."""
+        """The quotas of every domain that is given no others."""
         self.existing: set[int] = {0}
-        """The numbers of all domains that there are, known or not: what the hypervisor would say."""
+        """The numbers of all domains that there are, known or not, as the hypervisor would list them."""
         self._tree = tree
         self._released: dict[int, int] = {}  # number -> the generation at which domain 0 released it
 
     def know(self, domid: int) -> Domain | None:
-        """The domain of that number, if there is one."""
+        """Find the domain of that number, if there is one, and know it from now on."""
         domain = self.get(domid)
         if domain is None and domid in self.existing:
             since = self._released.get(domid, 0) if self.by_number else self._tree.generation
@@ -67,14 +67,14 @@ class Domains(dict[int, Domain]):
         return domain
 
     def forget_permissions(self, domid: int) -> None:
-        """Void what permissions said of this number until now, for whichever domain has it next."""
+        """Void all permissions that were given to this number until now: the next domain that has it gets none."""
         self._released[domid] = self._tree.advance()
 
     def connected(self, domid: int) -> Domain:
-        """The domain of that number, if it was introduced.
+        """Find the domain of that number, if it was introduced.
 
         Raises:
-            Refused: ENOENT.
+            Refused: ENOENT: it was not.
         """
         domain = self.get(domid)
         if domain is None or not domain.introduced:
@@ -82,13 +82,13 @@ class Domains(dict[int, Domain]):
         return domain
 
     def meant(self, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        """Mark those of new permissions void that name no living domain, unless permissions hold by number."""
+        """Mark new permissions void that name no living domain, unless permissions hold by number."""
         if self.by_number:
             return entries
         return tuple(entry._replace(void=self.know(entry.domid) is None) for entry in entries)
 
     def current(self, node: Node) -> Node:
-        """The node, where permissions of domains that have gone since are void."""
+        """Give the node with the permissions void that name domains which have gone since."""
         entries = node.permissions
         if len(entries) == 1:
             return node
@@ -99,7 +99,7 @@ class Domains(dict[int, Domain]):
         return node if now == entries else node._replace(permissions=now)
 
     def count_node(self, domid: int, by: int) -> bool:
-        """A domain owns more nodes, or fewer. False: there is no such domain."""
+        """Count more nodes of a domain, or fewer. False: there is no such domain."""
         domain = self.know(domid) if by > 0 else self.get(domid)
         if domain is None:
             return False
@@ -107,7 +107,7 @@ class Domains(dict[int, Domain]):
         return True
 
     def charge(self, domid: int, size: int) -> None:
-        """A domain uses more memory, or less."""
+        """Count more memory of a domain, or less."""
         domain = self.get(domid)
         if domain is not None:
             domain.memory += size

@@ -1,4 +1,4 @@
-"""Quotas, and what a refusal is.
+"""Define quotas and refusals.
 
 Sources: Xen 4.17, tools/xenstore (the defaults and their names), docs/misc/xenstore.txt.
 """
@@ -11,9 +11,9 @@ __all__ = ["Quotas", "Refused"]
 
 
 class Refused(Exception):
-    """The answer to a request is this errno. `reason` says what the errno does not; it may be empty.
+    """The daemon answers a request with this errno. `reason` says more than the errno; it may be empty.
 
-    Of a quota: its name, its value, and what is in use or was asked for.
+    The reason names a quota that was reached, its value, and what is in use or was asked for.
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
@@ -24,22 +24,22 @@ class Refused(Exception):
 
 @dataclass
 class Quotas:
-    """What an unprivileged domain may use. Domain 0 may use what there is.
+    """Limit an unprivileged domain. Domain 0 has no limits.
 
-    Some are tested before the thing is counted and some after, so that 129 watches and 11 transactions fit, and
-    1000 nodes.
+    Some quotas are tested before the thing is counted and some after. So 129 watches and 11 transactions fit, and 1000
+    nodes.
     """
 
     nodes: int = 1000
     watches: int = 128
     transactions: int = 10
     outstanding: int = 20
-    """Answers that a connection may leave unread before it is not listened to any more."""
+    """Answers that a connection may leave unread before the daemon stops listening to it."""
     transaction_nodes: int = 1024
     memory: int = (2 << 20) + (512 << 10)
     """Bytes of nodes, changes in transactions, watches and unread messages together."""
     node_size: int = 2048
     """Bytes of a node: 24, its value, 8 for each permission, its children's names with a zero each."""
     path_max: int = 2048
-    """Of a path; what is below a domain's own /local/domain/N/ counts from there."""
+    """Bytes of a path. A path below a domain's own /local/domain/N/ counts from there."""
     permissions: int = 5

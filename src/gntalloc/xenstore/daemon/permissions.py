@@ -1,7 +1,7 @@
-"""Who may do what with a node.
+"""Decide what a domain may do with a node.
 
-The first entry of a node names its owner, who may do everything; its letter holds for everybody who has no entry of
-their own. The first entry of one's own counts.
+The first entry of a node names its owner, which may do everything. The letter of that entry holds for every domain that
+has no entry of its own. Of several entries of a domain the first counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LETTER_OF = {access: letter for letter, access in _LETTERS.items()}
 
 
 class Entry(NamedTuple):
-    """What one domain may do. A void one is of a domain that is gone: it is shown, and gives nothing."""
+    """Say what one domain may do. A void entry names a domain that is gone: it is shown, and gives nothing."""
 
     domid: int
     access: int
@@ -30,10 +30,10 @@ class Entry(NamedTuple):
 
 
 def parse(texts: list[bytes]) -> tuple[Entry, ...]:
-    """Entries such as r3.
+    """Read entries such as r3.
 
     Raises:
-        Refused: EINVAL one is none.
+        Refused: EINVAL: one is no entry.
     """
     return tuple(_parse(text.decode("latin-1")) for text in texts)
 
@@ -46,7 +46,7 @@ def _parse(text: str) -> Entry:
 
 
 def pack(entries: tuple[Entry, ...]) -> bytes:
-    """Entries as an answer has them."""
+    """Write entries as an answer has them."""
     return b"".join(b"%c%d\0" % (ord(_LETTER_OF[entry.access]), _signed(entry.domid)) for entry in entries)
 
 

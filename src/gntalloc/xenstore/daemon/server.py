@@ -1,4 +1,4 @@
-"""Daemon: requests to answers and events. What the C daemon of Xen 4.17 answers, errno for errno.
+"""Turn requests into answers and events, errno for errno as the C daemon of Xen 4.17 does.
 
 Sources: Xen 4.17.7, docs/misc/xenstore.txt and how tools/xenstore behaves, compared with the running daemon request
 by request (tests/xenstore/xs_run.py). docs/xenstore.md lists what is different here, and why.
@@ -29,12 +29,12 @@ __all__ = ["Daemon"]
 
 SELF = 0x7FF0  # DOMID_SELF
 INTRODUCED, RELEASED = "@introduceDomain", "@releaseDomain"
-_NUMBERS = 1 << 32  # of transactions
+_NUMBERS = 1 << 32  # so many numbers of transactions there are
 _LONGEST_SPECIAL = 2048
 
 
 class Request(NamedTuple):
-    """One request, and where it acts."""
+    """Hold one request, its session and its transaction."""
 
     session: Session
     transaction: Transaction | None
@@ -43,22 +43,22 @@ class Request(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How one type of request is served."""
+    """Say how one type of request is served."""
 
     serve: Callable[[Request], bytes]
     privileged: bool = False
     outside: bool = False
-    """Whether the number of a transaction is overlooked."""
+    """Whether the number of a transaction is ignored."""
 
 
 class Daemon:
-    """The whole store. Make sessions with `connect`, feed `handle`; domains come with `create` and `introduce`.
+    """Be the whole store. Sessions come from `connect`, requests go to `handle`.
 
-    Domain 0 is there from the start.
+    Domains come with `create` and `introduce`. Domain 0 is there from the start.
 
     Args:
-        quotas: of each domain.
-        by_number: see `Domains`. Left out, permissions are xenstored's.
+        quotas: the quotas of each domain.
+        by_number: see `Domains`. Without it permissions are xenstored's.
     """
 
     def __init__(self, quotas: Quotas | None = None, *, by_number: bool = False) -> None:
@@ -70,7 +70,7 @@ class Daemon:
         self._special: dict[str, tuple[Entry, ...]] = {INTRODUCED: (Entry(0, 0),), RELEASED: (Entry(0, 0),)}
         self._last_session = 0
         self.talking: set[Session] = set()
-        """Connections to which something is to be sent, or that were ended. Whoever sends takes them out."""
+        """Connections that have messages to send, or that were ended. The code that sends removes them."""
         self.sessions: dict[Domain, list[Session]] = {}
         control = Control(self.quotas, self.domains, self._unread)
         self._kinds: dict[int, Kind] = {
@@ -103,12 +103,12 @@ class Daemon:
     # Domains and connections.
 
     def create(self, domid: int) -> None:
-        """There is a domain of that number from now on, which permissions can name. It may be there already."""
+        """Note that there is a domain of that number, which permissions can name. It may be there already."""
         self.domains.existing.add(domid)
         self.domains.know(domid)
 
     def introduce(self, domid: int) -> None:
-        """Talk with a domain, which is there. One that was introduced loses its watches and transactions."""
+        """Talk with a domain that is there. If it was introduced before, it loses its watches and transactions."""
         domain = self.domains.know(domid)
         if domain is None:
             raise Refused(errno.ENOENT)
@@ -122,7 +122,7 @@ class Daemon:
             self._watches.fire_special(INTRODUCED, self._special[INTRODUCED])
 
     def release(self, domid: int) -> None:
-        """Talk no more with a domain: its connections end, its nodes go, and so do its permissions."""
+        """Stop talking with a domain: its connections end, its nodes go, and so do its permissions."""
         domain = self.domains.get(domid)
         if domain is None:
             return
@@ -140,7 +140,7 @@ class Daemon:
             self._watches.fire_special(RELEASED, self._special[RELEASED])
 
     def destroy(self, domid: int) -> None:
-        """There is no domain of that number any more. Of domain 0, which cannot go, the connections end."""
+        """Note that there is no domain of that number any more. Domain 0 cannot go: only its connections end."""
         if domid:
             self.domains.existing.discard(domid)
             self.release(domid)
@@ -148,10 +148,10 @@ class Daemon:
             self._hang_up(self.domains[0])
 
     def connect(self, domid: int) -> Session:
-        """A connection of a program in an introduced domain.
+        """Make a connection for a program in an introduced domain.
 
         Raises:
-            Refused: ENOENT it was not introduced.
+            Refused: ENOENT: the domain was not introduced.
         """
         domain = self.domains.connected(domid)
         self._last_session += 1
@@ -160,7 +160,7 @@ class Daemon:
         return session
 
     def disconnect(self, session: Session) -> None:
-        """A connection has ended."""
+        """Forget a connection that has ended."""
         self._reset(session)
         session.drop_unread()
         talking = self.sessions.get(session.domain, [])
@@ -170,17 +170,20 @@ class Daemon:
             self.sessions.pop(session.domain, None)
 
     def usage(self, domid: int) -> dict[str, int]:
-        """What a domain has in use."""
+        """Count what a domain has in use."""
         domain = self.domains.get(domid)
         names = "nodes", "watches", "transactions"
         return {name: 0 if domain is None else getattr(domain, name) for name in names}
 
     def own_view(self) -> View:
-        """The tree for the daemon itself: it may do everything, and nothing counts."""
+        """Give the tree for the daemon itself: it may do everything, and nothing counts."""
         return View(self._keeper, None)
 
     def handle(self, session: Session, message: Message) -> Refused | None:
-        """Serve one request: its answer and what it causes are in the sessions' outboxes then. Why it was refused."""
+        """Serve one request, and return why it was refused, if it was.
+
+        Then its answer and its events are in the outboxes of the sessions.
+        """
         refused: Refused | None = None
         events: list[Callable[[], None]] = []
         self._afterwards = events
@@ -230,14 +233,14 @@ class Daemon:
         View(self._keeper, session).forget(transaction)
 
     def _remove_nodes_of(self, domain: Domain) -> None:
-        """From the top; below a node that is removed nothing is left to look at."""
+        """Remove a domain's nodes, from the top: below a removed node nothing is left to look at."""
         view = self.own_view()
         pending = ["/"]
         while pending and domain.nodes > 0:
             path = pending.pop()
             node = self.tree[path]
             mine = node.permissions[0].domid == domain.domid
-            if mine and path == "/":  # somebody gave it away; the daemon would lose everything
+            if mine and path == "/":  # the root was given to this domain; the daemon would lose everything
                 view.put(path, view.change_owner(node, (node.permissions[0]._replace(domid=0), *node.permissions[1:])))
             elif mine:
                 view.remove(path)
@@ -418,10 +421,10 @@ class Daemon:
             self._forget(request.session, transaction)
         return OK
 
-    # Of our own.
+    # A request that no other daemon has.
 
     def _why(self, request: Request) -> bytes:
-        """The reason of the connection's last refusal, if there is more to say than its errno did."""
+        """Give the reason of the connection's last refusal, if it says more than the errno did."""
         refused, request.session.refused = request.session.refused, None
         if refused is None or not refused.reason:
             raise Refused(errno.ENOENT)
@@ -469,10 +472,10 @@ class Daemon:
 
 
 def _split(body: bytes) -> tuple[bytes, bytes]:
-    """A path and what follows it.
+    """Split a body into a path and the bytes that follow it.
 
     Raises:
-        Refused: EINVAL there is no path.
+        Refused: EINVAL: there is no path.
     """
     path, end, rest = body.partition(b"\0")
     if not end:
@@ -485,6 +488,6 @@ def _used(domain: Domain, number: int) -> str:
 
 
 def _whole(session: Session, name: bytes) -> str:
-    """A path with the domain's home in front, if it is relative."""
+    """Make a path whole: the domain's home goes in front, if it is relative."""
     text = name.decode("latin-1")
     return text if text[:1] in ("/", "@") else f"{home(session.domain.domid)}/{text}"

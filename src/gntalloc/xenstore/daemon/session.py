@@ -1,4 +1,4 @@
-"""One connection to the daemon: its watches, its transactions, and what it has not read yet."""
+"""Keep one connection to the daemon: its watches, its transactions, and its unread messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_UNREAD = 16 << 20  # bytes that even a privileged connection may leave unre
 
 
 class Watch(NamedTuple):
-    """One watch. `relative`: how many bytes of a path its events leave out."""
+    """Keep one watch. `relative` is the number of bytes of a path that its events leave out."""
 
     session: Session
     number: int
@@ -31,7 +31,7 @@ class Watch(NamedTuple):
 
 
 class Session:
-    """A connection of a program in `domain`. What is to be sent is in `outbox`: take it with `take`."""
+    """Keep a connection of a program in `domain`. Messages to send are in `outbox`: take them with `take`."""
 
     def __init__(self, domain: Domain, number: int, talking: set[Session]) -> None:
         self.domain = domain
@@ -41,13 +41,13 @@ class Session:
         self.last_transaction = 0
         self.outbox: deque[tuple[bytes, bool]] = deque()
         self.answers = 0
-        """How many of what is in the outbox are answers."""
+        """The number of answers in the outbox."""
         self.unread = 0
-        """Bytes in the outbox."""
+        """The number of bytes in the outbox."""
         self.closed = False
-        """Whether the daemon has ended it: nobody sends to it or reads from it any more."""
+        """Whether the daemon has ended it: nothing is sent to it or read from it any more."""
         self.refused: Refused | None = None
-        """The last refusal that nobody has asked about."""
+        """The last refusal, until the program asks for its reason."""
         self._events: set[bytes] = set()
         self._talking = talking
 
@@ -57,11 +57,11 @@ class Session:
         return self.domain.privileged
 
     def is_one_of(self, domid: int) -> bool:
-        """Whether it acts for that domain: its own, or the one that it serves."""
+        """Say whether the connection acts for that domain: its own, or the one that it serves."""
         return domid in (self.domain.domid, self.domain.target)
 
     def rights(self, entries: tuple[Entry, ...]) -> int:
-        """What it may do with a node that has these permissions."""
+        """Give what the connection may do with a node that has these permissions."""
         if self.privileged or self.is_one_of(entries[0].domid):
             return ALL
         for entry in entries[1:]:
@@ -70,14 +70,14 @@ class Session:
         return entries[0].access
 
     def answer(self, message: Message) -> None:
-        """Send this answer."""
+        """Put an answer into the outbox."""
         self.answers += 1
         self._put(wire.encode(message), event=False)
 
     def event(self, path: str, token: bytes, *, quota: int) -> None:
-        """Send an event; not if the same one waits already, nor if its domain's memory is nearly used up.
+        """Put an event into the outbox, unless the same one waits already or the domain's memory is nearly used up.
 
-        A quarter of it is kept for requests, so that who does not read stops none of its domain's other programs.
+        A quarter of the memory is kept for requests. So a program that does not read stops no other of its domain.
         """
         body = path.encode("latin-1") + b"\0" + token + b"\0"
         if len(body) > wire.PAYLOAD_MAX:
@@ -91,7 +91,7 @@ class Session:
         self._put(data, event=True)
 
     def take(self) -> bytes:
-        """The next message to send. The outbox is not empty."""
+        """Take the next message to send. The outbox must not be empty."""
         data, event = self.outbox.popleft()
         self.unread -= len(data)
         self.domain.memory -= len(data)
@@ -102,12 +102,12 @@ class Session:
         return data
 
     def drop_unread(self) -> None:
-        """Forget what was to be sent."""
+        """Drop the messages that were to be sent."""
         while self.outbox:
             self.take()
 
     def end(self) -> None:
-        """The daemon is done with it."""
+        """End the connection, as the daemon is done with it."""
         self.closed = True
         self._talking.add(self)
 

@@ -1,7 +1,8 @@
-"""What a transaction has seen and changed.
+"""Keep what a transaction has seen and changed.
 
-It sees each node as it was when it first looked, and its own changes. At the end every node that it has seen must be
-of the same generation still; then its changes become everybody's, in the order in which it first met the nodes.
+A transaction sees each node as it was at its first look, and its own changes. At the end every node that it has seen
+must still be of the same generation. Then its changes go into the common tree, in the order in which it first met the
+nodes.
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ __all__ = ["Seen", "Transaction"]
 
 @dataclass(slots=True)
 class Seen:
-    """One node in a transaction."""
+    """Keep one node in a transaction."""
 
     node: Node | None
-    """As the transaction sees it. None: there is none."""
+    """The node as the transaction sees it. None: there is none."""
     generation: int | None
-    """Everybody's node, when the transaction met it. None: there was none."""
+    """The node of the common tree, when the transaction met it. None: there was none."""
     permissions: tuple[Entry, ...] | None
-    """Of everybody's node, then."""
+    """The generation of that node."""
     changed: bool = False
     tells: bool = False
     """Whether watches fire for it in the end."""
     exactly: bool = False
-    """Whether only those on this very node."""
+    """Whether only watches on this very node fire."""
     charged: int = 0
     """Memory that the change takes."""
 
 
 @dataclass(slots=True)
 class Transaction:
-    """One transaction of one connection."""
+    """Keep one transaction of one connection."""
 
     number: int
     seen: dict[str, Seen] = field(default_factory=dict)
     owned: Counter[int] = field(default_factory=Counter)
-    """By how many nodes each domain will own more."""
+    """The number of nodes that each domain will own more."""
     created: bool = False
-    """Whether it has made nodes, so that the quota must be looked at."""
+    """Whether it has made nodes, so that the quota must be checked."""
     failure: str | None = None
-    """The error that it has met and that cannot be undone: it cannot be committed any more."""
+    """The error that it has met and that cannot be undone. It cannot be committed any more."""
 
     def tell(self, path: str, *, exactly: bool) -> None:
-        """Let watches fire for this node in the end."""
+        """Note that watches fire for this node in the end."""
         seen = self.seen.get(path)
         if seen is None:
             self.failure = f"it has lost sight of {path}"

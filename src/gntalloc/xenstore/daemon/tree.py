@@ -1,4 +1,4 @@
-"""Nodes, and names of nodes."""
+"""Keep nodes, and check their names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENTRY = 8
 
 
 class Node(NamedTuple):
-    """One node. It is never changed, but replaced."""
+    """Hold one node. It is never changed, but replaced."""
 
     generation: int
     permissions: tuple[Entry, ...]
@@ -29,49 +29,49 @@ class Node(NamedTuple):
 
     @property
     def size(self) -> int:
-        """What counts against a quota."""
+        """The bytes that count against a quota."""
         return _HEADER + _ENTRY * len(self.permissions) + len(self.value) + self.names
 
     def with_child(self, name: str) -> Node:
-        """The node with one more child, the last."""
+        """Make the node with one more child, the last."""
         return self._replace(children=(*self.children, name), names=self.names + len(name) + 1)
 
     def without_child(self, name: str) -> Node:
-        """The node with one child fewer."""
+        """Make the node with one child fewer."""
         place = self.children.index(name)
         children = self.children[:place] + self.children[place + 1 :]
         return self._replace(children=children, names=self.names - len(name) - 1)
 
     def without_first(self, count: int) -> Node:
-        """The node without its first children."""
+        """Make the node without its first children."""
         children = self.children[count:]
         return self._replace(children=children, names=sum(len(name) + 1 for name in children))
 
     def listing(self) -> bytes:
-        """The children's names, as an answer has them."""
+        """List the children's names, as an answer has them."""
         return b"".join(name.encode() + b"\0" for name in self.children)
 
 
 class Tree(dict[str, Node]):
-    """All nodes by name, and the count of changes that tells one state of a node from another."""
+    """Keep all nodes by name, and the count of changes that tells one state of a node from another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generation = 0
 
     def advance(self) -> int:
-        """The next generation."""
+        """Begin the next generation, and return it."""
         self.generation += 1
         return self.generation
 
 
 def is_name(path: str, longest: int) -> bool:
-    """Whether a node can be called that. What is below a domain's home may be `longest` from there on."""
+    """Say whether a node can be called that. A name below a domain's home may have `longest` bytes from there on."""
     return bool(_NAME.fullmatch(path)) and _counted(path) <= longest
 
 
 def too_long(path: str, longest: int) -> str:
-    """The reason why a node cannot be called that, if it is the quota; empty otherwise."""
+    """Say why a node cannot be called that, if the quota is the reason. The text is empty otherwise."""
     length = _counted(path)
     return f"path-max {longest}: the path has {length} bytes" if length > longest else ""
 
@@ -82,22 +82,22 @@ def _counted(path: str) -> int:
 
 
 def home(domid: int) -> str:
-    """Where a domain's own nodes are."""
+    """Give the path of a domain's own nodes."""
     return f"/local/domain/{domid}"
 
 
 def parent(path: str) -> str:
-    """The node above; / is above itself."""
+    """Give the node above; / is above itself."""
     return path.rpartition("/")[0] or "/"
 
 
 def last(path: str) -> str:
-    """The last part of a name."""
+    """Give the last part of a name."""
     return path.rpartition("/")[2]
 
 
 def above(path: str) -> list[str]:
-    """The node itself and all above it, up to /."""
+    """List the node itself and all above it, up to /."""
     names = [path]
     while path != "/":
         path = parent(path)

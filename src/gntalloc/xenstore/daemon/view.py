@@ -1,6 +1,6 @@
-"""The tree as one request sees it: as it is for everybody, or in a transaction.
+"""Show the tree as one request sees it: the common tree, or the tree in a transaction.
 
-Each look at a node counts in a transaction, those for permissions too, because it is what conflicts are made of.
+Each look at a node counts in a transaction, also a look for permissions: each can make a conflict.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Keeper", "View"]
 
 
 class Keeper:
-    """What all views look at."""
+    """Keep the tree and the rest that all views share."""
 
     def __init__(self, tree: Tree, domains: Domains, watches: Watches, quotas: Quotas) -> None:
         self.tree = tree
@@ -35,12 +35,12 @@ class Keeper:
 
 
 class View:
-    """The tree for one request.
+    """Show and change the tree for one request.
 
     Args:
         keeper: the tree, and all around it.
-        session: who asks. None: the daemon itself, which may do everything.
-        transaction: in which.
+        session: the connection that asks. None: the daemon itself, which may do everything.
+        transaction: the request's transaction, if it has one.
     """
 
     def __init__(self, keeper: Keeper, session: Session | None, transaction: Transaction | None = None) -> None:
@@ -59,14 +59,14 @@ class View:
         return self._session is not None and not self._session.privileged
 
     def rights(self, entries: tuple[Entry, ...]) -> int:
-        """What may be done with a node of these permissions."""
+        """Give what may be done with a node of these permissions."""
         return ALL if self._session is None else self._session.rights(entries)
 
     def find(self, path: str) -> Node | None:
-        """A node, whoever may see it.
+        """Find a node, without a look at its permissions.
 
         Raises:
-            Refused: ENOSPC the transaction has seen too many.
+            Refused: ENOSPC: the transaction has seen too many.
         """
         if self._transaction is None:
             node = self._tree.get(path)
@@ -77,11 +77,11 @@ class View:
         return None if node is None else self._domains.current(node)
 
     def get(self, path: str, wanted: int) -> Node:
-        """A node with which `wanted` may be done.
+        """Find a node with which `wanted` may be done.
 
         Raises:
-            Refused: EINVAL that is no name. ENOENT there is no such node, or EACCES it may not be done: the latter too
-                where the node above would not let the asker know.
+            Refused: EINVAL: that is no name. ENOENT: there is no such node. EACCES: it may not be done, or the node
+                above does not let the asker know whether the node is there.
         """
         if not is_name(path, self._quotas.path_max):
             raise Refused(errno.EINVAL, too_long(path, self._quotas.path_max))
@@ -101,15 +101,15 @@ class View:
     # Changing.
 
     def put(self, path: str, node: Node, *, free: bool = False) -> Node:
-        """Set a node, and tell what it has become.
+        """Set a node, and return it as it is then.
 
         Args:
             path: its name.
-            node: what it shall be; it gets a generation.
-            free: whatever its size.
+            node: the new node, which gets a generation.
+            free: whether it may have any size.
 
         Raises:
-            Refused: ENOSPC it is too large, EIO the domain has no memory left.
+            Refused: ENOSPC: it is too large. EIO: the domain has no memory left.
         """
         node = self._domains.current(node._replace(generation=self._tree.advance()))
         limit = self.limited and not free
@@ -138,7 +138,7 @@ class View:
         """Make a node that is not there, and those above it that are not. They inherit permissions.
 
         Raises:
-            Refused: ENOSPC a quota is reached, EIO the domain has no memory left; nothing was made then.
+            Refused: ENOSPC: a quota is reached. EIO: the domain has no memory left. Nothing was made then.
         """
         lacking: list[str] = []
         name, over = path, None
@@ -175,8 +175,8 @@ class View:
         """Remove a node that is there and is not /, and all below it. Watches are told of each.
 
         Raises:
-            Refused: EIO the transaction has seen too many nodes, or what it has seen does not fit together any more
-                because others went on.
+            Refused: EIO: the transaction has seen too many nodes, or others have changed nodes meanwhile, so that its
+                nodes do not fit together any more.
         """
         over = self.find(parent(path))
         if over is None:
@@ -190,14 +190,14 @@ class View:
         self.put(parent(path), over.without_child(last(path)), free=True)
 
     def tell(self, path: str, node: Node, *, exactly: bool = False, before: tuple[Entry, ...] | None = None) -> None:
-        """Let watches fire, or remember to when the transaction ends."""
+        """Let watches fire, now or when the transaction ends."""
         if self._transaction is not None:
             self._transaction.tell(path, exactly=exactly)
         else:
             self._watches.fire(path, node, exactly=exactly, before=before)
 
     def change_owner(self, node: Node, entries: tuple[Entry, ...]) -> Node:
-        """The node with other permissions, and counted among the nodes of its new owner."""
+        """Give the node other permissions, and count it among the nodes of its new owner."""
         self._count(node.permissions[0].domid, -1)
         self._count(entries[0].domid, 1)
         return node._replace(permissions=entries)
@@ -205,11 +205,11 @@ class View:
     # Transactions.
 
     def commit(self, transaction: Transaction) -> None:
-        """Make a transaction's changes everybody's.
+        """Put a transaction's changes into the common tree.
 
         Raises:
-            Refused: ENOMEM it has failed before, ENOSPC a domain would have too many nodes, EAGAIN somebody changed
-                what it has seen. Nothing was done.
+            Refused: ENOMEM: it has failed before. ENOSPC: a domain would have too many nodes. EAGAIN: another request
+                changed a node that it has seen. Nothing was done.
         """
         if transaction.failure is not None:
             raise Refused(errno.ENOMEM, f"the transaction has failed before: {transaction.failure}")
@@ -232,7 +232,7 @@ class View:
             self._domains[domid].nodes += more
 
     def forget(self, transaction: Transaction) -> None:
-        """A transaction is over."""
+        """Forget a transaction that is over."""
         for seen in transaction.seen.values():
             if seen.charged and self._session is not None:
                 self._session.domain.memory -= seen.charged
@@ -273,11 +273,11 @@ class View:
     # Removing and counting.
 
     def _remove_below(self, path: str) -> None:
-        """Children first, as the daemon does: each is met, told of and uncounted.
+        """Remove children first, as the daemon does: each is met, told of and uncounted.
 
         Raises:
-            Refused: ENOSPC the transaction has seen too many; ENOENT a child that it sees was removed by somebody else.
-                What was removed until then is removed.
+            Refused: ENOSPC: the transaction has seen too many. ENOENT: another request removed a child that it sees.
+                Nodes that were removed until then stay removed.
         """
         pending = [_Removal(path, self._there(path))]
         try:
@@ -330,10 +330,10 @@ class View:
         return self._domains.count_node(domid, by)
 
     def _check_count(self) -> None:
-        """One more node of whoever asks.
+        """Check that the asking domain may own one more node.
 
         Raises:
-            Refused: ENOSPC.
+            Refused: ENOSPC: it may not.
         """
         if self._session is None or not self.limited:
             return
@@ -351,7 +351,7 @@ class View:
         raise Refused(errno.ENOSPC, f"node-size {most}: {part}, and all of the node {node.size}")
 
     def _charge(self, seen: Seen, cost: int, *, limit: bool) -> None:
-        """A change in a transaction takes memory of whoever makes it."""
+        """Charge the memory of a change in a transaction to the domain that makes it."""
         if self._session is None:
             return
         domain = self._session.domain
@@ -367,7 +367,7 @@ class View:
 
 
 class _Removal:
-    """A node that is being removed, after `gone` of its children."""
+    """Keep a node that is being removed, after `gone` of its children."""
 
     __slots__ = ("gone", "node", "path")
 

@@ -1,4 +1,4 @@
-"""Who is told of what."""
+"""Find the watches that an event fires."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Watches"]
 
 
 class Watches:
-    """All watches, found by the node they are on."""
+    """Keep all watches, found by the node they are on."""
 
     def __init__(self, tree: Tree, domains: Domains, quotas: Quotas) -> None:
         self._tree = tree
@@ -31,7 +31,7 @@ class Watches:
         self._last = 0
 
     def add(self, session: Session, path: str, token: bytes, relative: int) -> Watch:
-        """Set a watch. The caller has looked whether it may be."""
+        """Set a watch. The caller has checked that it may be set."""
         self._last += 1
         watch = Watch(session, self._last, path, token, relative)
         session.watches[path, token] = watch
@@ -52,19 +52,19 @@ class Watches:
         session.domain.memory -= len(watch.path) + len(watch.token)
 
     def tell(self, watch: Watch, path: str) -> None:
-        """One event for one watch."""
+        """Send one event of one watch."""
         watch.session.event(path[watch.relative :], watch.token, quota=self._quotas.memory)
 
     def fire(
         self, path: str, node: Node | None = None, *, exactly: bool = False, before: tuple[Entry, ...] | None = None
     ) -> None:
-        """Something happened to a node: tell those who watch it or, if not `exactly`, one above it.
+        """Fire the watches on a node that has changed and, if not `exactly`, on the nodes above it.
 
         Args:
-            path: the node.
-            node: what it is, or was until now. None: what the tree has.
-            exactly: only watches on this very node.
-            before: its permissions before. Who could read it then is told too.
+            path: the node's name.
+            node: the node as it is, or was until now. None: as the tree has it.
+            exactly: fire only watches on this very node.
+            before: its permissions before the change. A domain that could read the node then is told too.
         """
         for session, watches in self._by_session(path, exactly=exactly):
             if self._may_know(session, path, node, before):
@@ -72,7 +72,7 @@ class Watches:
                     self.tell(watch, path)
 
     def fire_special(self, name: str, entries: tuple[Entry, ...]) -> None:
-        """Something happened to a domain: tell those who watch @introduceDomain or @releaseDomain and may."""
+        """Fire watches of @introduceDomain or @releaseDomain, where the watching domain may know."""
         for session, watches in self._by_session(name, exactly=True):
             if session.rights(entries) & READ:
                 for watch in watches:
