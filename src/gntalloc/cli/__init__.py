@@ -1,6 +1,6 @@
-"""The command line: `gntalloc`, and `python -m gntalloc`. One thin command per file, imported when it is called.
+"""Run the command line: `gntalloc`, and `python -m gntalloc`. Each command has a thin file, imported when it is called.
 
-How each ends, what it says of an error and its exit status are here, for all alike. docs/command-line.md has the table.
+This module ends all commands alike: it explains errors and chooses the exit status. docs/command-line.md has the table.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _LAST_STREAM = 2
 
 # Name of the command -> one line for `gntalloc --help`, kept here so that help imports no command.
 COMMANDS = {
-    "demo": "Two domains share pages here and now: a file goes across, and a peer misbehaves.",
-    "run": "Run a program in a domain: it finds /dev/xen there, and is told of nothing else.",
+    "demo": "Share pages between two domains here and now: a file goes across, and a peer misbehaves.",
+    "run": "Run an unmodified program in a domain: it finds /dev/xen there.",
     "machine": "Run a machine in the foreground, for programs to join by name.",
-    "list": "Every machine, domain and grant: who granted, who maps, what is still held.",
+    "list": "List machines, domains and grants: their granters and mappers, and pages still held.",
     "limit": "Show or set how many pages a domain may have granted at once.",
-    "cat": "Netcat between domains: standard input and output through a channel.",
+    "cat": "Connect standard input and output to a channel: netcat between domains.",
     "disk": "Read and write a disk that another domain serves, serve one, or export it as NBD.",
-    "doctor": "What this computer has and lacks, and what to do about it.",
+    "doctor": "Check what this computer has and lacks, and say what to do about it.",
     "lab": "Boot a real Xen in QEMU and run a command in it.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in the module of the same name, as `command`."""
+    """Import each command only when it is called, from the module of its name, where it is `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the table, which goes from first use to last."""
+        """List the commands in the order of the table, which goes from first use to last."""
         return [*COMMANDS]  # `list` is a module here, once it is imported
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -58,14 +58,14 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Invoke it. A peer that has closed is EPIPE, which click would take for the end of our own output."""
+        """Invoke a command. A peer that has closed is EPIPE, which click would take for the end of our own output."""
         try:
             return super().invoke(ctx)
         except PeerClosed as error:
             ctx.exit(explain(error))
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names of commands from the table, so that a key press imports one command at most."""
+        """Complete names of commands from the table, so that a key press imports one command at most."""
         if not incomplete.startswith("-"):
             return [CompletionItem(name, help=what) for name, what in COMMANDS.items() if name.startswith(incomplete)]
         return super().shell_complete(ctx, incomplete)
@@ -83,7 +83,7 @@ def group() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with a code that means something."""
+    """Run the command line, and exit with the status that docs/command-line.md gives."""
     _provide_streams()
     try:
         outcome = group.main(arguments, prog_name="gntalloc", standalone_mode=False)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _flushed(end: SystemExit) -> int:
-    """A command's own exit status, unless what it said cannot be written."""
+    """Give a command's own exit status, unless its output cannot be written."""
     code = end.code if isinstance(end.code, int) else int(end.code is not None)
     try:
         sys.stdout.flush()
@@ -107,9 +107,9 @@ def _flushed(end: SystemExit) -> int:
 
 
 def _provide_streams() -> None:
-    """Give those that were closed something to be, and let no character that a terminal lacks be an error.
+    """Replace closed streams, and let no character that a terminal lacks be an error.
 
-    What is read from a closed one is nothing, and what is written goes nowhere; its number is nobody else's.
+    A read from a replaced stream gets nothing, and a write goes nowhere. No other file can take its number.
     """
     while (nothing := _nothing()) <= _LAST_STREAM:
         pass
@@ -126,7 +126,7 @@ def _provide_streams() -> None:
 
 
 def _nothing() -> int:
-    """A descriptor to read nothing from, and to write to for nobody. In a sandbox there may be no /dev/null."""
+    """Open a descriptor that gives nothing and takes all. In a sandbox there may be no /dev/null."""
     try:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -134,10 +134,10 @@ def _nothing() -> int:
 
 
 class _Output(io.FileIO):
-    """Standard output, whose errors say that they are its own."""
+    """Be standard output, with errors that say that they are its own."""
 
     def write(self, data: Any) -> int:
-        """See FileIO."""
+        """See `FileIO`."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -149,11 +149,11 @@ class _Output(io.FileIO):
 
 
 class _CannotWrite(GntallocError):
-    """There is nobody who gets what we print."""
+    """Our output cannot be written."""
 
 
 def explain(error: BaseException) -> int:
-    """Say on standard error what went wrong, in one sentence if it can be. The exit status."""
+    """Say on standard error what went wrong, in one sentence if possible. Return the exit status."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, click.ClickException):
@@ -165,7 +165,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, _CannotWrite | BrokenPipeError):
         _forget_output()
     if isinstance(error, BrokenPipeError) and not isinstance(error, GntallocError):
-        return FAILED  # the reader of our output left: there is nobody to tell
+        return FAILED  # the reader of our output has left
     _say(f"gntalloc: {_text(error)}")
     if isinstance(error, NoMachine):
         return NOBODY
@@ -191,7 +191,7 @@ def _text(error: BaseException) -> str:
 
 
 def _forget_output() -> None:
-    """Keep the interpreter from trying to write once more, as it ends, what could not be written."""
+    """Drop output that could not be written, so that the interpreter does not try once more as it ends."""
     nothing = _nothing()
     try:
         os.dup2(nothing, sys.stdout.fileno())

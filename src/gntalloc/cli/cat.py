@@ -1,4 +1,4 @@
-"""`gntalloc cat`: netcat between domains."""
+"""Run `gntalloc cat`: netcat between domains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 
 def _machine_of(given: dict[str, Any]) -> str | None:
-    """The machine that was named so far: by --domain, or as for every program."""
+    """Find the machine that was named so far: by --domain, or as for every program."""
     address = given.get("domain") or os.environ.get("GNTALLOC_DOMAIN") or ""
     return os.path.dirname(address) or None
 
@@ -54,8 +54,8 @@ def command(
         gntalloc cat -l 2 files | tar -x           in domain 1
         tar -c folder | gntalloc cat 1 files       in domain 2
 
-    PATH is a name, or begins with / if it is all of it. The other end may be any program that speaks libxenvchan.
-    Ends when both directions have ended and everything was read; then the exit status is 0.
+    PATH is a name, or a whole path, which begins with /. The other end may be any program that speaks libxenvchan. The
+    command ends when both directions have ended and everything was read; then the exit status is 0.
     """  # noqa: D301  the backslash is click's
     here = current_domain(domain)
     moved = 0
@@ -74,14 +74,14 @@ def command(
                 show(moved)
 
         source, sink = sys.stdin.fileno(), sys.stdout.fileno()
-        if os.isatty(sink):  # there everybody sees what arrives
+        if os.isatty(sink):  # the bytes that arrive are seen there
             pump(channel, source, sink, linger=linger)
         else:
             pump(channel, source, sink, linger=linger, moved=count, received=_close_output)
 
 
 def _close_output() -> None:
-    """The peer writes no more: let the program that reads our output know, though our input may go on."""
+    """Close our output, since the peer writes no more. Our input may go on."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.close(nothing)

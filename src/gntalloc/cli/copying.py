@@ -19,7 +19,11 @@ _PIECE = 4 << 20  # bytes at a time
 
 
 def length_from(disk: BlockDevice, offset: int, length: int | None) -> int:
-    """How many bytes from `offset` on; GntallocError if so many are not there."""
+    """Give the number of bytes to copy from `offset` on.
+
+    Raises:
+        GntallocError: EINVAL: so many are not on the disk.
+    """
     left = disk.size - offset
     if left < 0 or (length is not None and length > left):
         what = f"{'anything' if length is None else f'{length} bytes'} at {offset} is not on the disk"
@@ -30,7 +34,7 @@ def length_from(disk: BlockDevice, offset: int, length: int | None) -> int:
 def copy_out(
     disk: BlockDevice, offset: int, length: int, target: int, show: Callable[[int], None], *, sparse: bool
 ) -> None:
-    """Copy a part of a disk. Its holes are not read; if the target is `sparse`, they are holes there too."""
+    """Copy a part of a disk. Its holes are not read. If the target is `sparse`, they are holes there too."""
     buffer = memoryview(bytearray(min(_PIECE, length)))
     at = 0
     while at < length:
@@ -54,16 +58,16 @@ def copy_out(
 
 
 def copy_in(disk: BlockDevice, offset: int, length: int | None, source: int, show: Callable[[int], None]) -> None:
-    """Copy a file to a disk, so many bytes or up to its end. The last sector keeps what is not written of it.
+    """Copy a file to a disk, so many bytes or up to its end. Bytes of the last sector that are not written stay.
 
     Raises:
-        GntallocError: EINVAL there is no room for it; what there was room for is written.
+        GntallocError: EINVAL: the disk has no room for all. The bytes that had room are written.
     """
     most = length_from(disk, offset, length)
     done = 0
     buffer = memoryview(bytearray(_PIECE))
     while count := _read_all(source, buffer[: min(_PIECE, most - done)] if length is not None else buffer):
-        length_from(disk, offset + done, count)  # a pipe may have more than there is room for
+        length_from(disk, offset + done, count)  # a pipe may have more than the disk has room for
         whole = -(-count // disk.sector_size) * disk.sector_size
         if whole != count:
             disk.readinto(offset + done + count, buffer[count:whole])
@@ -78,7 +82,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _read_all(descriptor: int, buffer: memoryview) -> int:
-    """Fill the buffer as far as there is anything."""
+    """Fill the buffer as far as bytes come, and return their number."""
     done = 0
     while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
         done += count

@@ -1,4 +1,4 @@
-"""`gntalloc demo [FILE]`."""
+"""Run `gntalloc demo [FILE]`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MADE = 256 << 20  # bytes, when no file is given
 def command(file: str | None, pages: int, as_json: bool) -> None:
     """Stream FILE from one domain to another through granted pages, then let a peer misbehave.
 
-    Three processes: the machine, the granter (this one), the grantee. Without FILE, 256 MiB are made up.
+    There are three processes: the machine, the granter (this one) and the grantee. Without FILE, 256 MiB are made up.
     """
     say: Callable[[str], None] = (lambda _text: None) if as_json else lambda text: print(text, flush=True)
     with ExitStack() as stack:
@@ -95,7 +95,7 @@ def _show_scene(number: int, scene: Scene) -> None:
 
 
 def _source(file: str | None, stack: ExitStack) -> tuple[Callable[[memoryview], int], int | None]:
-    """What fills the pages, and how many bytes there are if that is known."""
+    """Give the function that fills the pages, and the number of bytes if that is known."""
     if file is not None:
         source = stack.enter_context(open(file, "rb", buffering=0))  # noqa: SIM115  the stack closes it
         status = os.fstat(source.fileno())

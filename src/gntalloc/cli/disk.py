@@ -1,4 +1,4 @@
-"""`gntalloc disk`: a disk of this domain, or one for another."""
+"""Run `gntalloc disk`: use a disk of this domain, or serve one to another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """4096, 64K, 1M: how many bytes."""
+    """Read a number of bytes: 4096, 64K, 1M."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", value, re.ASCII | re.IGNORECASE)
@@ -48,7 +48,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """xvda, or 51712: the number of a disk."""
+    """Read the number of a disk: xvda, or 51712."""
     try:
         return None if value is None else disk_number(value)
     except ValueError as error:
@@ -59,7 +59,7 @@ _domain = click.option(
     "-d", "--domain", metavar="DOMAIN", help="The domain to be in, as NAME/DOMID; otherwise as for every program."
 )
 _disk = click.option(
-    "--disk", "number", callback=_number, metavar="DISK", help="Which, as xvda or 51712; otherwise the only one."
+    "--disk", "number", callback=_number, metavar="DISK", help="The disk, as xvda or 51712; otherwise the only one."
 )
 _timeout = click.option(
     "-w",
@@ -68,7 +68,7 @@ _timeout = click.option(
     default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="For the backend to be there.",
+    help="Seconds to wait for the backend to be there.",
 )
 _offset = click.option("--offset", callback=_bytes, default="0", metavar="BYTES", help="Where to begin: 4096, 64K, 1M.")
 
@@ -139,7 +139,7 @@ def write_command(
 ) -> None:
     """Copy FILE or standard input to a disk, and flush it.
 
-    What does not fill its last sector leaves the rest of that sector as it is.
+    If the input ends within a sector, the rest of that sector stays as it is.
     """
     with _opened(domain, number, timeout) as disk, _file(file, os.O_RDONLY) as source:
         if offset % disk.sector_size:
@@ -164,11 +164,11 @@ def write_command(
     metavar="DISK",
     help="Which.",
 )
-@click.option("--read-only", is_flag=True, help="It cannot be written.")
+@click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option("--attached", is_flag=True, help="A toolstack has attached it, and will detach it: only serve.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="auto", show_default=True, help="Insist on raw.")
 @click.option("--pad", is_flag=True, help="If FILE ends within a sector, serve zeros after its end.")
-@click.option("--way", type=click.Choice(WAYS), default="map", show_default=True, help="How to get at its pages.")
+@click.option("--way", type=click.Choice(WAYS), default="map", show_default=True, help="How to reach its pages.")
 @click.option("--sector-size", type=click.Choice(["512", "1024", "2048", "4096"]), default="512", show_default=True)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 def serve_command(
@@ -185,7 +185,7 @@ def serve_command(
 ) -> None:
     """Be the backend: serve FILE, or a block device, as a disk of domain DOMID, until Ctrl-C.
 
-    Attaches the disk first, as a toolstack does, and detaches it afterwards. That is for domain 0.
+    The disk is attached first, as a toolstack does, and detached afterwards. That is for domain 0.
 
     FILE is a raw image, of whole sectors. It is locked as QEMU locks images: many may read it, or one may write it.
     When it grows, its frontend is told.
@@ -221,7 +221,7 @@ def serve_command(
 @_timeout
 @click.option("--socket", "path", type=click.Path(), metavar="PATH", help="Listen on a Unix socket.")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="Listen on a port of 127.0.0.1; 0 is any.")
-@click.option("--name", default="", help="Of the export, if it shall have one beside the default.")
+@click.option("--name", default="", help="A name of the export, beside the default one.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option(
     "--patience",
@@ -229,7 +229,7 @@ def serve_command(
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="To wait for a backend that has gone to return.",
+    help="Seconds to wait for a backend that has gone to return.",
 )
 def nbd_command(
     domain: str | None,
@@ -243,8 +243,8 @@ def nbd_command(
 ) -> None:
     """Export a disk as a network block device, until Ctrl-C: for qemu-img, nbdcopy, nbdinfo, or a kernel's nbd.
 
-    Whoever may open the socket may read and write the disk: that is this user only, or with --port any program of this
-    computer.
+    A program that may open the socket may read and write the disk: programs of this user only, or with --port any
+    program of this computer.
     """
     if (path is None) == (port is None):
         raise click.UsageError("give --socket PATH or --port PORT")
@@ -290,7 +290,7 @@ async def _export(
 
 @contextmanager
 def _opened(domain: str | None, number: int | None, timeout: float) -> Iterator[BlockDevice]:
-    """A disk. What goes wrong with it is told without a traceback."""
+    """Open a disk. Its failures are told without a traceback."""
     with _no_device_is_3(), BlockDevice(current_domain(domain), number, timeout=timeout) as disk:
         yield disk
 
@@ -308,7 +308,7 @@ def _no_device_is_3() -> Iterator[None]:
 
 @contextmanager
 def _file(path: str, flags: int) -> Iterator[int]:
-    """A descriptor of a file, or of a standard stream for "-"."""
+    """Open a file, or a standard stream for "-", and give the descriptor."""
     if path == "-":
         stream = sys.stdin if flags == os.O_RDONLY else sys.stdout
         with _telling_of("standard input" if flags == os.O_RDONLY else "standard output"):
@@ -324,7 +324,7 @@ def _file(path: str, flags: int) -> Iterator[int]:
 
 @contextmanager
 def _telling_of(path: str) -> Iterator[None]:
-    """What the kernel says of a file names it."""
+    """Put the name of a file into the kernel's errors about it."""
     try:
         yield
     except (GntallocError, BrokenPipeError):
@@ -339,7 +339,7 @@ def _said(value: object) -> str:
 
 @contextmanager
 def _stopped_by_signals(backend: Backend) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM let the backend close in order. Which came."""
+    """Let SIGINT and SIGTERM close the backend in order. Give the list of those that came."""
     came: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
@@ -355,7 +355,7 @@ def _stopped_by_signals(backend: Backend) -> Iterator[list[int]]:
 
 
 def _listener(path: str | None, port: int) -> socket.socket:
-    """A bound socket. One that is there already is used only if nobody listens."""
+    """Make a bound socket. A socket that is there already is replaced only if nobody listens on it."""
     if path is None:
         with _telling_of(f"port {port}"):
             return socket.create_server(("127.0.0.1", port))
@@ -383,7 +383,7 @@ def _unlink(path: str) -> None:
 
 
 def _uri(listener: socket.socket, name: str) -> str:
-    """Where clients find it."""
+    """Give the address where clients find the export."""
     address = listener.getsockname()
     if isinstance(address, str):
         return f"nbd+unix:///{quote(name)}?socket={quote(address)}"

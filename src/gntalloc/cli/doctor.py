@@ -1,4 +1,4 @@
-"""`gntalloc doctor`."""
+"""Run `gntalloc doctor`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: `ok`, and what was found.")
 @click.option("--strict", is_flag=True, help="Fail also if `gntalloc run` would not work: for CI.")
 def command(as_json: bool, strict: bool) -> None:
-    """Try what gntalloc needs of this computer, and say what to do about what is lacking.
+    """Try what gntalloc needs of this computer, and say what to do where something is lacking.
 
-    Exits with 0 if a machine can run here without Xen, with 1 if something for that is lacking; with --strict also if
-    unmodified programs cannot be run.
+    The exit status is 0 if a machine can run here without Xen, and 1 if not. With --strict it is 1 also if unmodified
+    programs cannot be run.
     """
     findings = look_at_everything()
     ok = all(finding.ok for finding in findings if finding.required or (strict and finding.of_run))

@@ -1,4 +1,4 @@
-"""`gntalloc lab`: a real Xen in QEMU."""
+"""Run `gntalloc lab`: a real Xen in QEMU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _timeout = click.option(
     default=TIMEOUT,
     show_default=True,
     metavar="SECONDS",
-    help="For the boot and the command.",
+    help="Seconds for the boot and the command.",
 )
 _memory = click.option(
     "--memory", type=Number(1, 1 << 20), default=GUEST_MEMORY, show_default=True, metavar="MIB", help="Of the guest."
@@ -51,8 +51,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one machine-
 def command() -> None:
     """Boot a real Xen in QEMU and run a command in it.
 
-    Made from Debian's own packages: hypervisor, dom0, PV and PVH guests, with the kernel's gntalloc, gntdev
-    and evtchn drivers. No root, no hardware virtualisation, nothing installed on this machine but QEMU.
+    The lab is made from Debian's own packages: hypervisor, dom0, PV and PVH guests, with the kernel's gntalloc, gntdev
+    and evtchn drivers. It needs no root and no hardware virtualisation, and nothing but QEMU on this machine.
     """
 
 
@@ -73,7 +73,7 @@ def command() -> None:
     help="Debian's public keys.",
 )
 @click.option("--with", "extra", multiple=True, metavar="PACKAGE", help="Add a package to the images. Repeatable.")
-@click.option("--force", is_flag=True, help="Make them even if these versions are there.")
+@click.option("--force", is_flag=True, help="Make the images even if these versions are there.")
 @_json
 def build_command(
     release: str,
@@ -127,7 +127,7 @@ def info_command(as_json: bool) -> None:
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(),
-    help="Where to put what --fetch brings.  [default: here]",
+    help="The folder for files that --fetch brings.  [default: here]",
 )
 @_timeout
 @_memory
@@ -206,7 +206,7 @@ def shell_command(guest: str | None, memory: int) -> None:
 def _commands(
     guest: str | None, pair: bool, in_guest: str | None, in_dom0: str | None, arguments: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """Find out which command is for which domain."""
+    """Find the domain of each command."""
     if not pair:
         if in_guest or in_dom0:
             raise click.UsageError("--in-guest and --in-dom0 are for --pair")
@@ -243,11 +243,11 @@ def _described(images: Images) -> dict[str, Any]:
 
 
 def _silent(_domain: str, _stream: int, _data: bytes) -> None:
-    """With --json the output is in the result."""
+    """Show nothing: with --json the output is in the result."""
 
 
 def _announce(commands: Mapping[str, object]) -> None:
-    """Say why nothing happens for a while, to a person only."""
+    """Tell a person, and no program, why nothing happens for a while."""
     if sys.stderr.isatty():
         guests = [domain for domain in commands if domain != "dom0"]
         with_guest = f" and a {guests[0]} guest, about 30 s" if guests else ", about 12 s"
@@ -273,7 +273,7 @@ def _raw_terminal() -> Iterator[Terminal]:
 
 @contextmanager
 def _progress() -> Iterator[Report]:
-    """A bar on a terminal, a line for each step elsewhere."""
+    """Show progress: a bar on a terminal, a line for each step elsewhere."""
     if not sys.stderr.isatty():
         steps: set[str] = set()
 

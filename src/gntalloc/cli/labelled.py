@@ -1,4 +1,4 @@
-"""Output of programs in several domains: as it is, or with the domain's name in front of every line."""
+"""Write the output of programs in several domains: as it is, or with the domain's name in front of every line."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def plain(_domain: str, stream: int, data: bytes) -> None:
 
 
 class Labelled:
-    """Writes whole lines with the domain's name in front, so that two programs do not mix within one."""
+    """Write whole lines with the domain's name in front, so that two programs do not mix within one."""
 
     def __init__(self, domains: list[str]) -> None:
         self._width = max(map(len, domains))
         self._rests: dict[tuple[str, int], bytes] = {}
 
     def __call__(self, domain: str, stream: int, data: bytes) -> None:
-        """Take what came, write the lines that are complete."""
+        """Take the bytes that came, and write the lines that are complete."""
         *lines, rest = (self._rests.pop((domain, stream), b"") + data).split(b"\n")
         self._rests[domain, stream] = rest
         for line in lines:
             self._write(domain, stream, line)
 
     def finish(self) -> None:
-        """Write the last lines that had no end."""
+        """Write the last lines, which had no end."""
         for (domain, stream), rest in self._rests.items():
             if rest:
                 self._write(domain, stream, rest)

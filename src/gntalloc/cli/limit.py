@@ -1,4 +1,4 @@
-"""`gntalloc limit`."""
+"""Run `gntalloc limit`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["command"]
 def command(domain: MachineDomain, pages: int | None) -> None:
     """Show how many pages a domain may have granted at once, or set it to PAGES.
 
-    Less than are in use frees nothing; the domain is refused until enough are free.
+    A limit below the pages in use frees nothing: the domain gets no more pages until fewer are in use.
     """
     control = ControlClient(machine_folder(domain.machine))
     try:

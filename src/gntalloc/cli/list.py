@@ -1,4 +1,4 @@
-"""`gntalloc list`."""
+"""Run `gntalloc list`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _show(name: str, statistics: Statistics, grants: list[GrantedPage]) -> None:
 
 
 def _alike(grant: GrantedPage) -> tuple[Any, ...]:
-    """Neighbours alike in all of this are shown in one row."""
+    """Give what neighbours must have alike to be shown in one row."""
     fields = ("granter", "peer", "writable", "opener", "mapped_by", "held", "users")
     return (*(getattr(grant, field) for field in fields), int(grant.age))
 

@@ -1,4 +1,4 @@
-"""`gntalloc machine`."""
+"""Run `gntalloc machine`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LARGEST_UID = 0xFFFF_FFFE
 
 
 def _domains(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
-    """`2`, or `2:uid=bob` -> (domid, uid)."""
+    """Read `2` or `2:uid=bob` as (domid, uid)."""
     return [_domain(value) for value in values]
 
 
@@ -51,10 +51,10 @@ def _uid(user: str) -> int:
 
 
 class _MachineCommand(click.Command):
-    """Takes a COMMAND only after --, so that a mistyped option runs nothing."""
+    """Take a COMMAND only after --, so that a mistyped option runs nothing."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See click.Command."""
+        """See `click.Command`."""
         dashed = "--" in args
         rest = super().parse_args(ctx, args)
         program = ctx.params.get("program")
@@ -65,7 +65,7 @@ class _MachineCommand(click.Command):
 
 @click.command(cls=_MachineCommand, context_settings={"allow_interspersed_args": False})
 @click.option(
-    "--name", type=MACHINE, help="What programs call it.  [default: default; with COMMAND: a name of its own]"
+    "--name", type=MACHINE, help="Its name for programs.  [default: default; with COMMAND: a name of its own]"
 )
 @click.option(
     "--domain",
@@ -73,13 +73,13 @@ class _MachineCommand(click.Command):
     multiple=True,
     callback=_domains,
     metavar="DOMID[:uid=USER]",
-    help="Make it; may be repeated.",
+    help="A domain to make; may be repeated.",
 )
 @click.option("--limit", default=1024, show_default=True, type=Number(0, MOST_PAGES), help="Pages, of each domain.")
 @click.option("--behaviour", type=click.Choice(["ours", "linux"]), default="ours", show_default=True)
 @click.option("--strict", is_flag=True, help="Refuse grants of no pages, with unknown flags, or for no other domain.")
 @click.option("--timeout", type=SECONDS, help="Seconds for COMMAND; then it is ended, with status 124.")
-@click.option("-v", "--verbose", is_flag=True, help="Say why each request that fails does.")
+@click.option("-v", "--verbose", is_flag=True, help="Say why each failing request fails.")
 @click.argument("program", nargs=-1, metavar="[-- COMMAND [ARGUMENT]...]", type=click.UNPROCESSED)
 def command(
     *,
@@ -94,11 +94,11 @@ def command(
 ) -> None:
     """Run a machine in the foreground until Ctrl-C, or around COMMAND until that ends.
 
-    Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment. Without --domain there are 1 and 2.
+    Programs join it with GNTALLOC_DOMAIN=NAME/DOMID in their environment. Without --domain it has the domains 1 and 2.
 
     Around COMMAND the machine is a fresh one. `gntalloc run --domid 1 -- PROGRAM` inside joins it, since
-    GNTALLOC_MACHINE names it there. Its domains last until COMMAND has ended. Then everything that COMMAND has left
-    running is ended too, and the machine; the exit status is COMMAND's.
+    GNTALLOC_MACHINE names it there. Its domains last until COMMAND has ended. Then every program that COMMAND has left
+    running is ended too, and so is the machine. The exit status is COMMAND's.
     """
     made = dict(domains or ((1, os.getuid()), (2, os.getuid())))
     if domains and len(made) < len(domains):
@@ -140,7 +140,7 @@ def _run_around(
 
 
 def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, Any]) -> list[int]:
-    """Serve until a signal comes; which."""
+    """Serve until a signal comes, and return the signals that came."""
     protect_and_provide()
     server = make_server(folder, settings)
     came = stop_on_signals(server, signal.SIGTERM, signal.SIGINT)
@@ -162,7 +162,7 @@ def _fresh_folder(name: str) -> str:
     try:
         if os.path.lexists(folder):
             _see_that_nobody_is_there(folder, name)
-            clear_folder(folder)  # of one that was killed
+            clear_folder(folder)  # a killed machine may have left it
         os.makedirs(folder, mode=0o700)
     except GntallocError:
         raise

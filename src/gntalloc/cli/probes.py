@@ -1,8 +1,8 @@
-"""What this computer has and lacks, found out by trying. `gntalloc doctor` shows it.
+"""Find out by trying what this computer has and lacks. `gntalloc doctor` shows it.
 
-Each probe is a function that does the thing once, on throw-away files of its own, and says in a few words what it
-found; if it cannot, it raises, and what it raises becomes the finding. It stands with what it is good for and what to
-do about it.
+Each probe is a function that does a thing once, on throw-away files of its own, and says in a few words what it found.
+If it cannot, it raises, and the exception becomes the finding. Each probe names its purpose, and what to do if it
+fails.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _F_SEAL_FUTURE_WRITE = 0x10  # in fcntl since Python 3.13
 _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, process
 _IN_CLOSE = 0x08 | 0x10
 _XEN_DEVICES = ("/dev/xen/gntalloc", "/dev/xen/gntdev", "/dev/xen/evtchn")
-_LIMITS = {  # what stands in the way of any probe
+_LIMITS = {  # limits that can stand in the way of any probe
     errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
     errno.EMFILE: "raise the limit of open files: ulimit -n 1024",
     errno.EAGAIN: "raise the limit of processes: ulimit -u",
 }
-_SPARE_DESCRIPTORS = 64  # what a machine needs besides one for each live allocation
+_SPARE_DESCRIPTORS = 64  # a machine needs these besides one for each live allocation
 
 
 class Lacking(Exception):
-    """The probe's way to say what is wrong, in place of an errno; and what to do, if it knows that better."""
+    """A probe found something wrong, which is said in place of an errno. It may also know better what to do."""
 
     def __init__(self, what: str, advice: str = "") -> None:
         super().__init__(what)
@@ -53,7 +53,7 @@ class Lacking(Exception):
 
 
 class Probe(NamedTuple):
-    """One thing to try."""
+    """Describe one thing to try."""
 
     name: str
     purpose: str
@@ -64,7 +64,7 @@ class Probe(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What came of it."""
+    """Tell the outcome of a probe."""
 
     name: str
     ok: bool
@@ -72,14 +72,14 @@ class Finding(NamedTuple):
     found: str
     purpose: str
     advice: str
-    of_run: bool = False  # whether `gntalloc run` cannot do without
+    of_run: bool = False  # whether `gntalloc run` needs it
 
 
 PROBES: list[Probe] = []
 
 
 def look(probe: Probe) -> Finding:
-    """Try one thing. Whatever it raises is a finding, not an error."""
+    """Try one thing. An exception that it raises is a finding, not an error."""
     ok, found, advice = True, "", probe.advice
     try:
         found = probe.attempt()
@@ -94,7 +94,7 @@ def look(probe: Probe) -> Finding:
 
 
 def look_at_everything() -> list[Finding]:
-    """Try everything, what is required first."""
+    """Try everything, and first all that is required."""
     return [look(probe) for probe in sorted(PROBES, key=lambda probe: not probe.required)]
 
 
@@ -113,13 +113,13 @@ def _probe(
 
 @_probe("Python", "everything", "install Python 3.11 or newer", required=True)
 def python() -> str:
-    """Which one runs this. One that is too old would not have come so far."""
+    """Name the Python that runs this. An older one would not have come so far."""
     return f"{platform.python_version()} at {sys.executable}"
 
 
 @_probe("Linux", "everything", "run it on Linux 5.1 or newer, or in a virtual machine that does", required=True)
 def linux() -> str:
-    """The kernel's version. What it can do is tried by the other probes."""
+    """Name the kernel's version. The other probes try what it can do."""
     if sys.platform != "linux":
         raise Lacking(f"this is {platform.system()}")
     numbers = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
@@ -132,7 +132,7 @@ def linux() -> str:
     "/proc", "opening a memory file a second time, and seeing who maps it", "mount -t proc proc /proc", required=True
 )
 def proc() -> str:
-    """Whether /proc is mounted, shows our own processes, and lets us open our own descriptors anew."""
+    """Check that /proc is mounted, shows our own processes, and lets us open our own descriptors anew."""
     if os.readlink("/proc/self") != str(os.getpid()):
         raise Lacking("it shows the processes of another namespace")
     with _memory_file() as (_, again):
@@ -141,7 +141,7 @@ def proc() -> str:
 
 @_probe("/dev/null", "starting any program", "mount a /dev that has it; bwrap: --dev /dev", required=True)
 def nowhere() -> str:
-    """Whether it can be opened, read and written."""
+    """Check that /dev/null can be opened, read and written."""
     descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.write(descriptor, b"x")
@@ -159,7 +159,7 @@ def nowhere() -> str:
     required=True,
 )
 def folder() -> str:
-    """Whether it is there or can be made, is ours, and its path leaves room for a machine's sockets."""
+    """Check that the folder is there or can be made, is ours, and that its path leaves room for a machine's sockets."""
     try:
         make_top_folder()
         machine_folder(f"of-{os.getpid()}-1")
@@ -177,7 +177,7 @@ def folder() -> str:
     required=True,
 )
 def seals() -> str:
-    """Map for writing, seal against further writable maps, and see that they are refused and the first goes on."""
+    """Map for writing, seal against further writable maps, and check that they are refused and the first goes on."""
     with _memory_file() as (first, again), mmap.mmap(again, mmap.PAGESIZE) as early:
         fcntl.fcntl(first, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         fcntl.fcntl(first, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
@@ -197,7 +197,7 @@ def seals() -> str:
 
 @_probe("OFD locks", "knowing which mappings of a page live", "a sandbox that allows F_OFD_SETLK", required=True)
 def ofd_locks() -> str:
-    """Lock a byte on one description; the other must see it, until the first is closed."""
+    """Lock a byte on one description. The other must see the lock, until the first is closed."""
     lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
     with _memory_file() as (_, first):
         second = os.open(f"/proc/self/fd/{first}", os.O_RDWR | os.O_CLOEXEC)
@@ -215,7 +215,7 @@ def ofd_locks() -> str:
 
 @_probe("write leases", "knowing that nobody maps a page any more", "a sandbox that allows F_SETLEASE", required=True)
 def leases() -> str:
-    """A lease must be refused while another description is open, and given when none is."""
+    """Ask for a lease: it must be refused while another description is open, and given when none is."""
     with _memory_file() as (_, first):
         second = os.open(f"/proc/self/fd/{first}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -238,7 +238,7 @@ def leases() -> str:
     required=True,
 )
 def inotify() -> str:
-    """Watch a description and see its closing."""
+    """Watch a description, and check that its closing is told."""
     queue = check(libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
     try:
         with _memory_file() as (_, first):
@@ -266,7 +266,7 @@ def inotify() -> str:
     "descriptors", "one for each live allocation", "raise the hard limit: ulimit -Hn, or LimitNOFILE=", required=True
 )
 def descriptors() -> str:
-    """The limit that a machine will raise itself to, and what it is worth."""
+    """Read the limit that a machine will raise itself to, and count the allocations that it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         return f"soft limit {soft}, hard limit none"
@@ -298,7 +298,7 @@ def passing() -> str:
 
 @_probe("real Xen", "the kernel's own drivers", "be root, and load xen-gntalloc, xen-gntdev and xen-evtchn")
 def xen() -> str:
-    """The device files, opened. A computer without Xen lacks nothing."""
+    """Open the device files. A computer without Xen lacks nothing."""
     there = [path for path in _XEN_DEVICES if os.path.exists(path)]
     if not there:
         if os.path.exists("/proc/xen/capabilities"):
@@ -313,7 +313,7 @@ def xen() -> str:
 
 @_probe("libatomic", "vchan without a wake-up too many", "apt install libatomic1")
 def libatomic() -> str:
-    """Change a byte with it."""
+    """Change a byte with libatomic."""
     try:
         library = ctypes.CDLL("libatomic.so.1")
     except OSError as error:
@@ -335,7 +335,7 @@ def libatomic() -> str:
     of_run=True,
 )
 def seccomp() -> str:
-    """A child's open is brought to us and answered with a descriptor."""
+    """Have a child's open brought to us, and answer it with a descriptor."""
     if platform.machine() != "x86_64":
         raise Lacking(f"programs for {platform.machine()} cannot be served")
     return _in_child("notification")
@@ -349,7 +349,7 @@ def seccomp() -> str:
     of_run=True,
 )
 def memory() -> str:
-    """What a child's call points to can be read (process_vm_readv)."""
+    """Read the memory that a child's call points to (process_vm_readv)."""
     return _with_scope("memory")
 
 
@@ -361,7 +361,7 @@ def memory() -> str:
     of_run=True,
 )
 def ptrace() -> str:
-    """A page is mapped in a child that was told of nothing."""
+    """Map a page in a child that does not know this package."""
     return _with_scope("placing")
 
 
@@ -381,19 +381,19 @@ def user_namespaces() -> str:
 
 @_probe("QEMU", "the lab", "apt install qemu-system-x86")
 def qemu() -> str:
-    """Which version."""
+    """Name the version of QEMU."""
     return _version("qemu-system-x86_64", "--version")
 
 
 @_probe("mke2fs", "the lab's images", "apt install e2fsprogs")
 def mke2fs() -> str:
-    """Which version."""
+    """Name the version of mke2fs."""
     return _version("mke2fs", "-V")
 
 
 @_probe("C compiler", "tests that compare with C", "apt install gcc libc6-dev")
 def compiler() -> str:
-    """Which version."""
+    """Name the version of the C compiler."""
     for name in ("cc", "gcc", "clang"):
         with contextlib.suppress(Lacking):
             return _version(name, "--version")
@@ -402,7 +402,7 @@ def compiler() -> str:
 
 @contextlib.contextmanager
 def _memory_file() -> Iterator[tuple[int, int]]:
-    """A page of a memory file: its first description, and another one, opened through /proc."""
+    """Make a memory file of a page: give its first description, and another one, opened through /proc."""
     first = os.memfd_create("gntalloc-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(first, mmap.PAGESIZE)
@@ -424,7 +424,7 @@ def _setting(name: str) -> str:
 
 
 def _with_scope(trial: str) -> str:
-    """The same, with the setting that decides about it."""
+    """Run a trial, and name the setting that decides about it."""
     try:
         scope = f"kernel.yama.ptrace_scope is {_setting('kernel/yama/ptrace_scope')}"
     except OSError:
@@ -447,7 +447,7 @@ except OSError as error:
 
 
 def _in_child(trial: str) -> str:
-    """Run a trial of `run/selftest.py` in another Python, since it cannot be undone. Gives what the trial found."""
+    """Run a trial of `run/selftest.py` in another Python, since it cannot be undone. Return what the trial found."""
     where = os.path.dirname(os.path.dirname(os.path.abspath(gntalloc.__file__)))
     command = [sys.executable, "-I", "-S", "-c", _TRIAL, where, trial]
     try:
@@ -467,7 +467,7 @@ def _in_child(trial: str) -> str:
 
 
 def _version(program: str, option: str) -> str:
-    """The first line a program says of itself."""
+    """Give the first line that a program prints about its version."""
     found = shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if found is None:
         raise Lacking(f"{program} is not there")

@@ -1,4 +1,4 @@
-"""`gntalloc run`."""
+"""Run `gntalloc run`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PATIENCE = 10.0
 
 
 class _RunCommand(click.Command):
-    """Takes `--in-7 COMMAND` for `--in 7 COMMAND`, with any domain's number."""
+    """Take `--in-7 COMMAND` for `--in 7 COMMAND`, with any domain's number."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See click.Command."""
+        """See `click.Command`."""
         end = args.index("--") if "--" in args else len(args)
         words: list[str] = []
         for word in args[:end]:
@@ -70,7 +70,7 @@ def _print_suppressions(ctx: click.Context, param: click.Parameter, wanted: bool
     callback=_print_suppressions,
     help="Print where the file for `valgrind --suppressions` is, and exit.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Say why each call that fails does, and what cannot be served.")
+@click.option("-v", "--verbose", is_flag=True, help="Say why each failing call fails, and which are not served.")
 @click.option(
     "--pair", is_flag=True, help="Run programs in several domains of a fresh machine, each given by --in-DOMID."
 )
@@ -88,7 +88,7 @@ def _print_suppressions(ctx: click.Context, param: click.Parameter, wanted: bool
     default=_PATIENCE,
     show_default=True,
     type=SECONDS,
-    help="With --pair: seconds until a client is started though no server waits for it.",
+    help="With --pair: seconds until a client is started even if no server waits for it.",
 )
 @click.option("--timeout", type=SECONDS, help="With --pair: seconds for all; then they are ended, with status 124.")
 @click.option("--json", "as_json", is_flag=True, help="With --pair: print one machine-readable result instead.")
@@ -107,7 +107,7 @@ def command(
     as_json: bool,
     program: tuple[str, ...],
 ) -> None:
-    """Run a program in a domain, as it is: it finds /dev/xen/gntalloc, gntdev and evtchn there.
+    """Run an unmodified program in a domain: it finds /dev/xen/gntalloc, gntdev and evtchn there.
 
     The program and all that it starts are served. Streams, folder, signals and job control are the program's, and so is
     the exit status: 126 if PROGRAM cannot be executed, 127 if it is not there, 125 if it could not be run in a domain.
@@ -118,7 +118,7 @@ def command(
         gntalloc run --pair --in-1 './server 2' --in-2 './client 1'
 
     With --pair the machine is a fresh one. A client is started when a server waits for it in xenstore. Each line has
-    its domain's number in front. The exit status is that of the first that failed, and nobody is left afterwards.
+    its domain's number in front. The exit status is that of the first that failed, and no process is left afterwards.
     """  # noqa: D301  the backslash is click's
     options = [flag for flag, on in (("--userns", userns), ("--all-opens", all_opens), ("-v", verbose)) if on]
     if pair:

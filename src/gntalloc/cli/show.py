@@ -1,4 +1,4 @@
-"""How results are shown: tables and progress on a terminal, plain lines elsewhere. rich is imported only if needed."""
+"""Show results: tables and progress on a terminal, plain lines elsewhere. rich is imported only if needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bytes_text", "progress", "table"]
 
-_FEW = 3  # columns: so many are folded, and can be read, on any terminal
+_FEW = 3  # so many columns can be folded and read on any terminal
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
@@ -45,13 +45,13 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, title: str 
 
 
 def _narrowest(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Columns that a table needs in which headings are whole, and so is each word."""
+    """Count the columns of the terminal that a table needs to have whole headings and words."""
     words = [list(headings), *([max(cell.split(), key=len, default="") for cell in row] for row in rows)]
     return sum(max(map(len, column)) + 2 for column in zip(*words, strict=True)) + 2
 
 
 def _stack(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, width: int) -> None:
-    """A line a cell, for terminals that are too narrow for columns."""
+    """Print a line for each cell, for terminals that are too narrow for columns."""
     if title:
         print(title)
     label = max(map(len, headings)) + 2
@@ -65,7 +65,7 @@ def _stack(headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | 
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how many bytes of `total` are done, on standard error if that is a terminal. Gives what to call."""
+    """Show how many bytes of `total` are done, on standard error if that is a terminal. Give the function to call."""
     if not sys.stderr.isatty():
         yield lambda _done: None
         return
@@ -93,7 +93,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def bytes_text(count: float) -> str:
-    """1536 -> 1.5 KiB."""
+    """Write a number of bytes for people: 1536 as 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break

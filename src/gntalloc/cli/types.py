@@ -1,4 +1,4 @@
-"""What words of the command line mean: numbers, seconds, machines, domains. Each knows how to complete itself."""
+"""Read words of the command line: numbers, seconds, machines, domains. Each kind knows how to complete itself."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 LARGEST_DOMID = 32751
-MOST_PAGES = (1 << 32) - 1  # that one ALLOC could ask for
+MOST_PAGES = (1 << 32) - 1  # one ALLOC could ask for so many
 _MOST_SECONDS = 1_000_000.0  # eleven days: poll(2) takes no more than twice that
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?|\.[0-9]{1,12}")
 
 
 class _Type(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
-    """A kind of word."""
+    """Read a kind of word of the command line."""
 
 
 class Number(_Type):
-    """A whole number of ASCII digits, from `least` to `most`."""
+    """Read a whole number of ASCII digits, from `least` to `most`."""
 
     name = "number"
 
@@ -48,7 +48,7 @@ class Number(_Type):
         self._most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Of text; a default may be a number already."""
+        """Convert a text. A default may be a number already."""
         if isinstance(value, int):
             return value
         number = whole_number(value)
@@ -58,7 +58,7 @@ class Number(_Type):
 
 
 class DomidType(Number):
-    """A domain's number, completed with those of the machine that `where` finds in what was typed before."""
+    """Read a domain's number, completed with those of the machine that `where` finds in the words before."""
 
     name = "domid"
 
@@ -67,18 +67,18 @@ class DomidType(Number):
         self._where = where
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Those that are there."""
+        """Complete with those that are there."""
         name = self._where(ctx.params)
         return _beginning(incomplete, map(str, _domids(name) if name else ()))
 
 
 class SecondsType(_Type):
-    """How long: 10, 0.5. Neither nan nor inf, which no wait can take."""
+    """Read seconds: 10, 0.5. Neither nan nor inf is accepted, which no wait can take."""
 
     name = "seconds"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Of text; a default may be a number already."""
+        """Convert a text. A default may be a number already."""
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
         if not _SECONDS.fullmatch(str(value)) or float(value) > _MOST_SECONDS:
@@ -87,37 +87,37 @@ class SecondsType(_Type):
 
 
 class MachineType(_Type):
-    """A machine: a word, or a path."""
+    """Read a machine's name: a word, or a path."""
 
     name = "machine"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The same."""
+        """Return the name, if a machine can have it."""
         if not is_name(value):
             self.fail(f"a machine cannot be called {value!r}; give it a word, or a path with a /", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Those that are there."""
+        """Complete with those that are there."""
         if "/" in incomplete:
             return [CompletionItem(incomplete, type="dir")]
         return _beginning(incomplete, _machines())
 
 
 class MachineDomain(NamedTuple):
-    """`default/1`."""
+    """Name a domain of a machine, as `default/1` does."""
 
     machine: str
     domid: int
 
 
 class DomainType(_Type):
-    """A domain of a machine: NAME/DOMID."""
+    """Read a domain of a machine: NAME/DOMID."""
 
     name = "domain"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MachineDomain:
-        """Of text."""
+        """Convert a text."""
         name, _, number = str(value).rpartition("/")
         domid = whole_number(number, LARGEST_DOMID)
         if not is_name(name) or domid is None:
@@ -127,7 +127,7 @@ class DomainType(_Type):
         return MachineDomain(name, domid)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Those that are there."""
+        """Complete with those that are there."""
         return complete_address(incomplete)
 
 
@@ -137,12 +137,12 @@ SECONDS = SecondsType()
 
 
 class AddressType(_Type):
-    """A domain to be in, as current_domain takes it."""
+    """Read the domain to be in, as `current_domain` takes it."""
 
     name = "domain"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Those of machines with a name; and paths."""
+        """Complete with domains of machines that have a name, and with paths."""
         if incomplete.startswith(("/", ".")):
             return [CompletionItem(incomplete, type="file")]
         return complete_address(incomplete)
@@ -152,7 +152,7 @@ ADDRESS = AddressType()
 
 
 def complete_address(incomplete: str) -> list[CompletionItem]:
-    """NAME/DOMID of every machine of this user."""
+    """Complete with NAME/DOMID of every machine of this user."""
     return _beginning(incomplete, (f"{name}/{domid}" for name in _machines() for domid in _domids(name)))
 
 
@@ -161,7 +161,7 @@ def _beginning(incomplete: str, words: Any) -> list[CompletionItem]:
 
 
 def _machines() -> list[str]:
-    """None where something is wrong: a completion complains to nobody."""
+    """List the machines, or none if something is wrong: a completion cannot tell an error."""
     try:
         return machines()
     except (GntallocError, OSError):
