@@ -1,7 +1,7 @@
-"""What `gntalloc demo` shows, and nothing else depends on.
+"""Show what grants do, for `gntalloc demo`. Nothing else depends on this package.
 
-stream    a file of any size from one domain to another, through pages the sender granted
-grantee   the process at the other end of the demo
-between   the stream between two domains of a real Xen
-scenes    what happens when a peer attacks, lingers or is killed, and what the kernel answers
+stream    send a file of any size from one domain to another, through pages that the sender granted
+grantee   be the process at the other end of the demo
+between   run the stream between two domains of a real Xen
+scenes    show how the kernel answers when a peer attacks, lingers or is killed
 """

@@ -1,10 +1,10 @@
-"""The demo's stream between two domains of a real Xen: they find each other through xenstore.
+"""Run the demo's stream between two domains of a real Xen, which find each other through xenstore.
 
-    python3 -m gntalloc.demo.between send PEER FILE      grants the pages, tells under its own data/
-    python3 -m gntalloc.demo.between receive PEER        waits for that, and maps
+    python3 -m gntalloc.demo.between send PEER FILE      grants the pages, and writes the grants under its own data/
+    python3 -m gntalloc.demo.between receive PEER        waits for that, and maps the pages
 
-PEER is a domid. Both end with the SHA-256 of what they saw. A guest may write under its own data/ only, and dom0
-anywhere; so the sender writes and the receiver reads.
+PEER is a domid. Both programs print the SHA-256 of the bytes at their end. A guest may write only under its own data/,
+and dom0 anywhere. So the sender writes and the receiver reads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gntalloc.xenstore.errors import Denied, NoNode
 
 __all__ = ["main"]
 
-_PATIENCE = 60.0  # seconds for the other to appear: its domain may only be booting
+_PATIENCE = 60.0  # seconds for the other program to appear: its domain may still be booting
 
 
 def send(peer: int, path: str) -> None:
-    """Grant, tell, send."""
+    """Grant pages, tell `peer` of them, and send the file."""
     domain = current_domain()
     with Store() as store, Sender(domain, peer, pages=64) as sender, open(path, "rb", buffering=0) as file:
         node = f"/local/domain/{domain.domid}/data/gntalloc-demo/{peer}"
@@ -42,7 +42,7 @@ def send(peer: int, path: str) -> None:
 
 
 def take(peer: int) -> None:
-    """Wait to be told, map, receive."""
+    """Wait until `peer` tells of its grants, map them, and receive."""
     domain = current_domain()
     with Store() as store:
         text = _told(store, f"/local/domain/{peer}/data/gntalloc-demo/{domain.domid}")
@@ -56,14 +56,14 @@ def _told(store: Store, node: str) -> str:
     while True:
         try:
             return store.read_text(node)
-        except (NoNode, Denied):  # where nobody may list, a node that is not there is denied
+        except (NoNode, Denied):  # where this domain may not list, a node that is not there is denied
             if deadline.expired:
                 raise TimedOut(f"nobody has put grants into {node} within {_PATIENCE:.0f} s") from None
         time.sleep(0.05)
 
 
 def main(arguments: list[str]) -> None:
-    """Send or receive."""
+    """Send or receive, as the arguments say."""
     if arguments[:1] == ["send"] and len(arguments) == 3:
         send(int(arguments[1]), arguments[2])
     elif arguments[:1] == ["receive"] and len(arguments) == 2:

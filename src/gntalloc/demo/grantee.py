@@ -1,6 +1,6 @@
-"""The other end of the demo: `python -m gntalloc.demo.grantee stream GRANTS`, or a part in one of the scenes.
+"""Be the other end of the demo: `python -m gntalloc.demo.grantee stream GRANTS`, or a part in one of the scenes.
 
-A part says "ready" on its standard output when it has done its first half, and waits to be killed or for a line.
+A part prints "ready" when it has done its first half. Then it waits for a line, or to be killed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _hold(domain: Domain, text: str) -> None:
 
 
 def _hold_silently(domain: Domain, text: str) -> None:
-    """Map the page, then close every line to the machine: what happens from here on only the kernel can tell."""
+    """Map the page, then close every line to the machine: from here on only the kernel can tell of the page."""
     mapped = domain.map(Grant.parse(text))
     domain.devices.close()
     domain.close()
@@ -56,7 +56,7 @@ def _hold_silently(domain: Domain, text: str) -> None:
 
 
 def _attack(domain: Domain, text: str) -> None:
-    """Try to write to a read-only grant, with all that a program could have got hold of."""
+    """Try to write to a read-only grant, by every means that a program could have."""
     stolen: list[int] = []
     place = Mapping.place
 
@@ -103,7 +103,7 @@ def _write_memory(address: int) -> None:
 
 
 def _store(address: int) -> str:
-    """What became of a child that stores a byte there."""
+    """Let a child store a byte there, and tell what became of it."""
     child = os.fork()
     if not child:
         ctypes.memset(address, 0x78, 1)

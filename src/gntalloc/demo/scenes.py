@@ -1,4 +1,4 @@
-"""Four short scenes: a peer attacks, lingers, is killed, is killed in silence; each with what the kernel answered."""
+"""Play four short scenes: a peer attacks, lingers, is killed, is killed in silence. Each shows the kernel's answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRANTER, GRANTEE = 1, 2
 
 
 class Line(NamedTuple):
-    """What was done, what the answer was, and whether that is how it must be."""
+    """Tell one step, the answer to it, and whether that is the right answer."""
 
     deed: str
     answer: str
@@ -30,14 +30,14 @@ class Line(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A title and its lines."""
+    """Hold a title and its lines."""
 
     title: str
     lines: list[Line]
 
 
 def grantee(machine: Machine, part: str, text: str, *, silent: bool = False) -> subprocess.Popen[str]:
-    """Start the other end, in domain 2. With `silent` no descriptor is left between the two processes."""
+    """Start the other end, in domain 2. With `silent` no descriptor joins the two processes."""
     pipe = subprocess.DEVNULL if silent else subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-m", "gntalloc.demo.grantee", part, text],
@@ -50,7 +50,7 @@ def grantee(machine: Machine, part: str, text: str, *, silent: bool = False) -> 
 
 
 def play(machine: Machine) -> Iterator[Scene]:
-    """Play them, one after the other."""
+    """Play the scenes, one after the other."""
     yield Scene("the grantee attacks a read-only grant", _attack(machine))
     yield Scene("the grantee keeps a page after its granter released it", _keep(machine))
     yield Scene("the grantee is killed (SIGKILL)", _kill(machine, "hold"))

@@ -1,16 +1,16 @@
-"""Stream bytes from one domain to another through pages the sender granted. The same on the machine and on real Xen.
+"""Stream bytes from one domain to another through pages that the sender granted, on the machine and on real Xen.
 
-Two grants: a *ring* of pages that the receiver may only read, and one *control* page that both write. Nothing else
-passes between the two but the text of these grants; the receiver's digest comes back in the control page.
+There are two grants: a *ring* of pages that the receiver may only read, and one *control* page that both write. Nothing
+else passes between the two but the text of these grants. The receiver's digest comes back in the control page.
 
     control page, little-endian
     0     u64   produced: bytes the sender has put into the ring, ever     (written by the sender)
     8     u64   ended: 1 when `produced` is final
     64    u64   consumed: bytes the receiver has taken, ever               (written by the receiver)
     72    u64   state: 0 not there yet, 1 reading, 2 done, 3 failed
-    128   32 B  SHA-256 of what the receiver took
+    128   32 B  SHA-256 of the bytes that the receiver took
     192   u64   bytes the receiver got by read(2) and its kin meanwhile, as its kernel counts them
-    256   512 B what went wrong, UTF-8
+    256   512 B text of an error, UTF-8
 
 Each counter is one aligned word with one writer, so neither side needs a lock.
 """
@@ -45,22 +45,22 @@ _NAP = 0.00005
 
 
 class Outcome(NamedTuple):
-    """What the sender knows in the end."""
+    """Tell what the sender knows in the end."""
 
     moved: int  # bytes
     seconds: float
     sent: str  # SHA-256, hexadecimal
     received: str
-    read_bytes: int  # that the receiver got in any other way
+    read_bytes: int  # bytes that the receiver got in any other way
 
 
 class Sender:
-    """The granting side.
+    """Be the granting side.
 
     Args:
-        domain: whose pages.
+        domain: the domain that grants its pages.
         peer: the receiver's domid.
-        pages: size of the ring.
+        pages: the size of the ring.
     """
 
     def __init__(self, domain: Domain, peer: int, *, pages: int = 512) -> None:
@@ -79,12 +79,12 @@ class Sender:
 
     @property
     def pages(self) -> int:
-        """How many pages are granted, both grants together."""
+        """The number of granted pages, both grants together."""
         return len(self._control.refs) + len(self._ring.refs)
 
     @property
     def mapped_by(self) -> tuple[int, ...]:
-        """Who maps the ring, where that can be known."""
+        """The domains that map the ring, where that can be known."""
         return self._ring.mapped_by
 
     def send(
@@ -96,17 +96,17 @@ class Sender:
         alive: Callable[[], bool] = lambda: True,
         timeout: float = 60.0,
     ) -> Outcome:
-        """Send what `fill` puts into the memory it is given, until it returns 0, and wait for the receiver's digest.
+        """Send the bytes that `fill` puts into its buffer, until it returns 0, and wait for the receiver's digest.
 
         Args:
-            fill: like readinto: fills some of the buffer, straight in the granted pages; returns how much.
+            fill: fills some of the buffer, straight in the granted pages, as readinto does, and returns how much.
             here: called once, when the receiver has mapped the pages.
             moved: told now and then how many bytes have gone.
-            alive: whether the receiver's process still runs.
+            alive: says whether the receiver's process still runs.
             timeout: seconds without any progress of the receiver.
 
         Raises:
-            PeerBroke: the receiver said what went wrong, or ended, or claims to have taken what was never there.
+            PeerBroke: the receiver told of an error, or ended, or claims to have taken bytes that were never there.
             TimedOut: the receiver does not come, or does not go on.
         """
         words, ring = self._words, self._ring.memory
@@ -164,18 +164,18 @@ class Sender:
 
 
 def receive(domain: Domain, text: str, *, digest: hashlib._Hash | None = None, timeout: float = 60.0) -> int:
-    """The grantee's side: take everything, and put its SHA-256 into the control page. Returns how many bytes.
+    """Take everything, on the grantee's side, and put its SHA-256 into the control page. Return the number of bytes.
 
     Args:
-        domain: the grantee's.
-        text: what `Sender.text` gave.
+        domain: the grantee's domain.
+        text: the sender's `Sender.text`.
         digest: a new SHA-256 to use, if the caller wants to know it too.
         timeout: seconds without any progress of the sender.
 
     Raises:
         PeerBroke: the sender's counters make no sense.
         TimedOut: the sender does not go on.
-        BadGrantText: `text` is not what `Sender.text` gave.
+        BadGrantText: `text` is no `Sender.text`.
     """
     control_grant, ring_grant = (Grant.parse(part) for part in _two(text))
     with (
@@ -220,7 +220,7 @@ def _take(words: memoryview, ring: memoryview, control: memoryview, digest: hash
 
 
 class _Waiter:
-    """Waits for the other side: looks for a while, then naps, and gives up in the end."""
+    """Wait for the other side: look for a while, then nap, and give up in the end."""
 
     def __init__(self, timeout: float, alive: Callable[[], bool], trouble: Callable[[], str | None]) -> None:
         self._timeout = timeout
@@ -252,14 +252,14 @@ class _Waiter:
 def _two(text: str) -> tuple[str, str]:
     parts = text.split()
     if len(parts) != 2:
-        # Let the parser say what a grant looks like.
+        # The parser's error says what a grant looks like.
         Grant.parse(text)
         raise PeerBroke("two grants are needed, the control page's and the ring's; here is one")
     return parts[0], parts[1]
 
 
 def _read_bytes() -> int:
-    """What this process has read so far with read(2) and its kin, less what this very look costs."""
+    """Count the bytes that this process has read with read(2) and its kin, less those of this very look."""
     descriptor = os.open("/proc/self/io", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(descriptor, PAGE_SIZE)
