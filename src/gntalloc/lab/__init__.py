@@ -1,4 +1,4 @@
-"""A real Xen in a box: the hypervisor, dom0 and guests under QEMU, made from Debian's packages.
+"""Boot a real Xen in a box: the hypervisor, dom0 and guests under QEMU, made from Debian's packages.
 
 from gntalloc.lab import Lab
 
@@ -10,18 +10,18 @@ with Lab.find().boot(guests=["pv", "pvh"]) as session:      # several commands i
     session.run_together({"pvh": ["python3", "peer.py"], "dom0": ["xl", "list"]})
 
 boot           Lab: find the images, boot them
-session        Session: commands in domains of a booted lab
-qemu           the emulator
-images         the images, and what is in them
-build          makes them
-apt            Debian's packages, their signatures checked
-kernel         what is wanted of the kernel's packages
-modules        which kernel modules are needed, and in what order
-cpio           archives as the kernel unpacks them
-payload        what is copied into a domain
-machine_tools  programs of this computer that are needed
-errors         what can go wrong
-inside/        what runs inside a domain
+session        Session: run commands in domains of a booted lab
+qemu           run the emulator
+images         keep the images, and their manifests
+build          make the images
+apt            fetch Debian's packages, and check their signatures
+kernel         take the kernel out of its wrapping
+modules        choose the kernel modules that are needed, and their order
+cpio           write archives as the kernel unpacks them
+payload        make the archive that is copied into every domain
+machine_tools  find programs of this computer that are needed
+errors         name the lab's errors
+inside/        run inside a domain
 """
 
 from __future__ import annotations

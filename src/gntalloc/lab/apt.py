@@ -1,9 +1,8 @@
-"""Debian packages for the images, fetched by apt into a folder of the lab's own.
+"""Fetch Debian packages for the images, by apt, into a folder of the lab's own.
 
-Nothing of this machine's package database is read or changed, and no root is needed: apt gets its own
-sources list, state and cache, and an empty list of installed packages, so that it resolves everything from
-the ground up. How it reaches a mirror (proxies and the like) stays as this machine's apt is set up, and
-signatures are checked with Debian's keyring.
+This machine's package database is neither read nor changed, and no root is needed. Apt gets its own sources list, state
+and cache, and an empty list of installed packages, so it resolves everything from the ground up. It reaches a mirror
+(by proxies and the like) as this machine's apt does. Signatures are checked with Debian's keyring.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ DEFAULT_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 _LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)")
 
-# The last folder of a Debian mirror, whoever runs it, a snapshot's date aside.
+# The last folder of any Debian mirror, but for a snapshot's date.
 _DEBIAN = re.compile(r"/debian(?P<security>-security)?(/\d{8}T\d{6}Z)?/?$")
 
 
 @dataclass(frozen=True)
 class Package:
-    """One package that apt decided to fetch."""
+    """Describe one package that apt decided to fetch."""
 
     name: str
     version: str
@@ -43,7 +42,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Mirrors:
-    """Where Debian's archive and its security updates come from."""
+    """Name the mirrors of Debian's archive and of its security updates."""
 
     archive: str = "http://deb.debian.org/debian"
     security: str = "http://deb.debian.org/debian-security"
@@ -72,7 +71,7 @@ def machine_mirrors(targets: str) -> Mirrors:
 
 
 def parse_plan(text: str) -> list[Package]:
-    """Read what `apt-get --print-uris` answers."""
+    """Read the answer of `apt-get --print-uris`."""
     return [
         # A colon of a version is written %3a in a file's name.
         Package(match["name"], urllib.parse.unquote(match["version"]), match["file"], int(match["size"]))
@@ -82,7 +81,7 @@ def parse_plan(text: str) -> list[Package]:
 
 
 class Apt:
-    """Apt with a folder of its own."""
+    """Run apt with a folder of its own."""
 
     def __init__(self, programs: dict[str, str], folder: Path) -> None:
         self._get, self._cache = programs["apt-get"], programs["apt-cache"]
@@ -94,8 +93,8 @@ class Apt:
 
         Args:
             release: Debian's name for it.
-            mirrors: Where to fetch from; those of this machine's apt if not given.
-            keyring: Whose signatures to trust.
+            mirrors: The mirrors to fetch from; those of this machine's apt if not given.
+            keyring: The keys that are trusted.
         """
         if not keyring.is_file():
             raise NothingToRunOn(
@@ -129,7 +128,7 @@ class Apt:
 
     def plan(self, packages: list[str]) -> list[Package]:
         """Resolve the packages and all they depend on."""
-        # Files that are there already are left out of the answer, so for this question none are.
+        # Apt leaves files that are there already out of its answer. So this question has a folder without files.
         nowhere = ["-o", f"Dir::Cache::archives={self._folder / 'nowhere'}"]
         wanted = [self._get, *nowhere, "install", "--print-uris", "-qq", "-y", *packages]
         return parse_plan(self._run(wanted, f"resolve {' '.join(packages)}"))

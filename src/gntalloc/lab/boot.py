@@ -1,4 +1,4 @@
-"""From images to a session, and the one-call forms for who wants a single command run."""
+"""Boot images into a session, or boot for a single command in one call."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ GUEST_MEMORY = 384
 
 @dataclass(frozen=True)
 class Lab:
-    """A lab that could be booted: the images and the emulator are there."""
+    """Be a lab that could be booted: the images and the emulator are there."""
 
     images: Images
     emulator: str
 
     @classmethod
     def find(cls) -> Lab:
-        """Find what a boot needs on this machine.
+        """Find the images and the emulator on this machine.
 
         Raises:
             NothingToRunOn: QEMU is missing, or there are no images yet.

@@ -1,4 +1,4 @@
-"""Building the images: resolve, download, unpack, assemble. Complete at the end, or nothing has changed."""
+"""Build the images: resolve, download, unpack, assemble. They are complete at the end, or nothing has changed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["RELEASE", "Report", "build", "choose_packages"]
 
 RELEASE = "bookworm"
 
-# Called with what is being done, and how much of it is done from 0 to 1, or None where that is unknown.
+# Called with the name of a step, and with the part of it that is done, from 0 to 1, or None where that is unknown.
 Report = Callable[[str, float | None], None]
 
 _HYPERVISOR = re.compile(r"xen-hypervisor-(\d+\.\d+)-amd64$")
 
-# Those whose names carry no version of Xen. click and rich are for this project's command line.
+# The packages whose names carry no version of Xen. click and rich are for this project's command line.
 _PACKAGES = (
     "linux-image-amd64",
     "busybox-static",
@@ -44,7 +44,7 @@ _PACKAGES = (
     "xenstore-utils",
 )
 
-# What no program in a domain reads.
+# Folders that no program in a domain reads.
 _PRUNED = (
     "boot",
     "usr/lib/modules",
@@ -64,7 +64,7 @@ _HOSTS = "127.0.0.1 localhost dom0 pv pvh\n"
 
 @dataclass(frozen=True)
 class _Unpacked:
-    """Where the packages lie unpacked: the root's, and the two nobody needs whole."""
+    """Name the folders of the unpacked packages: the root's, and two of which only a part is needed."""
 
     root: Path
     kernel: Path
@@ -76,7 +76,7 @@ def choose_packages(hypervisors: list[str], extra: list[str]) -> list[str]:
 
     Args:
         hypervisors: The release's packages that look like a hypervisor; the newest is taken.
-        extra: What the user wants besides.
+        extra: More packages that the user wants.
     """
     versions = [match[1] for match in map(_HYPERVISOR.match, hypervisors) if match]
     if not versions:
@@ -104,9 +104,9 @@ def build(
     """Make the images of a release and let `lab run` use them.
 
     Args:
-        report: Told what is going on.
+        report: Told of each step.
         release: Debian's name for the release.
-        mirrors: Where from; this machine's own if not given.
+        mirrors: The mirrors to fetch from; this machine's own if not given.
         keyring: Debian's public keys.
         extra: Packages to add.
         force: Make them again even if these very versions are there.
@@ -195,7 +195,7 @@ def _unpack(temporary: Path, apt: Apt, plan: list[Package], manifest: Manifest, 
 
 
 def _finish_root(root: Path) -> None:
-    """Do what the packages' own install scripts would have done, as far as the lab needs it."""
+    """Do the steps of the packages' own install scripts that the lab needs."""
     for name in ("bin", "sbin", "lib", "lib64"):
         _merge(root / name, root / "usr" / name)
     for name in ("dev", "proc", "sys", "run", "tmp", "root", "mnt", "lab"):
@@ -263,7 +263,7 @@ def _boot_files(unpacked: _Unpacked, manifest: Manifest, made: Path) -> None:
     files = modules.load_order(unpacked.kernel / "lib/modules" / manifest.kernel)
     for pruned in _PRUNED:
         shutil.rmtree(unpacked.root / pruned, ignore_errors=True)
-    # The guests' kernel and everyone's modules: for `xl create`, and for loading them again with other settings.
+    # The guests' kernel and the modules of all domains: for `xl create`, and to load them again with other settings.
     (unpacked.root / "boot").mkdir()
     (unpacked.root / "boot" / "vmlinux").write_bytes(kernel)
     library = unpacked.root / "usr/lib/modules" / manifest.kernel

@@ -1,4 +1,4 @@
-"""Archives in cpio's `newc` format, which is what the kernel unpacks into an initramfs.
+"""Write archives in cpio's `newc` format, which the kernel unpacks into an initramfs.
 
 The kernel takes several archives one after the other, compressed or not. So the images hold one with
 Debian's files, and every boot appends one of its own with ours.
@@ -20,7 +20,7 @@ _SECTOR = 512
 
 @dataclass
 class Archive:
-    """A cpio archive in the making: add to it, then `finish`."""
+    """Make a cpio archive: add to it, then `finish`."""
 
     _data: bytearray = field(default_factory=bytearray)
     _directories: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""What can go wrong with the lab. Every text says what was asked, what stood in the way, and what to do."""
+"""Name the lab's errors. Every text says what was asked, what stood in the way, and what to do."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The images: what they are made of, where they are kept, and which are the ones to use.
+"""Keep the images: their manifests, their folder, and the set to use.
 
 ~/.cache/gntalloc/lab/
 ├── apt/                     the lab's own apt
-├── current -> images/NAME   what `lab run` boots
+├── current -> images/NAME   the set that `lab run` boots
 ├── images/NAME/             one set, complete or not there at all
 └── lock                     held by a build
 """
@@ -30,7 +30,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a set of images was made from."""
+    """Tell what a set of images was made from."""
 
     release: str
     xen: str
@@ -41,12 +41,12 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the manifest as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read it back."""
+        """Read a manifest back."""
         known: dict[str, Any] = json.loads(path.read_text())
         return cls(**known)
 
@@ -58,7 +58,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Images:
-    """One complete set of images."""
+    """Name one complete set of images."""
 
     folder: Path
     manifest: Manifest
@@ -73,7 +73,7 @@ class Images:
         """Find the set that was built last.
 
         Raises:
-            NothingToRunOn: None was, or only by an older version of this program.
+            NothingToRunOn: No set was built, or only by an older version of this program.
         """
         folder = cache_folder() / "current"
         try:
@@ -100,7 +100,7 @@ class Images:
 
 
 def cache_folder() -> Path:
-    """Where the lab keeps its images."""
+    """Give the folder where the lab keeps its images."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "gntalloc" / "lab"
 

@@ -1,7 +1,7 @@
-"""Debian's kernel without its wrapping.
+"""Take Debian's kernel out of its wrapping.
 
-A vmlinuz unpacks itself on real hardware, but Xen and xl unpack it in their own code, and each takes seconds
-for that on an emulated processor. The ELF file inside boots just as well.
+A vmlinuz unpacks itself on real hardware. Xen and xl unpack it in their own code, and each takes seconds for that on an
+emulated processor. The ELF file inside boots just as well.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _ELF = b"\x7fELF"
 
 
 def unwrapped(image: bytes) -> bytes:
-    """Take the ELF file out of a bzImage; one that is packed in another way is given back as it is."""
+    """Take the ELF file out of a bzImage. An image that is packed in another way is given back as it is."""
     offset, length = struct.unpack_from("<II", image, _PAYLOAD)
-    # One sector more than it says: the boot sector. Nought means four, for kernels older than most readers.
+    # The boot sector comes on top of the number of sectors. Nought means four, in very old kernels.
     begin = ((image[_SETUP_SECTORS] or 4) + 1) * 512 + offset
     packed = image[begin : begin + length]
     unpacked = b""

@@ -1,4 +1,4 @@
-"""The programs of this machine that the lab is made with, and the Debian package each of them is in."""
+"""Find the programs of this machine that make the lab, and name the Debian package of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = {
 
 BUILD = ("apt-get", "apt-cache", "dpkg", "mke2fs")
 
-# mke2fs lives in /usr/sbin, which is not in everybody's path.
+# mke2fs is in /usr/sbin, which not every user has in PATH.
 _SEARCHED = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
 
 
@@ -29,7 +29,7 @@ def need(asked: str, *programs: str) -> dict[str, str]:
     """Find the programs, or say in one error which are missing and how to get all of them.
 
     Args:
-        asked: What the user wanted, for the error's text.
+        asked: The user's request, for the error's text.
         programs: Names of programs.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Kernel modules: which ones a domain needs, and in which order they load."""
+"""Choose the kernel modules that a domain needs, and the order in which they load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gntalloc.lab.errors import BuildFailed, explain
 
 __all__ = ["WANTED", "load_order"]
 
-# What no dependency names comes first: ext4's checksums find their algorithm by name, not by symbol.
+# Modules that no dependency names come first: ext4's checksums find their algorithm by name, not by symbol.
 WANTED = (
     "crc32c_generic",
     "virtio_pci",
@@ -33,12 +33,12 @@ _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 def load_order(folder: Path, wanted: tuple[str, ...] = WANTED) -> list[Path]:
     """List the files of the wanted modules and of all they depend on, dependencies first.
 
-    depmod would know as well, but it belongs to the image and not to this machine. A module says in its
-    own file what it depends on.
+    depmod would know as well, but it belongs to the image and not to this machine. A module's own file names the
+    modules that it depends on.
 
     Args:
         folder: A kernel's /lib/modules/VERSION.
-        wanted: Names of modules. One that is built into the kernel has no file, and is left out.
+        wanted: Names of modules. A module that is built into the kernel has no file, and is left out.
     """
     files = {_key(path.name.removesuffix(".ko")): path for path in folder.rglob("*.ko")}
     built_in = {_key(Path(line).name.removesuffix(".ko")) for line in (folder / "modules.builtin").read_text().split()}
@@ -67,5 +67,5 @@ def load_order(folder: Path, wanted: tuple[str, ...] = WANTED) -> list[Path]:
 
 
 def _key(name: str) -> str:
-    """A module's name has no hyphens where its file's may."""
+    """Make a module's name of its file's, which may have hyphens."""
     return name.replace("-", "_")

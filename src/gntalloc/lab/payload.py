@@ -1,7 +1,7 @@
-"""What every boot brings along: the init scripts, the agent, and this project's own package.
+"""Make the archive that every boot brings along: the init scripts, the agent, and this project's own package.
 
-Nothing of it is in the images. So they only change when Debian's packages do, and what runs in the lab
-is always the code that is here now.
+Nothing of it is in the images. So the images change only when Debian's packages do, and the lab always runs the code
+that is here now.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def payload(files: Iterable[str | Path] = ()) -> bytes:
     """Make the archive that is appended to the initramfs.
 
     Args:
-        files: Files and folders of the user's, for the working directory of every domain.
+        files: The user's files and folders, for the working directory of every domain.
     """
     archive = Archive()
     for script, name in (("init.sh", "init"), ("start.sh", "lab/start"), ("attach.sh", "lab/attach")):
@@ -68,16 +68,16 @@ def files_below(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _compiled(source: bytes, name: str) -> bytes:
-    """The module as Python keeps it beside the source; where another version of Python runs, it takes no notice.
+    """Compile a module as Python keeps it beside the source. Another version of Python ignores the result.
 
-    In the lab it takes half a minute to compile what one command needs. Source: PEP 552, checked hashes.
+    In the lab it takes half a minute to compile the modules of one command. Source: PEP 552, checked hashes.
     """
     code = compile(source, name, "exec", dont_inherit=True)
     return importlib.util.MAGIC_NUMBER + _CHECKED_HASH + importlib.util.source_hash(source) + marshal.dumps(code)
 
 
 def _metadata() -> str:
-    """Only what `gntalloc --version` reads."""
+    """Write the metadata that `gntalloc --version` reads."""
     try:
         version = importlib.metadata.version("gntalloc")
     except importlib.metadata.PackageNotFoundError:

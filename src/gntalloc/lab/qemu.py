@@ -1,4 +1,4 @@
-"""QEMU: its command line, and the one process of it that belongs to a boot."""
+"""Run QEMU: write its command line, and keep the one process of it that belongs to a boot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Qemu", "arguments"]
 
-# What Xen keeps for itself, and what emulated hardware takes.
+# The memory that Xen keeps for itself, and that emulated hardware takes.
 _XEN_MEMORY = 192
 
 # Software emulation offers some features that Xen 4.17 hides badly: with them dom0 dies at its first page fault.
@@ -29,15 +29,15 @@ _CPU = (
     ",-avx,-avx2,-f16c,-fma,-xsave,-xsaveopt,-xsavec,-xsaves"
 )
 
-# An oops must end the boot: left alone it hangs until somebody's time limit.
+# An oops must end the boot: otherwise it hangs until a time limit passes.
 _DOM0 = "console=hvc0 earlyprintk=xen oops=panic panic=1 LAB_DOMAIN=dom0"
 
 
 def arguments(program: str, *, dom0_memory: int, guests_memory: int, descriptor: int) -> list[str]:
-    """Write QEMU's command line. The files are those of the folder it is started in.
+    """Write QEMU's command line. The files are those of the folder where it is started.
 
     Args:
-        program: QEMU.
+        program: The path of QEMU.
         dom0_memory: MiB for dom0.
         guests_memory: MiB for all guests together.
         descriptor: The socket to the agent in dom0.
@@ -66,7 +66,7 @@ def arguments(program: str, *, dom0_memory: int, guests_memory: int, descriptor:
 
 
 class Qemu:
-    """One running QEMU, and the socket to the agent in its dom0."""
+    """Keep one running QEMU, and the socket to the agent in its dom0."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Qemu:
             descriptor=theirs.fileno(),
         )
         with theirs, open(folder / "qemu.log", "wb") as log:
-            # A session of its own: the terminal's Ctrl-C is for us, and we end QEMU in good order.
+            # QEMU has a session of its own: the terminal's Ctrl-C is for us, and we end QEMU in good order.
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -101,12 +101,12 @@ class Qemu:
                 stderr=log,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                # Killed, we cannot end it any more: the kernel does. It watches the thread that is here now.
+                # If we are killed, the kernel ends QEMU in our place. It watches the thread that is here now.
                 preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # a C call, no lock
             )
 
     def log(self) -> str:
-        """Everything Xen and dom0 have written to the serial port, and what QEMU itself complained about."""
+        """Read all that Xen and dom0 have written to the serial port, and QEMU's own complaints."""
         texts = []
         for name in ("serial.log", "qemu.log"):
             with contextlib.suppress(FileNotFoundError):
@@ -115,7 +115,7 @@ class Qemu:
         return "\n".join(line for line in "\n".join(texts).splitlines() if line)
 
     def stop(self) -> None:
-        """End it now. Nothing is lost: a lab never writes to its images."""
+        """End QEMU now. Nothing is lost: a lab never writes to its images."""
         self.socket.close()
         if self._process.poll() is None:
             self._process.terminate()

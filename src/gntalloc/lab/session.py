@@ -1,4 +1,4 @@
-"""A booted lab: commands in its domains, files in and out."""
+"""Use a booted lab: run commands in its domains, move files in and out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TAIL = 50
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command in the lab ended."""
+    """Tell how a command in the lab ended."""
 
     exit_status: int
     output: str
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Terminal:
-    """A terminal on this side of a command: what is typed, and how many rows and columns it has."""
+    """Be the terminal on this side of a command: its input, its rows and its columns."""
 
     descriptor: int
     size: Callable[[], tuple[int, int]]
@@ -60,7 +60,7 @@ class Terminal:
 
 @dataclass
 class _Job:
-    """A command under way, or files on their way out."""
+    """Keep a command under way, or files on their way out."""
 
     number: int
     domain: str
@@ -76,7 +76,7 @@ class _Job:
 
 
 class Session:
-    """A lab that is up. Not for several threads at once. Ends with `close`, or at the end of its `with`."""
+    """Use a lab that is up, in one thread. It ends with `close`, or at the end of its `with`."""
 
     def __init__(self, qemu: Qemu, versions: dict[str, str], clean_up: Callable[[], None]) -> None:
         self.versions = versions
@@ -114,11 +114,11 @@ class Session:
         self._send({"do": "start", "name": kind, "memory": memory})
 
     def domid(self, domain: str) -> int:
-        """The number Xen has given a domain."""
+        """Give the number that Xen has given a domain."""
         return int(self._up[domain].get("domid", 0))
 
     def console(self, domain: str) -> str:
-        """Everything a domain's kernel has said so far (dom0's with the hypervisor's)."""
+        """Give all that a domain's kernel has written so far (dom0's with the hypervisor's)."""
         if domain == "dom0":
             return self._qemu.log()
         return self._logs.get(domain, bytearray()).decode(errors="replace")
@@ -128,7 +128,7 @@ class Session:
     def put(self, paths: Iterable[str | Path], domain: str = "dom0") -> None:
         """Bring files and folders into a domain's working directory, under the names they have here.
 
-        A guest gets them through its console, some 40 KB/s: what is big belongs into `Lab.boot(files=…)`.
+        A guest gets them through its console, some 40 KB/s: large files belong into `Lab.boot(files=…)`.
         """
         self._check(domain)
         for source, name in files_below(paths):
@@ -302,7 +302,7 @@ class Session:
             raise self._crashed("talk to the lab") from None
 
     def _pump(self, asked: str, done: Callable[[], bool], deadline: Deadline, domains: list[str]) -> None:
-        """Take in what the lab sends until `done`, the deadline, or the end of a domain that is needed."""
+        """Take in the lab's messages until `done`, the deadline, or the end of a domain that is needed."""
         while not done():
             for domain in domains:
                 if domain in self._lost:
@@ -399,4 +399,4 @@ def _tail(log: str) -> str:
 
 
 def _ignore(domain: str, stream: int, data: bytes) -> None:
-    """For who only wants the outcome."""
+    """Ignore output, for a caller that wants only the outcome."""

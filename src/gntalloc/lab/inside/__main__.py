@@ -1,4 +1,4 @@
-"""The agent of one domain: `python3 -m inside`, started when the domain is up."""
+"""Run the agent of one domain: `python3 -m inside`, started when the domain is up."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _dom0(host: Link) -> None:
 
 
 def _guest(dom0: Link) -> None:
-    # From here on the console is ours: only what the kernel says when it dies may come between.
+    # From here on the console is ours: only the last words of a dying kernel may come between.
     with open("/proc/sys/kernel/printk", "w", encoding="utf-8") as file:
         file.write("1")
     name = os.environ["LAB_DOMAIN"]

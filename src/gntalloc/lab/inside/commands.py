@@ -1,4 +1,4 @@
-"""What an agent does in its own domain: run commands, take files in, hand files out."""
+"""Do an agent's work in its own domain: run commands, take files in, hand files out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READ = 16 * 1024
 
 
 class Commands:
-    """Carries out the host's messages in this domain. Output goes back as it comes."""
+    """Carry out the host's messages in this domain. Output goes back as it comes."""
 
     def __init__(self, name: str, link: Link) -> None:
         self._name = name
@@ -34,11 +34,11 @@ class Commands:
         self._running: dict[int, _Running] = {}
 
     def carry_out(self, message: Message) -> None:
-        """Do what one message asks for; what takes long goes on in threads."""
+        """Carry out one message. Work that takes long goes on in threads."""
         try:
             self._carry_out(message.head, message)
         except OSError as error:
-            # Nobody waits for the answer to a file, or to a key that is pressed; the host must hear of it all the same.
+            # The host does not wait for the answer to a file, or to a key that is pressed, but must hear of errors.
             self._tell("failed", asked=message.head["do"], why=str(error))
 
     def _carry_out(self, head: dict[str, Any], message: Message) -> None:
@@ -127,7 +127,7 @@ class Commands:
 
 
 class _Running:
-    """A command that runs, and the descriptors to talk to it with."""
+    """Keep a command that runs, and the descriptors to talk to it with."""
 
     def __init__(self, command: list[str], environment: dict[str, str], terminal: list[int] | None) -> None:
         surroundings = {**os.environ, **environment}
@@ -150,7 +150,7 @@ class _Running:
             return
         self.terminal, slave = os.openpty()
         _resize(slave, terminal)
-        # A terminal becomes a session's own by being opened by the leader, which a small shell does for us.
+        # A terminal becomes a session's own when the session's leader opens it. A small shell does that here.
         opened = ["/bin/sh", "-c", f'exec "$@" <>{os.ttyname(slave)} 1>&0 2>&0', "sh", *command]
         self.process = subprocess.Popen(opened, cwd=WORK, env=surroundings, start_new_session=True)
         os.close(slave)
@@ -170,7 +170,7 @@ def _put(head: dict[str, Any], data: bytes) -> None:
 
 
 def _files(pattern: str) -> list[str]:
-    """List the files a pattern stands for, with all that is below a folder."""
+    """List the files that a pattern stands for, with all that is below a folder."""
     import glob  # late: see messages.py
 
     found = []

@@ -1,4 +1,4 @@
-"""Guests beside dom0: created with xl, and talked to through their consoles. Runs in dom0 only."""
+"""Run guests beside dom0: create them with xl, and talk to them through their consoles. This is for dom0 only."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ on_reboot = "destroy"
 
 
 class Guests:
-    """The guests of this boot, by name, which is also their kind: pv or pvh."""
+    """Keep the guests of this boot, by name, which is also their kind: pv or pvh."""
 
     def __init__(self, host: Link) -> None:
         self._host = host
         self._links: dict[str, Link] = {}
 
     def start(self, name: str, memory: int) -> None:
-        """Create a guest. What happens to it is told to the host as it happens."""
+        """Create a guest. Its start and its end are told to the host as they happen."""
         threading.Thread(target=self._live, args=(name, memory), daemon=True).start()
 
     def send(self, name: str, message: Message) -> None:
-        """Pass a message on to a guest's agent. One that is gone needs none: the host hears of that anyway."""
+        """Pass a message on to a guest's agent. If that is gone, the message is dropped: the host hears anyway."""
         try:
             self._links[name].send(message)
         except OSError:

@@ -1,4 +1,4 @@
-"""The two links an agent can have: to the host through a virtio port, or to dom0 through the console."""
+"""Hold the link of an agent: to the host through a virtio port, or to dom0 through the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READ = 64 * 1024
 
 
 class Link:
-    """One end of a link. Any thread may send; one thread receives."""
+    """Hold one end of a link. Any thread may send; one thread receives."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class Link:
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
-        """Send all of it, waiting as long as the other side takes."""
+        """Send all of a message, and wait as long as the other side takes."""
         left = memoryview(self._encode(message))
         with self._lock:
             while left:
                 left = left[os.write(self._descriptor, left) :]
 
     def receive(self) -> Iterator[Message | bytes]:
-        """Yield what comes, messages and (on a console) other lines, until the other side is gone."""
+        """Yield messages and (on a console) other lines as they come, until the other side is gone."""
         while True:
             try:
                 data = os.read(self._descriptor, _READ)

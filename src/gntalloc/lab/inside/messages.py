@@ -1,9 +1,9 @@
-"""Messages between the lab's host and the agents in its domains, and the two ways they travel.
+"""Encode messages between the lab's host and the agents in its domains, for the two ways they travel.
 
-Between the host and dom0 there is a clean byte stream (a virtio serial port): a message is two lengths,
-a head in JSON and a body of bytes. Between dom0 and a guest there is only the guest's console, which the
-guest's kernel writes to as well: there a message is one line of text with a mark in front and a checksum
-inside, and every other line is what the kernel had to say.
+Between the host and dom0 there is a clean byte stream (a virtio serial port). There a message is two lengths, a head in
+JSON and a body of bytes. Between dom0 and a guest there is only the guest's console, to which the guest's kernel writes
+as well. There a message is one line of text, with a mark in front and a checksum inside. Every other line is the
+kernel's.
 
 On an emulated processor every import costs: a dataclass here would make each domain a second slower to boot.
 """
@@ -30,7 +30,7 @@ _MARK = b"\x02lab:"
 
 
 class Message:
-    """A head of names and values, and a body of bytes."""
+    """Hold a head of names and values, and a body of bytes."""
 
     def __init__(self, head: dict[str, Any], body: bytes = b"") -> None:
         self.head = head
@@ -38,7 +38,7 @@ class Message:
 
 
 def to_stream(message: Message) -> bytes:
-    """Encode for a clean byte stream."""
+    """Encode a message for a clean byte stream."""
     head = json.dumps(message.head).encode()
     return _LENGTHS.pack(len(head), len(message.body)) + head + message.body
 
@@ -55,7 +55,7 @@ def _from_stream(data: bytes) -> tuple[Message, bytes] | None:
 
 
 class StreamDecoder:
-    """Takes the bytes of a clean stream as they come, gives the messages in them."""
+    """Take the bytes of a clean stream as they come, and give the messages in them."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -69,13 +69,13 @@ class StreamDecoder:
 
 
 def to_line(message: Message) -> bytes:
-    """Encode for a console. Zlib's own checksum tells a line that a kernel message ran into."""
-    # A line of its own, whatever the kernel has left standing before it.
+    """Encode a message for a console. Zlib's own checksum tells a line that a kernel message ran into."""
+    # The message has a line of its own, even if the kernel has left part of a line before it.
     return b"\n" + _MARK + binascii.b2a_base64(zlib.compress(to_stream(message), 1))
 
 
 class LineDecoder:
-    """Takes the bytes of a console as they come, gives messages, and as bytes the lines that are none."""
+    """Take the bytes of a console as they come, and give messages, and as bytes the lines that are none."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
