@@ -1,7 +1,7 @@
-"""/dev/xen/evtchn: bind event channels, notify their other end, take events and re-arm them.
+"""Define /dev/xen/evtchn: bind event channels, notify their other end, take events and re-arm them.
 
-Source: the kernel's UAPI header xen/evtchn.h. The bind calls answer with the local port as the result of the
-ioctl. What read() gives (events) and write() takes (ports to re-arm) are port numbers too, PORT each.
+Source: the kernel's UAPI header xen/evtchn.h. The bind calls answer with the local port as the result of the ioctl.
+read() gives events and write() takes ports to re-arm. Both are port numbers, each a PORT.
 """
 
 from __future__ import annotations

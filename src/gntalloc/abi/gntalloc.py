@@ -1,4 +1,4 @@
-"""/dev/xen/gntalloc: allocate pages, grant them to one domain, take them back.
+"""Define /dev/xen/gntalloc: allocate pages, grant them to one domain, take them back.
 
 Source: the kernel's UAPI header xen/gntalloc.h. The trailing `gref_ids[1]` makes ALLOC_GREF's struct 24 bytes
 long on 64-bit machines, and the driver copies all 24 even if no reference follows.

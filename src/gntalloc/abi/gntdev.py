@@ -1,4 +1,4 @@
-"""/dev/xen/gntdev: map pages that a peer granted, copy from and to them, and turn them into a dma-buf.
+"""Define /dev/xen/gntdev: map pages that a peer granted, copy from and to them, and turn them into a dma-buf.
 
 Source: the kernel's UAPI header xen/gntdev.h; the GNTCOPY flags are Xen's, from its public grant_table.h.
 SET_UNMAP_NOTIFY has the same number and layout as gntalloc's: only the file it is sent to tells them apart.

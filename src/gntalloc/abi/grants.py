@@ -1,4 +1,4 @@
-"""The grant table: what its entries look like, how many there are, and what the hypervisor answers.
+"""Define the grant table: its entries, their number, and the hypervisor's answers.
 
 Source: Xen's public headers grant_table.h (entries, GNTST codes) and xen.h (reserved domids), and Xen's
 default of 64 table frames. A program sees none of this directly: the two device drivers do.
@@ -71,7 +71,7 @@ WRITING = 1 << 4
 """Set by the hypervisor while a domain maps the page for writing."""
 SUB_PAGE = 1 << 8
 
-# What a grant-table operation answers.
+# The answers of a grant-table operation.
 OKAY = 0
 GENERAL_ERROR = -1
 BAD_DOMAIN = -2

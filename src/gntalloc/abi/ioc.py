@@ -1,10 +1,10 @@
-"""How Linux makes an ioctl number: 2 bits of direction, 14 of size, 8 of type, 8 of number.
+"""Make ioctl numbers as Linux does: 2 bits of direction, 14 of size, 8 of type, 8 of number.
 
 Source: the kernel's UAPI asm-generic/ioctl.h, which x86, Arm and RISC-V use unchanged. (MIPS, PowerPC and
 SPARC divide the bits otherwise; Linux runs on Xen on none of them.)
 
-The Xen devices say "no direction" although data goes both ways, and still encode the size of the struct. A
-number made with the usual direction bits is therefore unknown to them.
+The numbers of the Xen devices have no direction although data goes both ways, and they still have the size of the
+struct. So the devices do not know a number that was made with the usual direction bits.
 """
 
 from __future__ import annotations

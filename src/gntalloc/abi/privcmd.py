@@ -1,4 +1,4 @@
-"""/dev/xen/privcmd: hypercalls made by a program. Only the two that channel libraries make are here.
+"""Define /dev/xen/privcmd: hypercalls made by a program. Only the two that channel libraries make are here.
 
 Sources: the public headers xen/sys/privcmd.h, xen/domctl.h (getdomaininfo), xen/event_channel.h (status).
 """
