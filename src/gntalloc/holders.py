@@ -190,7 +190,7 @@ class Loans(Generic[Holder]):
             raise DeviceError(errno.ENOMEM, f"{what} cannot be had: {shortage}; free some, or raise that limit")
 
     def held(self, extent: Extent[Holder]) -> bool:
-        """Whether the kernel knows of any description outside the machine, whatever the locks say."""
+        """Say whether the kernel knows of any description outside the machine, whatever the locks say."""
         if extent.lent and not extent.loans:
             extent.lent = not _lease_is_free(extent.master)
         return extent.lent

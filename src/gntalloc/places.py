@@ -98,7 +98,7 @@ def make_top_folder() -> None:
     """Make the folder of this user's machines, and see that it is this user's.
 
     Raises:
-        GntallocError: somebody else owns it, or it cannot be made.
+        GntallocError: another user owns it, or it cannot be made.
     """
     folder = top_folder()
     try:

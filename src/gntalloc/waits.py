@@ -89,7 +89,7 @@ def poll() -> select.poll | _Selected:
 
 
 class _Selected:
-    """The part of select.poll that is needed here, made of select.select, which eventlet has."""
+    """Wait as select.poll does, by select.select, which eventlet has."""
 
     def __init__(self) -> None:
         self._wanted: dict[int, int] = {}

@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", message="gntalloc %(version)s")
 def group() -> None:
-    """Xen's grant allocation, on real Xen or on any Linux without it."""
+    """Share pages between domains by Xen's grant allocation, on real Xen or on any Linux without it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -205,4 +205,4 @@ def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        pass  # there is nobody to tell
+        pass  # standard error cannot be written either

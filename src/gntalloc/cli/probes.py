@@ -223,7 +223,7 @@ def leases() -> str:
         except BlockingIOError:
             pass
         else:
-            raise Lacking("given although somebody else has the file open")
+            raise Lacking("given although the file is open a second time")
         finally:
             os.close(second)
         fcntl.fcntl(first, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -458,8 +458,8 @@ def _in_child(trial: str) -> str:
         raise Lacking("it did not come to an end within 20 s") from None
     if done.returncode == errno.EBUSY:
         raise Lacking(
-            "somebody serves our system calls already: `gntalloc run`, or a container's keeper",
-            "ask not within `gntalloc run`: a process has one supervisor",
+            "another process serves our system calls already: `gntalloc run`, or a container's keeper",
+            "run the doctor outside of `gntalloc run`: a process has one supervisor",
         )
     if done.returncode != 0:
         raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])

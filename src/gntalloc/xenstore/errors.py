@@ -10,7 +10,7 @@ __all__ = ["Conflict", "Denied", "NoNode", "StoreError", "error_for"]
 
 
 class StoreError(GntallocError):
-    """xenstore refused. `errno` is the daemon's; `operation` and `path` say what was asked."""
+    """The daemon of xenstore refused. `errno` is the daemon's; `operation` and `path` say what was asked."""
 
     code = errno.EIO
     operation: str = ""
@@ -46,7 +46,7 @@ _REASONS = {
     errno.ENOENT: "there is no such node",
     errno.EACCES: "the node's permissions do not let this domain do that; its owner can change them",
     errno.EPERM: "only a privileged domain may ask that",
-    errno.EAGAIN: "somebody changed the same nodes meanwhile; run the transaction again",
+    errno.EAGAIN: "another request changed the same nodes meanwhile; run the transaction again",
     errno.ENOSPC: "a quota of this domain is used up: of nodes, a node's size, or open transactions",
     errno.E2BIG: "too much for one message or one node",
     errno.EINVAL: "xenstored does not accept it",
