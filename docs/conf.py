@@ -39,7 +39,7 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Set the site up, as Sphinx asks."""
     app.connect("source-read", _links_out_of_the_site)
     app.connect("autodoc-process-docstring", _module_as_it_is_set)
     app.connect("autodoc-process-docstring", _property_without_a_type, priority=400)  # before napoleon
@@ -59,7 +59,7 @@ def _links_out_of_the_site(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _module_as_it_is_set(app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
-    """A module's docstring has tables and programs set by hand: after its first paragraph it stays as it is."""
+    """Keep a module's docstring as it is after its first paragraph: its tables and programs are set by hand."""
     first = lines.index("") if "" in lines else len(lines)
     if what == "module" and any(lines[first:]):
         lines[first:] = ["", "::", "", *(f"    {line}" for line in lines[first + 1 :]), ""]

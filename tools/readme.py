@@ -33,7 +33,7 @@ class CustomMetadataHook(MetadataHookInterface):
     PLUGIN_NAME = "custom"
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Called by hatchling with the project table."""
+        """Fill the project table in, as hatchling asks."""
         root = Path(self.root)
         links = str(self.config.get("links", "")).format(version=metadata["version"])
         text = (root / "README.md").read_text(encoding="utf-8")

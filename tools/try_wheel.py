@@ -45,7 +45,7 @@ def main(folder: str, wheel: str) -> None:
 
 
 def call(folder: str, *command: str) -> str:
-    """What it prints. It must end well."""
+    """Run a program, and return its output. It must end well."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
