@@ -132,7 +132,7 @@ def test_within_a_run(tmp_path: Path) -> None:
     command = [*ours, "run", "--domid", "1", "--machine", str(tmp_path / "machine"), "--", *ours, "doctor", "--strict"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 1
-    assert "not within `gntalloc run`" in done.stdout
+    assert "outside of `gntalloc run`" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare (apt install util-linux)")
