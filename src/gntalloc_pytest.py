@@ -51,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture
 def gntalloc_machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """A machine of its own for each test, with the settings of `@pytest.mark.gntalloc`. It must be left clean."""
+    """Make a machine for each test, with the settings of `@pytest.mark.gntalloc`. It must be left clean."""
     from gntalloc.testing import checked_machine
 
     yield from _as_with(request, checked_machine(**_settings(request, _OF_A_MACHINE)))
@@ -67,7 +67,7 @@ def gntalloc_domains(request: pytest.FixtureRequest, gntalloc_machine: Machine) 
 
 @pytest.fixture
 def gntalloc_channels(request: pytest.FixtureRequest, gntalloc_domains: Domains) -> Iterator[Channels]:
-    """A channel between `gntalloc_domains`: `server, client = gntalloc_channels`, both ends in this process."""
+    """Make a channel between `gntalloc_domains`: `server, client = gntalloc_channels`, both in this process."""
     from gntalloc.testing import channel_pair
 
     yield from _as_with(request, channel_pair(gntalloc_domains, **_settings(request, _OF_A_CHANNEL)))
@@ -85,7 +85,7 @@ def gntalloc_run(request: pytest.FixtureRequest, gntalloc_domains: Domains) -> I
 
 
 def _as_with(request: pytest.FixtureRequest, context: AbstractContextManager[_T]) -> Iterator[_T]:
-    """What the test raised, or another fixture around it, ends the context: one failure is not told twice."""
+    """End the context with what the test raised, or a fixture around it: one failure is not told twice."""
     from gntalloc import GntallocError
     from gntalloc.testing import ProgramFailed
 
@@ -110,7 +110,7 @@ def _as_with(request: pytest.FixtureRequest, context: AbstractContextManager[_T]
 
 
 def _told(text: str) -> BaseException:
-    """A failure that is this text and nothing else."""
+    """Make a failure that is this text and nothing else."""
     return pytest.fail.Exception(text, pytrace=False)
 
 

@@ -110,7 +110,7 @@ class Domain(BareDomain):
 
 
 def current_domain(address: str | None = None) -> Domain:
-    """The domain this program is in.
+    """Return the domain that this program is in.
 
     Args:
         address: a domain's address: the path of its socket, `MACHINE/DOMID` for a machine by name, or /dev/xen.

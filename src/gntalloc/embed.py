@@ -127,7 +127,7 @@ class Machine:
                 )
 
     def _create(self, domid: int, uid: int, limit: int | None) -> bool:
-        """False: the domain is there already."""
+        """Make a domain. False: it is there already."""
         path = domain_path(self.folder, domid)
         if os.path.exists(path):
             return False
@@ -140,7 +140,7 @@ class Machine:
         return True
 
     def environ(self, domid: int) -> dict[str, str]:
-        """The environment that puts a program into domain `domid`, which is made if it is not there."""
+        """Give the environment that puts a program into domain `domid`, which is made if it is not there."""
         if not os.path.exists(domain_path(self.folder, domid)):
             self.domain(domid)
         where = {"GNTALLOC_DOMAIN": domain_path(self.folder, domid), "XENSTORED_PATH": store_path(self.folder, domid)}
@@ -199,7 +199,7 @@ class Machine:
         return f"<Machine {'closed' if self._closed else f'pid {self.pid}'} in {self.folder}>"
 
     def after_fork_in_child(self) -> None:
-        """The machine is the parent's: a child must not keep it alive, nor give it orders over this channel."""
+        """Leave the machine to the parent: a child must not keep it alive, nor give it orders over this channel."""
         self._closed = True
         self._process.returncode = 0  # it is no child of ours to wait for
 

@@ -101,7 +101,7 @@ class Disk(Described, AsyncOnly):
             await self._plain(Operation.DISCARD, offset // SECTOR, length)
 
     async def extents(self, offset: int, length: int) -> tuple[Extent, ...]:
-        """What is data from byte `offset` on, and what is a hole. See `BlockDevice.extents`."""
+        """Tell data from holes, from byte `offset` on. See `BlockDevice.extents`."""
         before = self._session.before_extents(offset, length)
         if not self.features.extents:
             return (Extent(length, hole=False),)
@@ -268,7 +268,7 @@ class Disk(Described, AsyncOnly):
     # The backend's end, in a thread.
 
     def _lose(self) -> None:
-        """The backend is gone: all who wait are told; or, with patience, another is waited for."""
+        """Tell all waiters that the backend is gone; or, with patience, wait for another."""
         self._deafen()
         if self._patience and not self._closing and not self._away:
             self._run(lambda: self._session.reconnect(timeout=self._patience))

@@ -155,7 +155,7 @@ class BlockDevice(Described):
             self._plain(Operation.DISCARD, offset // SECTOR, length, timeout)
 
     def extents(self, offset: int, length: int, *, timeout: float | None = None) -> tuple[Extent, ...]:
-        """What is data from byte `offset` on, and what is a hole, which reads as zeros.
+        """Tell data from holes, which read as zeros, from byte `offset` on.
 
         Returns:
             At least one extent. Together they may be less than `length`: ask again from there. A backend that does not
@@ -407,7 +407,7 @@ class BlockDevice(Described):
             self._session.refresh()
 
     def _lose(self, failed: GntallocError) -> None:
-        """The backend is gone. Everybody is told; or, with patience, another is waited for."""
+        """Tell all waiters that the backend is gone; or, with patience, wait for another."""
         session = self._session
         session.collect()  # what it had answered before
         session.failed = failed

@@ -148,12 +148,12 @@ class Response(NamedTuple):
 
 
 def pack_direct(operation: int, id_: int, sector: int, handle: int, segments: bytes) -> bytes:
-    """A request that holds its segments, as it lies in a slot."""
+    """Pack a request that holds its segments, as it lies in a slot."""
     return _HEAD.pack(operation, len(segments) // SEGMENT, handle, id_, sector) + segments
 
 
 def pack_indirect(operation: int, id_: int, sector: int, handle: int, number: int, pages: Sequence[int]) -> bytes:
-    """A request whose so many segments lie in pages of their own."""
+    """Pack a request whose segments lie in pages of their own."""
     padding = (0,) * (_INDIRECT_PAGES - len(pages))
     return _INDIRECT.pack(Operation.INDIRECT, operation, number, id_, sector, handle, *pages, *padding)
 

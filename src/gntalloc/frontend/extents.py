@@ -39,7 +39,7 @@ def pack(extents: Iterable[Extent]) -> bytes:
 
 
 def parse(raw: bytes | bytearray, before: int, length: int) -> tuple[Extent, ...]:
-    """What a backend says of a range. Neighbours of one kind become one.
+    """Parse what a backend says of a range. Neighbours of one kind become one.
 
     Args:
         raw: the page.

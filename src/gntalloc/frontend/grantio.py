@@ -39,7 +39,7 @@ class Access(Protocol):
     """One way. Not for several threads."""
 
     def borrow(self, segments: Sequence[Segment], *, writable: bool) -> AbstractContextManager[list[memoryview]]:
-        """The memory of the segments, for the length of a `with`. What is written there reaches the frontend.
+        """Give the memory of the segments, for the length of a `with`. What is written there reaches the frontend.
 
         Raises:
             GntallocError: there is no such page, or not for this.
@@ -107,7 +107,7 @@ class Kept:
             self._pages[ref] = pages.memory[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
 
     def _make_room(self, wanted: int, named: set[int]) -> None:
-        """Some that are named may go as well; they are mapped again then."""
+        """Unmap pages until there is room. Some that are named may go as well; they are mapped again then."""
         while self._maps and len(self._pages) + max(wanted, len(named)) > self._most:
             self._forget()
 

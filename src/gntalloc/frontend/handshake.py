@@ -177,7 +177,7 @@ class _Handshake:
 
 
 def _take(data: bytes) -> tuple[bytes | None, bytes]:
-    """A text with its length in front, and what follows it. None: it is not all there."""
+    """Take a text with its length in front: the text, and what follows it. None: it is not all there."""
     if len(data) < U32.size:
         return None, b""
     end = U32.size + U32.unpack_from(data)[0]
@@ -185,7 +185,7 @@ def _take(data: bytes) -> tuple[bytes | None, bytes]:
 
 
 def _parse_queries(data: bytes) -> tuple[bytes, list[bytes]] | None:
-    """An export's name and queries. None: it is not that."""
+    """Parse an export's name and its queries. None: they are malformed."""
     name, rest = _take(data)
     if name is None or len(rest) < U32.size:
         return None

@@ -160,7 +160,7 @@ class Image:
             raise failure()
 
     def extents(self, offset: int) -> list[Extent]:
-        """What begins at a sector: data and holes in turn, MOST of them or up to the end."""
+        """List the data and holes from a sector on, MOST of them or up to the end."""
         found: list[Extent] = []
         at = offset
         while at < self.size and len(found) < MOST:
@@ -202,7 +202,7 @@ class Image:
                 view.release()
 
     def _fill(self, views: Sequence[memoryview], done: int, length: int, offset: int) -> None:
-        """What follows the end of a padded file within its last sector are zeros."""
+        """Fill what follows the end of a padded file, within its last sector, with zeros."""
         if not self._pad or length - done >= self._unit:
             raise OSError(errno.EIO, f"{self._path} ends at {offset + done}")
         for view in _after(views, done):
@@ -239,7 +239,7 @@ def _judged(error: OSError) -> Exception:
 
 
 def _after(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    """The views without their first bytes."""
+    """Drop the first `done` bytes of the views."""
     rest = []
     for view in views:
         if done < len(view):

@@ -57,7 +57,7 @@ def _is_set(file: int, byte: int) -> bool:
 
 
 def _who(file: int) -> str:
-    """The processes that have locks of this kind on the same file by another open file."""
+    """Name the processes that hold such a lock on the same file by another open file."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -148,7 +148,7 @@ class Link:
         os.eventfd_write(self._bell, 1)
 
     def verdict(self) -> GntallocError | None:
-        """What has become of the backend. None: it is there, as far as is known."""
+        """Say what has become of the backend. None: it is there, as far as is known."""
         self._watch.poll()
         held = self._held()  # first: who closes in order says so before it lets go
         state = self._end.peer
@@ -189,7 +189,7 @@ class Link:
             return True
 
     def _released_descriptor(self) -> int:
-        """A descriptor that says when the backend has let go of the ring; -1: that is not known here."""
+        """Give a descriptor that tells when the backend has unmapped the ring. -1: that is not known here."""
         try:
             number = self._pages.released_descriptor()
         except NotKnownHere:

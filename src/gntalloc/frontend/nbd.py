@@ -150,7 +150,7 @@ class NbdServer:
             writer.transport.abort()
 
     def _describe(self) -> Description:
-        """The export as it is now: a disk that has grown is larger for whoever connects from then on."""
+        """Describe the export as it is now: a disk that has grown is larger for the next client."""
         disk = self._disk
         flags = Transmission.HAS_FLAGS | Transmission.FLUSH | Transmission.FUA
         flags |= Transmission.MULTI_CONN  # a flush over one connection is for all
@@ -162,7 +162,7 @@ class NbdServer:
         return Description(self._name, disk.size, flags, disk.sector_size, max(4096, disk.physical_sector_size))
 
     async def _transmit(self, reader: StreamReader, writer: StreamWriter, agreed: Agreed) -> None:
-        """Requests, as they come; answers, as they are ready."""
+        """Serve requests as they come, and send answers as they are ready."""
         tasks: dict[asyncio.Task[None], int] = {}  # and how many bytes each carries
         try:
             while True:
@@ -272,7 +272,7 @@ class NbdServer:
 
 
 def _reply(request: _Request, data: bytes | bytearray, agreed: Agreed) -> list[bytes | bytearray]:
-    """What a request has brought, as it goes to the client."""
+    """Build the reply to a request, as it goes to the client."""
     if not agreed.structured or request.command not in {Command.READ, Command.BLOCK_STATUS}:
         return [REPLY.pack(SIMPLE_MAGIC, 0, request.cookie), data]
     if request.command == Command.BLOCK_STATUS:
@@ -292,7 +292,7 @@ def _refusal(request: _Request, refused: _Refused, agreed: Agreed) -> list[bytes
 
 
 def _chunk(request: _Request, kind: Chunk, head: bytes = b"", data: bytes | bytearray = b"") -> list[bytes | bytearray]:
-    """A reply that is one chunk."""
+    """Build a reply of one chunk."""
     length = len(head) + len(data)
     return [CHUNK.pack(STRUCTURED_MAGIC, DONE, kind, request.cookie, length), head, data]
 
@@ -302,7 +302,7 @@ def _is_zero(data: bytes | bytearray) -> bool:
 
 
 async def _receive(reader: StreamReader) -> _Request:
-    """The next request, with its data.
+    """Receive the next request, with its data.
 
     Raises:
         Broken: it is none, or has more data than may be.

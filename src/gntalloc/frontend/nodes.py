@@ -102,7 +102,7 @@ def detach(store: Store, device: Device) -> None:
 
 
 def devices(store: Store, domid: int, kind: str) -> tuple[Device, ...]:
-    """The devices of a kind that domain `domid` is the frontend of."""
+    """List the devices of a kind that domain `domid` is the frontend of."""
     try:
         names = store.list(f"/local/domain/{domid}/device/{kind}")
     except (NoNode, Denied):
@@ -120,7 +120,7 @@ def devices(store: Store, domid: int, kind: str) -> tuple[Device, ...]:
 
 
 def disk_number(name: str) -> int:
-    """The number of a disk by its name: xvda is 51712, xvda1 51713. A number as text is itself.
+    """Give the number of a disk by its name: xvda is 51712, xvda1 51713. A number as text is itself.
 
     Raises:
         ValueError: no such name.

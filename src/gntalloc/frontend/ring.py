@@ -99,7 +99,7 @@ class _RingEnd:
         self._broken: str | None = None
 
     def _limit(self) -> int:
-        """The largest that the other's producer can be."""
+        """Give the largest value that the other end's producer index can have."""
         raise NotImplementedError  # a ring is one of its two ends, below: each has its own rule, this base has none
 
     def put(self, entry: bytes) -> None:
@@ -143,7 +143,7 @@ class _RingEnd:
         return ready
 
     def take(self, length: int) -> bytes:
-        """A copy of the first `length` bytes of the next entry, which `ready` has found."""
+        """Copy the first `length` bytes of the next entry, which `ready` has found."""
         at = HEADER + (self._taken & self._mask) * self._entry
         entry = bytes(self._memory[at : at + length])
         self._taken = (self._taken + 1) & _WORD

@@ -111,7 +111,7 @@ def may(side: str, state: State, to: State) -> bool:
 
 
 def draw() -> str:
-    """The table as Markdown, for docs/frontends.md."""
+    """Draw the table as Markdown, for docs/frontends.md."""
     lines = ["| who | from | to | when |", "|---|---|---|---|"]
     lines += [f"| {step.side} | {step.state} | {step.to} | {step.when} |" for step in TABLE]
     return "\n".join(lines) + "\n"
@@ -206,11 +206,11 @@ class End:
                     watch.wait(timeout=deadline.within(_LOOK_AGAIN))
 
     def read(self, name: str) -> str | None:
-        """What the other end has published under a name; None: nothing, or not for this domain."""
+        """Read what the other end has published under a name. None: nothing, or not for this domain."""
         return self._read(f"{self.other}/{name}")
 
     def number(self, name: str, default: int = 0, most: int = (1 << 64) - 1) -> int:
-        """The same as a number; what is no number from 0 to `most` is as good as nothing."""
+        """Read the same as a number. Text that is no number from 0 to `most` counts as nothing."""
         text = self.read(name)
         number = None if text is None else whole_number(text, most)
         return default if number is None else number
@@ -224,11 +224,11 @@ class End:
             self.store.set_permissions(node, (f"n{owner}", f"r{reader}"))
 
     def complaint(self) -> str | None:
-        """What the other end has said of its failure, if that may be read."""
+        """Read what the other end has said of its failure, if that may be read."""
         return self._read(_error_node(self.other))
 
     def forget_complaint(self) -> None:
-        """This end works again."""
+        """Remove this end's complaint: it works again."""
         with contextlib.suppress(StoreError):
             self.store.remove(_error_node(self.folder))
 

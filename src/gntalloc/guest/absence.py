@@ -19,7 +19,7 @@ _START = "start one with `gntalloc machine`, or use gntalloc.Machine() in Python
 
 
 def nobody_answers(path: str, error: OSError) -> NoMachine:
-    """The error to raise where `path` could not be connected to, because of `error`. Its errno is that one's."""
+    """Build the error to raise where connecting to `path` failed with `error`. It has the same errno."""
     return NoMachine(error.errno or errno.EINVAL, _reason(path, error))
 
 
@@ -65,7 +65,7 @@ def _owner(path: str) -> str:
 
 
 def _called(folder: str) -> str:
-    """A machine's name, where folders of machines are; the folder elsewhere."""
+    """Name a machine: by its word in the folder of machines, by its path elsewhere."""
     parent, name = os.path.split(folder)
     return name if parent == top_folder() else folder
 

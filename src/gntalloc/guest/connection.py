@@ -50,11 +50,11 @@ class Descriptor:
         self._number = number
 
     def fileno(self) -> int:
-        """The number; still ours."""
+        """Give the number; the descriptor stays this object's."""
         return self._number
 
     def detach(self) -> int:
-        """The number; the caller's to close."""
+        """Give the number up: the caller closes the descriptor."""
         number, self._number = self._number, -1
         return number
 
@@ -188,7 +188,7 @@ class MachineConnection:
             return True
 
     def hear(self, generation: int) -> tuple[Message, list[Descriptor]] | None:
-        """What the machine has said by itself, the next of it. It never waits; None: nothing, for now.
+        """Take the next message that the machine sent unasked. It never waits. None: there is none, for now.
 
         Raises:
             MachineGone: the channel of that generation is gone, and all that came over it has been heard.
@@ -292,7 +292,7 @@ class MachineConnection:
         return self._number
 
     def _receive(self, number: int) -> tuple[Message, list[Descriptor]]:
-        """The answer to this call."""
+        """Receive the answer to this call."""
         assert self._sock is not None
         while True:
             while not self._messages:
@@ -303,7 +303,7 @@ class MachineConnection:
             self._keep(message, descriptors)
 
     def _next(self) -> tuple[Message, list[Descriptor]]:
-        """The first message that is whole, with its descriptors."""
+        """Take the first message that is whole, with its descriptors."""
         message = self._messages[0]
         while len(self._descriptors) < message.descriptors:
             self._fill()
@@ -311,7 +311,7 @@ class MachineConnection:
         return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
 
     def _keep(self, message: Message, descriptors: list[Descriptor]) -> None:
-        """What is no answer that somebody waits for."""
+        """Keep a message that is not the answer to a waiting call."""
         if self.hears and not message.kind & REPLY:
             self._unasked.append((message, descriptors))
 
@@ -343,7 +343,7 @@ class MachineConnection:
         )
 
     def after_fork_in_child(self) -> None:
-        """The parent goes on using its channel; this is a copy of its descriptor, and of a lock that may be held."""
+        """Leave the channel to the parent: this is a copy of its descriptor, and of a lock that may be held."""
         self.lock = threading.RLock()
         self.close()
         self._unasked.clear()

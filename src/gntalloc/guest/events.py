@@ -79,7 +79,7 @@ class Events:
         return self._open(domid, BIND_INTERDOMAIN, BindInterdomain(domid, port).pack())
 
     def reopen(self, descriptor: int, number: int, peer: int) -> Port:
-        """A port that is there already, by the descriptor of its file that another process gave. It is owned then."""
+        """Take over a bound port, by the descriptor of its file that another process gave. This object owns it then."""
         return Port(self._devices.reopen("evtchn", descriptor), number, peer)
 
     def _open(self, peer: int, request: int, argument: bytes) -> Port:
@@ -118,7 +118,7 @@ class Port:
         self._file.ioctl(NOTIFY, self._notify)
 
     def notify_soon(self) -> None:
-        """The same, for who has more to do meanwhile: it may come a moment after the call."""
+        """Notify without waiting for it: the event may come a moment after the call."""
         self._file.ioctl_unanswered(NOTIFY, self._notify)
 
     def wait(self, *, timeout: float | None = None) -> None:
@@ -176,7 +176,7 @@ class Port:
         self._file.write(self._written)
 
     def fileno(self) -> int:
-        """A descriptor that is readable while an event waits to be taken, or the machine is gone."""
+        """Give a descriptor that is readable while an event waits to be taken, or when the machine is gone."""
         return self._file.fileno()
 
     @property

@@ -164,7 +164,7 @@ class SharedPages(_Pages):
         return self._file.holders(self._index, len(self.refs)).mapped_by
 
     def released_descriptor(self) -> int | None:
-        """A descriptor that becomes readable when no peer has any of the pages mapped, for the caller to close.
+        """Give a descriptor that becomes readable when no peer has any of the pages mapped. The caller closes it.
 
         None: none has now. When it is readable ask again: another may have come.
 

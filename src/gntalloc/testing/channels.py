@@ -77,17 +77,17 @@ class ChannelConformance:
 
     @classmethod
     def serve(cls, domain: Domain, peer: int) -> Any:
-        """The channel of a server in `domain`, when its client in domain `peer` has come."""
+        """Give the channel of a server in `domain`, when its client in domain `peer` has come."""
         raise NotImplementedError("say how a server gets its channel: def serve(cls, domain, peer)")
 
     @classmethod
     def connect(cls, domain: Domain, peer: int) -> Any:
-        """The channel of a client in `domain`, to the server in domain `peer`, which may not be there yet."""
+        """Give the channel of a client in `domain`, to the server in domain `peer`, which may not be there yet."""
         raise NotImplementedError("say how a client gets its channel: def connect(cls, domain, peer)")
 
     @classmethod
     def indexes(cls, channel: Any) -> memoryview | None:  # noqa: ARG003  it is here to be overridden
-        """The four indexes of the shared page, as 32-bit words: left's cons, prod, right's cons, prod.
+        """Give the four indexes of the shared page, as 32-bit words: left's cons, prod, right's cons, prod.
 
         For the checks in which a client lies about those that it moves. None: there are no such checks.
         """
@@ -400,7 +400,7 @@ class ChannelConformance:
 
     @block
     def pair(self) -> Iterator[tuple[Any, Any]]:
-        """A server's end in domain 1 and a client's in domain 2, both in this process."""
+        """Make a server's end in domain 1 and a client's in domain 2, both in this process."""
         __tracebackhide__ = True
         with self.domains() as (alice, bob):
             serving = Beside(self.serve, alice, bob.domid)
@@ -416,7 +416,7 @@ class ChannelConformance:
 
     @block
     def with_program(self, part: str, *args: Any, serving: bool = True) -> Iterator[tuple[Any, Program]]:
-        """An end in domain 1, a server's or a client's, and the other in a process in domain 2 that plays `part`."""
+        """Make an end in domain 1, a server's or a client's. A process in domain 2 has the other, and plays `part`."""
         __tracebackhide__ = True
         with self.domains() as (alice, bob), Program(bob, self._play, part, args, serving) as program:
             near = (self.serve if serving else self.connect)(alice, bob.domid)

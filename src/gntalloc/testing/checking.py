@@ -76,7 +76,7 @@ class Beside:
             self._raised = error
 
     def result(self) -> Any:
-        """What it returned, or raises what it raised."""
+        """Return what it returned, or raise what it raised."""
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), f"{self._what} hangs: nobody has woken it within {PATIENCE} s"
         if self._raised is not None:
@@ -100,7 +100,7 @@ def read_exactly(channel: Any, length: int) -> bytes:
 
 
 def read_what_is_there(channel: Any) -> bytes:
-    """What can be read without waiting."""
+    """Read all that can be read without waiting."""
     got = bytearray()
     with suppress(TimeoutError):
         while piece := channel.read(timeout=0):

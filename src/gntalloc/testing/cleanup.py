@@ -142,7 +142,7 @@ def assert_cleaned_up(machine: Machine | None, before: Snapshot) -> None:
 
 
 def name_process(pid: int, name: str) -> None:
-    """What to call a process when it has left something behind."""
+    """Name a process, for when it has left something behind."""
     _names[pid] = name
 
 

@@ -102,7 +102,7 @@ def store(
 def peer_dies(
     domain: Domain, function: Callable[..., Any], *args: Any, at: int, moved: Moved = "written", **options: Any
 ) -> Iterator[Program]:
-    """A Program whose process is killed (SIGKILL) when its channels have moved exactly `at` bytes, and not one more.
+    """Start a Program that is killed (SIGKILL) when its channels have moved exactly `at` bytes, and not one more.
 
     The last of them are in the ring, for the peer to see. A message's length is four bytes of it.
 

@@ -72,7 +72,7 @@ class Programs:
 
 @block
 def checked_machine(**settings: Any) -> Iterator[Machine]:
-    """A machine, closed at the end of the block.
+    """Make a machine, and close it at the end of the block.
 
     Args:
         settings: as for `gntalloc.Machine`.
@@ -123,7 +123,7 @@ def channel_pair(
     spin: float | None = None,
     **settings: Any,
 ) -> Iterator[Channels]:
-    """A vchan between two domains, both ends in this process, closed at the end of the block.
+    """Make a vchan between two domains, both ends in this process, and close it at the end of the block.
 
     Args:
         domains: whose; if not given, two of their own.

@@ -232,7 +232,7 @@ def _popen(command: list[str], options: dict[str, Any]) -> subprocess.Popen[Any]
 
 
 def environ(domain: Domain) -> dict[str, str]:
-    """The environment of a program in `domain`: this one's, and where the domain and its xenstore are."""
+    """Give the environment of a program in `domain`: this one's, and where the domain and its xenstore are."""
     found = {**os.environ, "GNTALLOC_DOMAIN": domain.address}
     if domain.on_machine:
         found["XENSTORED_PATH"] = store_path(os.path.dirname(domain.address), domain.domid)
@@ -240,7 +240,7 @@ def environ(domain: Domain) -> dict[str, str]:
 
 
 def _order(function: Callable[..., Any], args: tuple[Any, ...], before: Callable[[], None] | None) -> bytes:
-    """What a child needs to call this."""
+    """Pickle what a child needs to call this."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, type):  # a class method belongs to the class that it is asked of
         module, name = owner.__module__, f"{owner.__qualname__}.{function.__name__}"
@@ -308,7 +308,7 @@ last_words = _LastWords()
 
 
 def _module(name: str, file: str | None) -> ModuleType:
-    """The module of that name if it is that file, else the file under that name."""
+    """Import the module of that name if it is that file, else the file under that name."""
     if name == "__main__":
         name = "__mp_main__"  # as multiprocessing calls it, so that `if __name__ == "__main__"` is not run
     else:

@@ -80,7 +80,7 @@ class _Census:
         return iter(dict.fromkeys(found))
 
     def wrong(self) -> Iterator[str]:
-        """What does not agree, a line each."""
+        """Yield a line for each thing that does not agree."""
         yield from self._users()
         yield from self._memory()
         yield from self._descriptions()
@@ -93,7 +93,7 @@ class _Census:
             yield from self._ports(guest)
 
     def _users(self) -> Iterator[str]:
-        """A page's users are the file's list and each live mmap; it lingers when it has none."""
+        """Compare a page's users with the file's list and each live mmap. A page without users lingers."""
         mapped = Counter(gref for record in self.records if isinstance(record.payload, list) for gref in record.payload)
         for gref in self.grefs:
             name = f"page {gref.ref} of pid {gref.file.opener}"
@@ -109,7 +109,7 @@ class _Census:
                 yield from _differ("pages of a file that are none of the driver's", len(theirs - known), 0)
 
     def _memory(self) -> Iterator[str]:
-        """An extent's pages are those of its grefs; the machine's memory is its extents."""
+        """Compare an extent's pages with those of its grefs, and the machine's memory with its extents."""
         frames = self.machine.frames
         yield from _differ("extents", frames.extents, len(self.pages))
         yield from _differ("pages of memory", frames.pages, sum(extent.pages for extent in self.pages))
@@ -119,7 +119,7 @@ class _Census:
             yield from _differ("bytes of an extent", os.fstat(extent.master).st_size, size)
 
     def _descriptions(self) -> Iterator[str]:
-        """A loan is known to its extent and to the mmap it was made for, and somebody listens for its end."""
+        """Compare loans with their extents, with the mmaps they were made for, and with the listeners for their end."""
         loans = [loan for extent in self.pages for loan in extent.loans]
         theirs = [loan for record in self.records for loan in record.loans]
         yield from _differ("loans of mmaps that no extent has", len(set(theirs) - set(loans)), 0)
@@ -136,7 +136,7 @@ class _Census:
                 yield "an extent has loans, and by the books nobody has it"
 
     def _mappings(self) -> Iterator[str]:
-        """A grant is pinned by each handle of it, and a domain has as many handles as it maps pages."""
+        """Compare the pins of grants with their handles, and a domain's handles with the pages that it maps."""
         handles = [handle for entry in self.entries for handle in entry.handles]
         of_mapper = Counter(handle.mapper for handle in handles)
         there = self.machine._hypervisor._handles
@@ -151,7 +151,7 @@ class _Census:
             yield from _differ(f"pins of domain {table.owner}", {r: e.pins for r, e in table._entries.items()}, sums)
 
     def _noted(self, guest: Guest) -> Iterator[str]:
-        """References noted by MAP_GRANT_REF are those of the entries that files list."""
+        """Compare the references noted by MAP_GRANT_REF with the entries that files list."""
         driver = guest.gntdev
         listed = [
             entry.count
@@ -162,7 +162,7 @@ class _Census:
         yield from _differ(f"references noted in domain {guest.domid}", driver._noted, sum(listed))
 
     def _ports(self, guest: Guest) -> Iterator[str]:
-        """A port is referred to by its file and by each promise that is still to be kept."""
+        """Compare a port's references with its file and with each promise that is still to be kept."""
         driver = guest.evtchn
         promised = Counter(promise._port for promise in self._promises(driver))
         for number, bound in driver._bound.items():
@@ -203,7 +203,7 @@ def _references(driver: GntallocDriver) -> Iterator[str]:
 
 
 def _ports_of_the_kernel(driver: EvtchnDriver) -> set[int]:
-    """The four that are there before any program is."""
+    """List the four ports that are there before any program is."""
     return {1, 2, 3, 4} - set(driver._bound)
 
 

@@ -294,7 +294,7 @@ class Listener(AsyncOnly):
         await asyncio.to_thread(self._offers.close)
 
     async def __aiter__(self) -> AsyncIterator[Channel]:
-        """A channel for each client that comes, until the listener is closed."""
+        """Yield a channel for each client that comes, until the listener is closed."""
         while True:
             try:
                 channel = await self.accept()

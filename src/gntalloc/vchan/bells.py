@@ -54,7 +54,7 @@ class Bells:
         self.news = 0
 
     def offer_direct(self) -> bytes:
-        """A server's: open a socket. Its name, for the client; empty if there is none."""
+        """Open a server's socket. Gives its name, for the client; empty if there is none."""
         listening = self._socket()
         if listening is None:
             return b""
@@ -64,7 +64,7 @@ class Bells:
         return bytes(listening.getsockname())
 
     def connect_direct(self, name: bytes) -> bytes:
-        """A client's: connect to it. This end's name, for the server; empty if it cannot be reached from here."""
+        """Connect a client to it. Gives this end's name, for the server; empty if it cannot be reached from here."""
         if len(name) < 2 or name[0]:
             return b""
         direct = self._socket()
@@ -80,7 +80,7 @@ class Bells:
         return bytes(direct.getsockname())
 
     def accept_direct(self, name: bytes) -> None:
-        """A server's: use the connection of the client of that name, which it made before it said so."""
+        """Use the connection of the client of that name, which the client made before it published the name."""
         listening = self._listening
         if listening is None:
             return

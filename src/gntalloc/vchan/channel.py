@@ -134,13 +134,13 @@ class Channel(Described):
     """
 
     def fileno(self) -> int:
-        """A descriptor that is readable when a bell rings: when the peer has told something, or is gone."""
+        """Give a descriptor that is readable when a bell rings: when the peer has told something, or is gone."""
         return self._end.bells.fileno()
 
     # Bytes.
 
     def read(self, size: int | None = None, *, timeout: float | None = None) -> bytes:
-        """Some bytes: at least one, at most `size`, and no more than are there.
+        """Read some bytes: at least one, at most `size`, and no more than are there.
 
         Returns:
             The bytes; none at all when the peer has closed its end, or said `finish`, and all was read.
@@ -166,7 +166,7 @@ class Channel(Described):
         return data
 
     def readinto(self, buffer: bytearray | memoryview | Any, *, timeout: float | None = None) -> int:
-        """Some bytes into a buffer of bytes: at least one, and no more than are there.
+        """Read some bytes into a buffer of bytes: at least one, and no more than are there.
 
         Returns:
             How many; 0 as `read` gives none.
@@ -313,7 +313,7 @@ class Channel(Described):
         return self._in_turn(self._core.writing, lending.reserve(self._core, size, message=message), timeout)
 
     def peek(self, size: int | None = None, *, timeout: float | None = None, message: bool = False) -> memoryview:
-        """The next bytes, where they lie, to be read only; `release` then gives their room back.
+        """Give the next bytes, where they lie, to be read only; `release` then gives their room back.
 
         A peer that does not keep to the protocol can change them while they are looked at.
 

@@ -312,7 +312,7 @@ class Core:
     # Telling the peer.
 
     def tell(self, bit: int) -> None:
-        """An index was moved, with the lock still held."""
+        """Ring if the peer asked for it, after an index was moved. The lock is held."""
         self.end.atomics.fence()
         self.end.tell(bit)
 
@@ -333,13 +333,13 @@ class Core:
             pass  # as in `has_read`
 
     def was_read(self) -> None:
-        """The peer has asked."""
+        """Tell the peer that bytes were read: it has asked."""
         if not self.end.atomics.ordered:
             self.end.atomics.fence()
         self.end.tell(NOTIFY_READ)
 
     def written(self) -> None:
-        """The peer has asked, or is not there."""
+        """Tell the peer that bytes were written: it has asked, or is not there yet."""
         if not self.end.atomics.ordered:
             self.end.atomics.fence()
         self.end.tell(NOTIFY_WRITE)
@@ -385,7 +385,7 @@ class Core:
         return ticket
 
     def forget_in_child(self) -> None:
-        """A child made by fork has a copy of this, which is not the channel: let go of it, and say why."""
+        """Close the copy that a child made by fork has, and say why: it is not the channel."""
         if not self.closed:
             self._make_locks()
             owner = self.end.owner

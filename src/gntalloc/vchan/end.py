@@ -100,7 +100,7 @@ class End:
             self.atomics.fence()
 
     def ask_again(self) -> None:
-        """The peer clears a bit when it rings."""
+        """Ask the peer to ring again: it clears its bit when it rings."""
         with self._asking:
             if not self.closing:
                 self._page[self.role.asking] = self._wanted
@@ -134,7 +134,7 @@ class End:
     # What the peer is.
 
     def wait_with(self, join: Callable[[End], None]) -> None:
-        """This end has no peer yet. When one has come, call `join`."""
+        """Call `join` when a peer has come. This end has none yet."""
         self._join = join
 
     def has_come(self) -> bool:
@@ -157,7 +157,7 @@ class End:
                     self._join = None
 
     def joined(self, state_at: int) -> None:
-        """The peer is an end of this package; the extension's states are at this byte of the page."""
+        """Note that the peer is an end of this package; the extension's states are at this byte of the page."""
         self._state_at = state_at
 
     def progress(self) -> Progress:
@@ -196,11 +196,11 @@ class End:
         return not (self.closing or self.bells.hung_up) and self._page[self.role.peer_live] not in {GONE, NOT_YET}
 
     def peer_is_gone(self) -> bool:
-        """It closed, or ended."""
+        """Tell whether the peer has closed, or has ended."""
         return self.bells.hung_up or bool(self._page[self.role.peer_live] == GONE)
 
     def no_more_comes(self) -> bool:
-        """It writes no more, whatever the reason."""
+        """Tell whether the peer writes no more, whatever the reason."""
         page, role, states = self._page, self.role, self._state_at
         if self.bells.hung_up or page[role.peer_live] == GONE:
             return True
@@ -214,7 +214,7 @@ class End:
         return self._state_at is None or bool(self._peer_state() & (FINISHED | GOODBYE))
 
     def gone(self) -> PeerGone:
-        """The error for it."""
+        """Build the error for it."""
         if self.orderly():
             return PeerClosed(f"domain {self.peer} has closed its end of the channel, or writes no more")
         return PeerDied(f"the program in domain {self.peer} ended without closing its end of the channel")
@@ -236,13 +236,13 @@ class End:
             raise self.give_up(broken) from None
 
     def give_up(self, broken: PeerBroke) -> PeerBroke:
-        """The channel is of no more use."""
+        """Mark the channel as broken: it is of no more use."""
         self.broken = broken
         self.reader.ready = self.writer.room = 0
         return broken
 
     def give_away(self, why: str) -> None:
-        """This end is another process's; the peer is told nothing."""
+        """Mark this end as another process's. The peer is told nothing."""
         self.closed_because = why
         self.closing = True
         self.reader.ready = self.writer.room = 0

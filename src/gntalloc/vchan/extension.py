@@ -66,7 +66,7 @@ class Offer(NamedTuple):
 
     @classmethod
     def read(cls, page: memoryview, at: int) -> Offer | None:
-        """What the server offers; None: it is not one of ours, or of another time.
+        """Read what the server offers. None: it is not an end of this package, or an older one.
 
         Raises:
             PeerBroke: an offer that cannot be.
@@ -99,7 +99,7 @@ class Confirmation(NamedTuple):
 
     @classmethod
     def read(cls, page: memoryview, at: int, offered: int) -> Confirmation | None:
-        """What the client takes; None: it is not one of ours.
+        """Read what the client takes. None: it is not an end of this package.
 
         Raises:
             PeerBroke: it takes what was not offered.

@@ -71,7 +71,7 @@ class Orders(NamedTuple):
 
     @classmethod
     def choose(cls, read: int, write: int) -> Orders:
-        """What a server takes to read and to write at least so many bytes at once.
+        """Choose what a server needs to read and to write at least so many bytes at once.
 
         Raises:
             ValueError: more than 1 MiB cannot be had.

@@ -42,7 +42,7 @@ class Tree(Protocol):
     """What is needed of `gntalloc.xenstore.client.Store`."""
 
     def read(self, path: str) -> bytes:
-        """The value of a node."""
+        """Read the value of a node."""
 
     def write(self, path: str, value: bytes | str) -> None:
         """Set it."""

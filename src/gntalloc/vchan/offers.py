@@ -79,7 +79,7 @@ class Offers:
             return self._next()
 
     def take(self) -> None:
-        """The client of the offer has come: the next one gets another."""
+        """Take the offer from the list: its client has come, and the next one gets another."""
         with self._making:
             self._offer = None
 
@@ -142,7 +142,7 @@ class Offers:
                 self._nodes.withdraw()
 
     def _make(self) -> tuple[Channel, Address]:
-        """A channel that waits, and what its client needs to know."""
+        """Make a channel that waits, and what its client needs to know."""
         barriers = atomics()  # first: it may refuse
         domain, peer = self._domain, self.peer
         orders, large = self._sizes
@@ -197,7 +197,7 @@ class Offers:
         return offer
 
     def _join(self, end: End, offer: Offer | None) -> None:
-        """A client has come: what is it, and what does it take of the offer?"""
+        """Join the client that has come: see what it is, and what it takes of the offer."""
         self._withdraw()
         at = extension.place(end.pages.orders)
         confirmed: Confirmation | None = None if offer is None else Confirmation.read(end.pages.memory, at, offer.flags)
@@ -212,7 +212,7 @@ class Offers:
 
 
 def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders, Orders]:
-    """The rings as libxenvchan shall see them, and as two of our own ends use them."""
+    """Choose the rings as libxenvchan shall see them, and as two ends of this package use them."""
     read, write = size if isinstance(size, tuple) else (size, size)
     most, more = 1 << layout.LARGEST_ORDER, 1 << extension.LARGEST
     for each in read, write:

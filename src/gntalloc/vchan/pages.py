@@ -92,7 +92,7 @@ class ChannelPages:
         self.flags = self.memory[CLI_LIVE : CLI_LIVE + 4].cast("I")
 
     def rings(self, role: Role, atomics: Atomics) -> tuple[Reader, Writer]:
-        """The ring that this end reads, and the one it writes."""
+        """Give the ring that this end reads, and the one it writes."""
         one, other = (self._left, self._right) if role.reads_left else (self._right, self._left)
         reader = Reader(
             one.pages.memory, one.size, self._indexes, *role.reads, atomics, base=one.base, mirrored=one.mirrored
@@ -142,7 +142,7 @@ class ChannelPages:
         self._header.notify_when_unmapped(clear=clear, port=port)
 
     def break_promise(self) -> None:
-        """That a peer's page is unmapped here is no news to it any more. Of a page of our own it never is."""
+        """Clear the promise to tell the peer when its page is unmapped here. A page of our own has none."""
         if isinstance(self._header, MappedPages):
             break_promise(self.file, _area(self._header))
 

@@ -97,7 +97,7 @@ def _receive(channel: Channel, sink: int, moved: Callable[[int], None], sender: 
 
 
 def _wait_for(sender: _Sender, channel: Channel) -> None:
-    """The peer writes no more, but may read: until all is sent, or the peer is gone."""
+    """Wait until all is sent, or the peer is gone. The peer writes no more, but may read."""
     poll = waits.poll()
     poll.register(sender.done, waits.POLLIN)
     bells = core_of(channel).end.bells

@@ -158,7 +158,7 @@ class Writer(_HalfRing):
         self._indexes[self._mine] = index
 
     def view(self, length: int, skip: int = 0) -> memoryview | None:
-        """The next bytes to be written, after `skip` of them; None: they do not lie in one piece."""
+        """Give the next bytes to be written, after `skip` of them. None: they do not lie in one piece."""
         at = self._base + ((self.index + skip) & self._mask)
         return self.memory[at : at + length] if at + length <= self._end else None
 
@@ -296,7 +296,7 @@ class Reader(_HalfRing):
         self.advance(length + HEADER)
 
     def view(self, length: int, skip: int = 0) -> memoryview | None:
-        """The next bytes to be read, after `skip` of them; None: they do not lie in one piece."""
+        """Give the next bytes to be read, after `skip` of them. None: they do not lie in one piece."""
         at = self._base + ((self.index + skip) & self._mask)
         return self.memory[at : at + length].toreadonly() if at + length <= self._end else None
 
@@ -305,7 +305,7 @@ class Reader(_HalfRing):
         return min(self.ready, self._end - self._base - (self.index & self._mask))
 
     def look(self, length: int, skip: int = 0) -> bytes:
-        """A copy of the next bytes, after `skip` of them."""
+        """Copy the next bytes, after `skip` of them."""
         return self._bytes(self.index + skip, length)
 
     def advance(self, length: int) -> None:

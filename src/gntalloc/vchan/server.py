@@ -44,7 +44,7 @@ class Listener:
         self.path = self._offers.path
 
     def offer(self) -> Channel:
-        """The channel of the next client, who may not have come yet: what is written is there when it comes.
+        """Give the channel of the next client, which may not have come yet: what is written is there when it comes.
 
         `accept` is this and `Channel.wait_connected`; a thread that is in it does not hold this up. The same channel,
         until somebody has come or it is closed. If the machine or the domain has ended and is there again, it is
@@ -92,7 +92,7 @@ class Listener:
             self._accepting.release()
 
     def __iter__(self) -> Iterator[Channel]:
-        """A channel for each client that comes."""
+        """Yield a channel for each client that comes."""
         while True:
             try:
                 yield self.accept()

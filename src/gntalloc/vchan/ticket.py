@@ -121,7 +121,7 @@ class Ticket:
             raise Busy(f"{self!r} cannot be adopted: it was already, by this process or another") from None
 
     def give_claim_back(self) -> None:
-        """It could not be adopted; another may try."""
+        """Give the claim back: the ticket could not be adopted, and another process may try."""
         os.eventfd_write(self.held.claim, 1)
 
     def send(self, sock: socket.socket) -> None:

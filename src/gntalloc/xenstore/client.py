@@ -54,11 +54,11 @@ class _Tree:
     _tx_id: int
 
     def read(self, path: str) -> bytes:
-        """The value of a node."""
+        """Read the value of a node."""
         return self._ask(Type.READ, "read", path)
 
     def read_text(self, path: str) -> str:
-        """The value of a node as text; bytes that are not UTF-8 come as U+FFFD."""
+        """Read the value of a node as text. Bytes that are not UTF-8 come as U+FFFD."""
         return self.read(path).decode("utf-8", "replace")
 
     def write(self, path: str, value: bytes | str) -> None:
@@ -83,7 +83,7 @@ class _Tree:
         return True
 
     def list(self, path: str) -> tuple[str, ...]:
-        """The names of a node's children, in no particular order."""
+        """List the names of a node's children, in no particular order."""
         try:
             return tuple(wire.split(self._ask(Type.DIRECTORY, "list", path)))
         except StoreError as error:
@@ -92,7 +92,7 @@ class _Tree:
         return self._list_in_parts(path)
 
     def get_permissions(self, path: str) -> tuple[Permission, ...]:
-        """A node's permissions: the owner's entry, then the others."""
+        """Read a node's permissions: the owner's entry, then the others."""
         entries = wire.split(self._ask(Type.GET_PERMS, "get permissions of", path))
         try:
             return tuple(Permission.parse(entry) for entry in entries)
@@ -105,7 +105,7 @@ class _Tree:
         self._ask(Type.SET_PERMS, "set permissions of", path, entries)
 
     def _list_in_parts(self, path: str) -> tuple[str, ...]:
-        """The children of a node with more than fit one message.
+        """List the children of a node with more than fit one message.
 
         Each part starts with the node's generation: if it changes, the node did, and all begins again. The
         list ends where an empty name stands.
@@ -319,7 +319,7 @@ def _open(path: str | None) -> Connection:
 
 
 def _connect(path: str) -> int:
-    """A descriptor connected to a Unix socket, or of an open device."""
+    """Connect to a Unix socket, or open a device. Gives the descriptor."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     with waits.Socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:

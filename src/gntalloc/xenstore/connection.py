@@ -58,7 +58,7 @@ class Watcher(Protocol):
         """Something happened at this path."""
 
     def end(self) -> None:
-        """This end closed the connection."""
+        """Note that this end closed the connection."""
 
 
 def _is_worth_asking(kind: int, answer: Message) -> bool:
@@ -135,7 +135,7 @@ class Connection:
         return answer
 
     def _why(self, deadline: Deadline) -> str:
-        """The daemon's reason for what it has just refused; empty if it gives none, as every daemon but ours."""
+        """Ask the daemon why it has just refused; empty if it gives no reason, as every daemon but ours."""
         try:
             answer = self._exchange(wire.WHY, b"\0", 0, deadline)
         except GntallocError:
@@ -269,7 +269,7 @@ class Connection:
                     raise TimedOut(f"{self.name} takes no requests; try again") from None
 
     def _forget(self) -> None:
-        """The request was not sent: there will be no answer."""
+        """Forget a request that was not sent: there will be no answer."""
         with self.changed:
             self._awaited = None
 

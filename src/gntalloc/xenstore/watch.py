@@ -45,7 +45,7 @@ class Watch:
             raise
 
     def wait(self, *, timeout: float | None = None) -> str:
-        """The path of the next change; relative if the watch is.
+        """Wait for the next change, and return its path; relative if the watch is.
 
         Raises:
             TimedOut: nothing happened for `timeout` seconds.
@@ -58,11 +58,11 @@ class Watch:
         return path
 
     def poll(self) -> str | None:
-        """The path of a change that is here already, or None. For use after select."""
+        """Return the path of a change that is here already, or None. For use after select."""
         return self._connection.wait(self._take, Deadline(0))
 
     def fileno(self) -> int:
-        """A descriptor that select and the like find readable when `poll` is worth calling.
+        """Give a descriptor that select and the like find readable when `poll` is worth calling.
 
         It is an epoll over the connection and a bell of this watch's own, because another thread may already
         have read this watch's event off the connection.

@@ -88,7 +88,7 @@ class DeviceFile(Protocol):
         """
 
     def fileno(self) -> int:
-        """The descriptor that is this file."""
+        """Give the descriptor that is this file."""
 
     @property
     def lost(self) -> bool:
@@ -121,4 +121,4 @@ class Devices(Protocol):
         """Tell after MachineGone whether the domain can be talked with again."""
 
     def reopen(self, name: str, descriptor: int) -> DeviceFile:
-        """A file of that device which is open already, by a descriptor that another process gave. It is owned then."""
+        """Take over an open file of that device, by a descriptor that another process gave. It is owned then."""

@@ -67,7 +67,7 @@ class KernelDevices:
         return False
 
     def destroy(self) -> None:
-        """A program cannot end the domain that it runs in.
+        """Refuse: a program cannot end the domain that it runs in.
 
         Raises:
             NotKnownHere: always.
@@ -75,7 +75,7 @@ class KernelDevices:
         raise NotKnownHere("a program cannot destroy the Xen domain it runs in; use the toolstack (xl destroy)")
 
     def open_store(self) -> Store:
-        """A connection of its own to xenstore.
+        """Open a connection of its own to xenstore.
 
         Raises:
             NoMachine: it cannot be reached.
@@ -177,7 +177,7 @@ class KernelFile:
         )
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Give the descriptor."""
         if self._descriptor < 0:
             raise Closed(f"this {self.name} file is closed; open it again")
         return self._descriptor

@@ -116,7 +116,7 @@ class MachineDevices:
         self._channel.close()
 
     def open_store(self) -> Store:
-        """A connection of its own to xenstore.
+        """Open a connection of its own to xenstore.
 
         Raises:
             NoMachine: there is none.
@@ -266,7 +266,7 @@ class MachineFile:
         return Holders(bool(answer.result), answer.read(HoldersAnswer).mapped_by, released)
 
     def fileno(self) -> int:
-        """The home: to be kept or passed on. Only that of evtchn is to be polled, read and written."""
+        """Give the file's home, to be kept or passed on. Only that of evtchn can be polled, read and written."""
         return self._open_home().fileno()
 
     def close(self) -> None:
