@@ -10,7 +10,7 @@ import importlib
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -85,22 +85,23 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, and exit with the status that docs/command-line.md gives."""
     _provide_streams()
+    output = sys.stdout  # click puts another in its place when the reader has left
     try:
         outcome = group.main(arguments, prog_name="gntalloc", standalone_mode=False)
         code = outcome if isinstance(outcome, int) else 0
-        sys.stdout.flush()
+        output.flush()
     except SystemExit as end:
-        code = _flushed(end)
+        code = _flushed(output, end)
     except BaseException as error:
-        code = _flushed(SystemExit(explain(error)))
+        code = _flushed(output, SystemExit(explain(error)))
     sys.exit(code)
 
 
-def _flushed(end: SystemExit) -> int:
+def _flushed(output: TextIO, end: SystemExit) -> int:
     """Give a command's own exit status, unless its output cannot be written."""
     code = end.code if isinstance(end.code, int) else int(end.code is not None)
     try:
-        sys.stdout.flush()
+        output.flush()
     except Exception as error:
         return explain(error)
     return code
