@@ -247,6 +247,14 @@ def test_closed_streams(folder: Path, words: list[str], closing: str) -> None:
     look(done, *({0, 1} if closed_echo else here.get(words[0], {usual})))
 
 
+def test_a_closed_stream_whose_number_a_library_has_taken() -> None:
+    """As libffi does with CPython 3.14: the file is open before the command line begins."""
+    begin = "import os; from gntalloc.cli import main; assert os.open('/dev/zero', 0) == 1; main(['--version'])"
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", begin]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE)
+    look(done, 0)
+
+
 def test_a_reader_that_leaves(folder: Path) -> None:
     for words in WRITING:
         reading, writing = os.pipe()

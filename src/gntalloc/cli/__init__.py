@@ -110,16 +110,17 @@ def _flushed(output: TextIO, end: SystemExit) -> int:
 def _provide_streams() -> None:
     """Replace closed streams, and let no character that a terminal lacks be an error.
 
-    A read from a replaced stream gets nothing, and a write goes nowhere. No other file can take its number.
+    A read from a replaced stream gets nothing, and a write goes nowhere. No file that is opened from now on can take
+    its number; one that a library has opened before may have it, so a replaced stream has a number of its own.
     """
     while (nothing := _nothing()) <= _LAST_STREAM:
         pass
     os.close(nothing)
-    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(_nothing(), encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(_nothing(), "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     given = sys.stdout
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Output(1, "w", closefd=False)),
+        io.BufferedWriter(_Output(1 if given else _nothing(), "w", closefd=False)),
         encoding=given.encoding if given else "utf-8",
         errors="backslashreplace",
         line_buffering=os.isatty(1),
