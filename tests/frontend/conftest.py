@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.frontend.kit import SIZE
 
 from gntalloc.frontend.blkback import Backend
 from gntalloc.frontend.blkfront import BlockDevice
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from gntalloc import Domain, Machine
 
 PATIENCE = 20.0
-SIZE = 3 << 20
 DEVICE = Device("vbd", 51712, 1, 0)
 
 

@@ -1,6 +1,7 @@
 """What any backend must do, ours, a kernel's or QEMU's: checks of a disk whose content is known.
 
 Each takes an open BlockDevice and what is on it, and nothing else; so they run wherever there is one.
+This file goes into the lab's guests alone, so it imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
-
-from tests.frontend.conftest import SIZE
 
 from gntalloc.frontend.blkif import Operation
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from gntalloc.testing import Program
 
 PATIENCE = 30.0
+SIZE = 3 << 20  # of a disk's content, at most
 
 
 def all_of_it_is_read(disk: BlockDevice, content: bytes) -> None:

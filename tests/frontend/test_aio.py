@@ -12,8 +12,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
-from tests.frontend.kit import kill, run
+from tests.frontend.conftest import DEVICE, PATIENCE
+from tests.frontend.kit import SIZE, kill, run
 
 from gntalloc import Closed, DeviceError, GntallocError, PeerClosed, PeerDied, TimedOut, aio
 from gntalloc.frontend.xenbus import State

@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
-from tests.frontend.kit import CHECKS, kill, read_for_ever
+from tests.frontend.conftest import DEVICE, PATIENCE
+from tests.frontend.kit import CHECKS, SIZE, kill, read_for_ever
 
 from gntalloc import Closed, DeviceError, PeerClosed, PeerDied, TimedOut
 from gntalloc.frontend.blkfront import BlockDevice

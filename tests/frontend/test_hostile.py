@@ -12,7 +12,8 @@ from struct import pack
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.frontend.conftest import DEVICE, PATIENCE, SIZE
+from tests.frontend.conftest import DEVICE, PATIENCE
+from tests.frontend.kit import SIZE
 
 from gntalloc import PeerBroke, PeerClosed
 from gntalloc.clock import Deadline

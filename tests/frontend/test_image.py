@@ -20,8 +20,8 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.frontend.conftest import DEVICE, PATIENCE, SIZE, serve
-from tests.frontend.kit import run
+from tests.frontend.conftest import DEVICE, PATIENCE, serve
+from tests.frontend.kit import SIZE, run
 
 from gntalloc import DeviceError, PeerClosed, aio
 from gntalloc.errors import Busy

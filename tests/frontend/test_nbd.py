@@ -9,8 +9,8 @@ from struct import Struct, pack
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.frontend.conftest import PATIENCE, SIZE
-from tests.frontend.kit import run
+from tests.frontend.conftest import PATIENCE
+from tests.frontend.kit import SIZE, run
 
 from gntalloc import aio
 from gntalloc.frontend.nbd import LARGEST, NbdServer
