@@ -248,8 +248,8 @@ def test_closed_streams(folder: Path, words: list[str], closing: str) -> None:
 
 
 def test_a_closed_stream_whose_number_a_library_has_taken() -> None:
-    """As libffi does with CPython 3.14: the file is open before the command line begins."""
-    begin = "import os; from gntalloc.cli import main; assert os.open('/dev/zero', 0) == 1; main(['--version'])"
+    """As libffi does with CPython 3.14: a file is number 1 before the command line begins, if not one of ours."""
+    begin = "import os; from gntalloc.cli import main; os.open('/dev/zero', 0); main(['--version'])"
     command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", begin]
     done = subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE)
     look(done, 0)
