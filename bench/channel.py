@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ Figures = dict[str, float]
 Ends = tuple["Callable[[bytes], object]", "Callable[[], object]"]
 
 
-class Peer:
+class Peer(ABC):
     """A transport: made before the fork, `end` called on both sides after it."""
 
     ring = RING
@@ -54,11 +55,12 @@ class Peer:
         self.machine = machine
         self.size = size
 
+    @abstractmethod
     def end(self, first: bool) -> Ends:
-        raise NotImplementedError  # each transport has its own; there is no end of none
+        """Give this side's end of the transport."""
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None:  # noqa: B027  most transports hold nothing
+        """Give back what the transport holds."""
 
 
 class PipeOfMultiprocessing(Peer):

@@ -57,9 +57,8 @@ SERVERS = {
 }
 CLIENT = """
 import asyncio, gntalloc, importlib, numpy, sys
-sys.path.insert(0, sys.argv[1])
-example, domain = importlib.import_module(sys.argv[2]), gntalloc.current_domain()
-print(*eval(sys.argv[3]))
+example, domain = importlib.import_module(sys.argv[1]), gntalloc.current_domain()
+print(*eval(sys.argv[2]))
 """
 ANSWERS = {"asyncio_service.py": "ok b\n", "numpy_service.py": "1.0 2.0 3.0\n"}
 
@@ -69,7 +68,7 @@ def test_a_server_and_a_client_of_their_own(name: str, tmp_path: Path) -> None:
     """As the head of the file says, on a machine that runs already; one client after another."""
     folder = str(tmp_path / "m")
     machine = [sys.executable, "-m", "gntalloc", "machine", "--name", folder]
-    client = [sys.executable, "-c", CLIENT, str(EXAMPLES), name.removesuffix(".py"), SERVERS[name]]
+    client = [sys.executable, "-c", CLIENT, name.removesuffix(".py"), SERVERS[name]]
     with Limited(machine, stdout=subprocess.PIPE, text=True) as beside:
         assert beside.stdout is not None
         while "runs as pid" not in beside.stdout.readline():
@@ -77,7 +76,8 @@ def test_a_server_and_a_client_of_their_own(name: str, tmp_path: Path) -> None:
         serving = {**HERE, "GNTALLOC_DOMAIN": f"{folder}/1"}
         with Limited([sys.executable, str(EXAMPLES / name), "serve", "2"], env=serving) as server:
             for _ in range(2):
-                assert run(*client, env={**HERE, "GNTALLOC_DOMAIN": f"{folder}/2"}) == ANSWERS[name]
+                environment = {**HERE, "PYTHONPATH": str(EXAMPLES), "GNTALLOC_DOMAIN": f"{folder}/2"}
+                assert run(*client, env=environment) == ANSWERS[name]
             server.kill()
         beside.terminate()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from limits import status_of
+from scarce import descriptors_left
 
 from gntalloc import clock, holders
 from gntalloc.errors import DeviceError
@@ -83,25 +84,6 @@ def bench() -> Iterator[Bench]:
     assert (bench.frames.pages, bench.frames.extents) == (0, 0)
     bench.frames.close()
     assert_cleaned_up(None, before)
-
-
-@contextlib.contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
-    """So many more can be opened."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        for _ in range(count):
-            os.close(taken.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in taken:
-            os.close(descriptor)
 
 
 def in_child(work: Callable[[], None]) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
-    """So many more can be opened."""
+    """Let this process open so many descriptors more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))

@@ -21,6 +21,7 @@ Sources: Xen's public io/ring.h, for layout and thresholds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from gntalloc.errors import PeerBroke
@@ -56,7 +57,7 @@ def slots_of(size: int, entry: int) -> int:
     return 1 << fit.bit_length() - 1
 
 
-class _RingEnd:
+class _RingEnd(ABC):
     """What both ends have in common.
 
     Args:
@@ -98,9 +99,9 @@ class _RingEnd:
         self._seen = 0  # its producer when it was last looked at
         self._broken: str | None = None
 
+    @abstractmethod
     def _limit(self) -> int:
         """Give the largest value that the other end's producer index can have."""
-        raise NotImplementedError  # a ring is one of its two ends, below: each has its own rule, this base has none
 
     def put(self, entry: bytes) -> None:
         """Write an entry into the next slot; there must be one. `show` shows it."""
