@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from gntalloc.cli import doctor
-from gntalloc.cli.probes import Finding
+from gntalloc.cli.probe import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gntalloc.cli import probes
-from gntalloc.cli.probes import PROBES, Finding, Lacking, Probe, look, look_at_everything
+from gntalloc.cli import probes, run_probes
+from gntalloc.cli.doctor import look_at_everything
+from gntalloc.cli.probe import Finding, Lacking, Probe, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+PROBES = [*probes.PROBES, *run_probes.PROBES]
 
 
 def probe(name: str) -> Finding:
@@ -182,7 +186,7 @@ def test_no_libatomic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_child_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a child cannot do is tried for real in cli/test_doctor.py."""
-    monkeypatch.setattr(probes, "_TRIAL", "import os; os._exit(3)")
+    monkeypatch.setattr(run_probes, "_TRIAL", "import os; os._exit(3)")
     assert probe("ptrace").found.startswith("the child ended with 3; ")
 
 

@@ -7,10 +7,11 @@ import sys
 
 import click
 
-from gntalloc.cli.probes import Finding, look_at_everything
+from gntalloc.cli import probes, run_probes
+from gntalloc.cli.probe import Finding, look
 from gntalloc.cli.show import table
 
-__all__ = ["command"]
+__all__ = ["command", "look_at_everything"]
 
 
 @click.command()
@@ -29,6 +30,11 @@ def command(as_json: bool, strict: bool) -> None:
     else:
         _show(findings)
     sys.exit(0 if ok else 1)
+
+
+def look_at_everything() -> list[Finding]:
+    """Try everything, and first all that is required."""
+    return [look(each) for each in sorted([*probes.PROBES, *run_probes.PROBES], key=lambda probe: not probe.required)]
 
 
 def _show(findings: list[Finding]) -> None:

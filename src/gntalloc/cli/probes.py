@@ -1,15 +1,9 @@
-"""Find out by trying what this computer has and lacks. `gntalloc doctor` shows it.
-
-Each probe is a function that does a thing once, on throw-away files of its own, and says in a few words what it found.
-If it cannot, it raises, and the exception becomes the finding. Each probe names its purpose, and what to do if it
-fails.
-"""
+"""The probes of what a machine needs, and of what adds to it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -20,92 +14,27 @@ import socket
 import struct
 import subprocess
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
-import gntalloc
+from gntalloc.cli.probe import Lacking, Probe, probe, setting
 from gntalloc.errors import GntallocError
 from gntalloc.libc import check, libc
 from gntalloc.places import machine_folder, make_top_folder, top_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["PROBES", "Finding", "Lacking", "Probe", "look", "look_at_everything"]
+__all__ = ["PROBES"]
+
+PROBES: list[Probe] = []
+_probe = partial(probe, PROBES)
 
 _F_SEAL_FUTURE_WRITE = 0x10  # in fcntl since Python 3.13
 _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, process
 _IN_CLOSE = 0x08 | 0x10
 _XEN_DEVICES = ("/dev/xen/gntalloc", "/dev/xen/gntdev", "/dev/xen/evtchn")
-_LIMITS = {  # limits that can stand in the way of any probe
-    errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
-    errno.EMFILE: "raise the limit of open files: ulimit -n 1024",
-    errno.EAGAIN: "raise the limit of processes: ulimit -u",
-}
 _SPARE_DESCRIPTORS = 64  # a machine needs these besides one for each live allocation
-
-
-class Lacking(Exception):
-    """A probe found something wrong, which is said in place of an errno. It may also know better what to do."""
-
-    def __init__(self, what: str, advice: str = "") -> None:
-        super().__init__(what)
-        self.advice = advice
-
-
-class Probe(NamedTuple):
-    """Describe one thing to try."""
-
-    name: str
-    purpose: str
-    advice: str
-    required: bool
-    attempt: Callable[[], str]
-    of_run: bool = False
-
-
-class Finding(NamedTuple):
-    """Tell the outcome of a probe."""
-
-    name: str
-    ok: bool
-    required: bool
-    found: str
-    purpose: str
-    advice: str
-    of_run: bool = False  # whether `gntalloc run` needs it
-
-
-PROBES: list[Probe] = []
-
-
-def look(probe: Probe) -> Finding:
-    """Try one thing. An exception that it raises is a finding, not an error."""
-    ok, found, advice = True, "", probe.advice
-    try:
-        found = probe.attempt()
-    except Lacking as lack:
-        ok, found, advice = False, str(lack), lack.advice or advice
-    except OSError as error:
-        ok, found = False, f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'no errno')})"
-        advice = _LIMITS.get(error.errno or 0, advice)
-    except Exception as error:
-        ok, found = False, f"{type(error).__name__}: {error}"
-    return Finding(probe.name, ok, probe.required, found, probe.purpose, "" if ok else advice, probe.of_run)
-
-
-def look_at_everything() -> list[Finding]:
-    """Try everything, and first all that is required."""
-    return [look(probe) for probe in sorted(PROBES, key=lambda probe: not probe.required)]
-
-
-def _probe(
-    name: str, purpose: str, advice: str, *, required: bool = False, of_run: bool = False
-) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    def register(attempt: Callable[[], str]) -> Callable[[], str]:
-        PROBES.append(Probe(name, purpose, advice, required, attempt, of_run))
-        return attempt
-
-    return register
 
 
 # Without these nothing runs.
@@ -252,7 +181,7 @@ def inotify() -> str:
     finally:
         os.close(queue)
     limits = (
-        f"{_setting('fs/inotify/' + name)} {what}"
+        f"{setting('fs/inotify/' + name)} {what}"
         for name, what in (
             ("max_user_watches", "watches"),
             ("max_queued_events", "queued events"),
@@ -325,57 +254,6 @@ def libatomic() -> str:
     return "libatomic.so.1"
 
 
-# Without these no program can be run unmodified.
-
-
-@_probe(
-    "seccomp notification",
-    "unmodified programs (run)",
-    "Linux 5.14 or newer on x86-64; in a container: --security-opt seccomp=unconfined",
-    of_run=True,
-)
-def seccomp() -> str:
-    """Have a child's open brought to us, and answer it with a descriptor."""
-    if platform.machine() != "x86_64":
-        raise Lacking(f"programs for {platform.machine()} cannot be served")
-    return _in_child("notification")
-
-
-@_probe(
-    "a child's memory",
-    "unmodified programs (run)",
-    "sysctl -w kernel.yama.ptrace_scope=1 (or 0); in a container: --security-opt seccomp=unconfined, or --cap-add "
-    "SYS_PTRACE",
-    of_run=True,
-)
-def memory() -> str:
-    """Read the memory that a child's call points to (process_vm_readv)."""
-    return _with_scope("memory")
-
-
-@_probe(
-    "ptrace",
-    "maps in unmodified programs (run)",
-    "sysctl -w kernel.yama.ptrace_scope=1 (or 0); in a container: --security-opt seccomp=unconfined, or --cap-add "
-    "SYS_PTRACE; not under strace or gdb",
-    of_run=True,
-)
-def ptrace() -> str:
-    """Map a page in a child that does not know this package."""
-    return _with_scope("placing")
-
-
-@_probe(
-    "user namespaces",
-    "domains of one user that cannot reach each other (run --userns)",
-    "sysctl -w user.max_user_namespaces=10000, kernel.unprivileged_userns_clone=1 (Debian) or "
-    "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu); or run as root",
-)
-def user_namespaces() -> str:
-    """Enter one in a child, and write its ids."""
-    return _in_child("namespace")
-
-
 # These add something else.
 
 
@@ -416,54 +294,6 @@ def _memory_file() -> Iterator[tuple[int, int]]:
             os.close(again)
     finally:
         os.close(first)
-
-
-def _setting(name: str) -> str:
-    with open(f"/proc/sys/{name}", encoding="ascii") as file:
-        return file.read().strip()
-
-
-def _with_scope(trial: str) -> str:
-    """Run a trial, and name the setting that decides about it."""
-    try:
-        scope = f"kernel.yama.ptrace_scope is {_setting('kernel/yama/ptrace_scope')}"
-    except OSError:
-        scope = "no Yama"
-    try:
-        return f"{_in_child(trial)}; {scope}"
-    except Lacking as lack:
-        raise Lacking(f"{lack}; {scope}", lack.advice) from None
-
-
-_TRIAL = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from gntalloc.run import selftest
-try: print(getattr(selftest, sys.argv[2])())
-except OSError as error:
-    print(error.strerror or error, file=sys.stderr)
-    sys.exit(error.errno or 1)
-"""
-
-
-def _in_child(trial: str) -> str:
-    """Run a trial of `run/selftest.py` in another Python, since it cannot be undone. Return what the trial found."""
-    where = os.path.dirname(os.path.dirname(os.path.abspath(gntalloc.__file__)))
-    command = [sys.executable, "-I", "-S", "-c", _TRIAL, where, trial]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired:
-        raise Lacking("it did not come to an end within 20 s") from None
-    if done.returncode == errno.EBUSY:
-        raise Lacking(
-            "another process serves our system calls already: `gntalloc run`, or a container's keeper",
-            "run the doctor outside of `gntalloc run`: a process has one supervisor",
-        )
-    if done.returncode != 0:
-        raise Lacking((done.stderr.strip().splitlines() or [f"the child ended with {done.returncode}"])[-1])
-    return done.stdout.strip()
 
 
 def _version(program: str, option: str) -> str:
