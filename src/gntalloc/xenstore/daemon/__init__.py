@@ -10,6 +10,8 @@
     watches       find the watches that an event fires
     view          show the tree as one request sees it
     control       carry out the administrator's commands
+    request       hold a request as its handlers see it
+    nodes         serve the requests about nodes
     server        turn requests into answers
 
 The code that serves the sockets feeds `Daemon.handle` with messages and sends the messages of `Session.outbox`.

@@ -14,10 +14,12 @@ from gntalloc.xenstore.daemon import arguments
 from gntalloc.xenstore.daemon.control import OK, Control
 from gntalloc.xenstore.daemon.domains import Domain, Domains
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
-from gntalloc.xenstore.daemon.permissions import OWNER, READ, WRITE, Entry, pack, parse
+from gntalloc.xenstore.daemon.nodes import Nodes
+from gntalloc.xenstore.daemon.permissions import Entry
+from gntalloc.xenstore.daemon.request import Request
 from gntalloc.xenstore.daemon.session import Session
 from gntalloc.xenstore.daemon.transactions import Transaction
-from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, parent, too_long
+from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, too_long
 from gntalloc.xenstore.daemon.view import Keeper, View
 from gntalloc.xenstore.daemon.watches import Watches
 from gntalloc.xenstore.wire import Message, Type
@@ -31,15 +33,6 @@ SELF = 0x7FF0  # DOMID_SELF
 INTRODUCED, RELEASED = "@introduceDomain", "@releaseDomain"
 _NUMBERS = 1 << 32  # so many numbers of transactions there are
 _LONGEST_SPECIAL = 2048
-
-
-class Request(NamedTuple):
-    """Hold one request, its session and its transaction."""
-
-    session: Session
-    transaction: Transaction | None
-    view: View
-    body: bytes
 
 
 class Kind(NamedTuple):
@@ -72,12 +65,10 @@ class Daemon:
         self.talking: set[Session] = set()
         """Connections that have messages to send, or that were ended. The code that sends removes them."""
         self.sessions: dict[Domain, list[Session]] = {}
+        nodes = Nodes(self.quotas, self.domains, self._special)
         control = Control(self.quotas, self.domains, self._unread)
         self._kinds: dict[int, Kind] = {
             Type.CONTROL: Kind(lambda request: control.obey(request.body), privileged=True),
-            Type.DIRECTORY: Kind(self._directory),
-            Type.READ: Kind(self._read),
-            Type.GET_PERMS: Kind(self._get_perms),
             Type.WATCH: Kind(self._watch, outside=True),
             Type.UNWATCH: Kind(self._unwatch, outside=True),
             Type.TRANSACTION_START: Kind(self._transaction_start),
@@ -85,16 +76,12 @@ class Daemon:
             Type.INTRODUCE: Kind(self._introduce, privileged=True),
             Type.RELEASE: Kind(self._release, privileged=True),
             Type.GET_DOMAIN_PATH: Kind(self._get_domain_path),
-            Type.WRITE: Kind(self._write),
-            Type.MKDIR: Kind(self._mkdir),
-            Type.RM: Kind(self._rm),
-            Type.SET_PERMS: Kind(self._set_perms),
             Type.IS_DOMAIN_INTRODUCED: Kind(self._is_domain_introduced, privileged=True),
             Type.RESUME: Kind(self._resume, privileged=True),
             Type.SET_TARGET: Kind(self._set_target, privileged=True),
             Type.RESET_WATCHES: Kind(self._reset_watches),
-            Type.DIRECTORY_PART: Kind(self._directory_part),
             wire.WHY: Kind(self._why, outside=True),
+            **{kind: Kind(serve) for kind, serve in nodes.handlers.items()},
         }
         self.tree["/"] = Node(0, (Entry(0, 0),))
         self.introduce(0)
@@ -248,106 +235,6 @@ class Daemon:
                 prefix = "" if path == "/" else path
                 pending.extend(f"{prefix}/{name}" for name in reversed(node.children))
 
-    # Nodes.
-
-    def _directory(self, request: Request) -> bytes:
-        return self._node(request, READ).listing()
-
-    def _directory_part(self, request: Request) -> bytes:
-        if arguments.count(request.body) != 2:
-            raise Refused(errno.EINVAL)
-        path, offset, *_ = request.body.split(b"\0")
-        node = request.view.get(_whole(request.session, path), READ)
-        head = b"%d\0" % node.generation
-        start = arguments.decimal(offset)
-        if start >= node.names:
-            return head + b"\0"
-        names = node.listing()[start:]
-        room = wire.PAYLOAD_MAX - len(head) - 1
-        if len(names) <= room:
-            return head + names + b"\0"
-        return head + names[: names.rindex(b"\0", 0, room) + 1]
-
-    def _read(self, request: Request) -> bytes:
-        return self._node(request, READ).value
-
-    def _get_perms(self, request: Request) -> bytes:
-        return pack(self._node(request, READ).permissions)
-
-    def _write(self, request: Request) -> bytes:
-        first, value = _split(request.body)
-        path = _whole(request.session, first)
-        view = request.view
-        try:
-            node = view.get(path, WRITE)
-        except Refused as refusal:
-            if refusal.code != errno.ENOENT:
-                raise
-            node = view.make(path, value)
-        else:
-            node = view.put(path, node._replace(value=value))
-        view.tell(path, node)
-        return OK
-
-    def _mkdir(self, request: Request) -> bytes:
-        path = _whole(request.session, arguments.one(request.body))
-        try:
-            request.view.get(path, WRITE)
-        except Refused as refusal:
-            if refusal.code != errno.ENOENT:
-                raise
-            request.view.tell(path, request.view.make(path, b""))
-        return OK
-
-    def _rm(self, request: Request) -> bytes:
-        path = _whole(request.session, arguments.one(request.body))
-        try:
-            request.view.get(path, WRITE)
-        except Refused as refusal:
-            if refusal.code != errno.ENOENT or request.view.find(parent(path)) is None:
-                raise
-            return OK
-        if path == "/":
-            raise Refused(errno.EINVAL)
-        request.view.remove(path)
-        return OK
-
-    def _set_perms(self, request: Request) -> bytes:
-        first, *texts = arguments.strings(request.body, 2)
-        view = request.view
-        if view.limited and len(texts) > self.quotas.permissions:
-            raise Refused(errno.ENOSPC, f"permissions {self.quotas.permissions}: {len(texts)} were given")
-        entries = self.domains.meant(parse(texts))
-        if self.domains.know(entries[0].domid) is None:
-            raise Refused(errno.ENOENT)
-        if first.startswith(b"@"):
-            return self._set_special(request, first.decode("latin-1"), entries)
-        path = _whole(request.session, first)
-        node = view.get(path, WRITE | OWNER)
-        before = node.permissions
-        if view.limited and entries[0].domid != before[0].domid:
-            raise Refused(errno.EPERM)
-        changed = view.change_owner(node, entries)
-        try:
-            changed = view.put(path, changed)
-        except Refused:
-            view.change_owner(changed, before)
-            raise
-        view.tell(path, changed, before=before)
-        return OK
-
-    def _set_special(self, request: Request, name: str, entries: tuple[Entry, ...]) -> bytes:
-        before = self._special.get(name)
-        if before is None:
-            raise Refused(errno.EINVAL)
-        if request.session.rights(before) & (WRITE | OWNER) != WRITE | OWNER:
-            raise Refused(errno.EACCES)
-        self._special[name] = entries
-        return OK
-
-    def _node(self, request: Request, wanted: int) -> Node:
-        return request.view.get(_whole(request.session, arguments.one(request.body)), wanted)
-
     # Watches.
 
     def _watch(self, request: Request) -> bytes:
@@ -381,7 +268,7 @@ class Daemon:
         if more:
             raise Refused(errno.EINVAL)
         relative = 0 if first[:1] in (b"/", b"@") else len(home(request.session.domain.domid)) + 1
-        return _whole(request.session, first), token, relative
+        return request.whole(first), token, relative
 
     def _reset_watches(self, request: Request) -> bytes:
         self._reset(request.session)
@@ -471,23 +358,5 @@ class Daemon:
         return OK
 
 
-def _split(body: bytes) -> tuple[bytes, bytes]:
-    """Split a body into a path and the bytes that follow it.
-
-    Raises:
-        Refused: EINVAL: there is no path.
-    """
-    path, end, rest = body.partition(b"\0")
-    if not end:
-        raise Refused(errno.EINVAL)
-    return path, rest
-
-
 def _used(domain: Domain, number: int) -> str:
     return f"domain {domain.domid} has {number}"
-
-
-def _whole(session: Session, name: bytes) -> str:
-    """Make a path whole: the domain's home goes in front, if it is relative."""
-    text = name.decode("latin-1")
-    return text if text[:1] in ("/", "@") else f"{home(session.domain.domid)}/{text}"
