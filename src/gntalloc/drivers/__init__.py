@@ -2,6 +2,7 @@
 
 chardev    the part that every device file shares
 gntalloc   allocate pages, grant them, take them back: the heart
+grefs      keep granted pages, for gntalloc
 gntdev     map what others granted
 indexes    choose the index of a map, as Linux does
 copy       copy from and to granted pages

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from struct import pack
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from gntalloc import clock
 from gntalloc.abi.gntalloc import (
@@ -32,6 +32,7 @@ from gntalloc.abi.gntalloc import (
 from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.grefs import FileState, GrantInfo, Gref
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.drivers.releases import Releases
 from gntalloc.errors import BooksWrong, DeviceError
@@ -43,53 +44,9 @@ if TYPE_CHECKING:
 
     from gntalloc.drivers.releases import ReleaseWaiter
 
-__all__ = ["DEFAULT_LIMIT", "GntallocDriver", "GrantInfo", "Gref"]
+__all__ = ["DEFAULT_LIMIT", "GntallocDriver"]
 
 DEFAULT_LIMIT = 1024
-
-
-class Gref:
-    """Keep one granted page."""
-
-    __slots__ = ("born", "domid", "file", "frame", "index", "promise", "readonly", "ref", "state", "users")
-
-    def __init__(
-        self, file: File, state: FileState, index: int, frame: Frame, domid: int, readonly: bool, ref: int, born: float
-    ) -> None:
-        self.file = file
-        self.state = state
-        self.index = index
-        self.frame = frame
-        self.domid = domid
-        self.readonly = readonly
-        self.ref = ref
-        self.users = 1  # the file's list
-        self.promise: Promise | None = None  # what to do when the last user goes
-        self.born = born
-
-
-class FileState:
-    """Keep the state of an open file: its pages by index, those off its list but not free yet, and the next index."""
-
-    __slots__ = ("grefs", "next_index", "released")
-
-    def __init__(self) -> None:
-        self.grefs: dict[int, Gref] = {}
-        self.released: dict[int, Gref] = {}
-        self.next_index = 0
-
-
-class GrantInfo(NamedTuple):
-    """Describe one page, for people and programs to look at."""
-
-    ref: int
-    peer: int
-    writable: bool
-    opener: int  # pid
-    users: int  # 0: released, and lingers
-    mapped_by: tuple[int, ...]
-    held: bool
-    age: float  # seconds
 
 
 class GntallocDriver:

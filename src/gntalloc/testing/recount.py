@@ -12,10 +12,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from gntalloc.abi.grants import RESERVED_REFS, V1_ENTRIES_PER_FRAME
-from gntalloc.drivers.gntalloc import FileState as GntallocState
-from gntalloc.drivers.gntalloc import GntallocDriver
 from gntalloc.drivers.gntdev import Entry
 from gntalloc.drivers.gntdev import FileState as GntdevState
+from gntalloc.drivers.grefs import FileState as GntallocState
 from gntalloc.hypervisor.ports import State
 from gntalloc.maps import PAGE_SIZE
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
     from gntalloc.drivers.chardev import Extent, File, Frame, Record
     from gntalloc.drivers.evtchn import EvtchnDriver
-    from gntalloc.drivers.gntalloc import Gref
+    from gntalloc.drivers.gntalloc import GntallocDriver
+    from gntalloc.drivers.grefs import Gref
     from gntalloc.drivers.notify import Promise
     from gntalloc.hypervisor.grants import GrantTable
     from gntalloc.machine.machine import Guest, Machine
