@@ -256,7 +256,7 @@ def test_nobody_hangs_behind_a_thread_that_waits_for_the_backend(setting: Settin
                     waiting.result(PATIENCE)
                 waiting = threads.submit(lambda: disk.reconnect(timeout=NEVER))
             if way != "read":
-                until(lambda: disk._away, "nobody waits for another backend")
+                until(lambda: disk._waiting.away, "nobody waits for another backend")
             if way == "submit with patience":
                 beside = threads.submit(disk.submit, Operation.READ, 0, buffer)
             else:

@@ -353,7 +353,7 @@ class Choosy(Backend):
 def test_who_needs_one_answer_is_not_held_up_by_who_sleeps_until_there_are_many(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gntalloc.frontend.blkfront._LOOK", 0.0)  # or it may see its answer before it must wait
+    monkeypatch.setattr("gntalloc.frontend.waiting._LOOK", 0.0)  # or it may see its answer before it must wait
     setting.attach()
     with Choosy(setting.dom0, DEVICE, setting.path) as backend, ThreadPoolExecutor(3) as threads:
         backend.held = []
@@ -364,7 +364,7 @@ def test_who_needs_one_answer_is_not_held_up_by_who_sleeps_until_there_are_many(
                     disk.read(0, 512, timeout=PATIENCE)
                 many = threads.submit(disk.read, 4096, 4 * disk.largest, timeout=PATIENCE)
                 deadline = time.monotonic() + PATIENCE
-                while len(backend.held) < 4 or not disk._asleep:
+                while len(backend.held) < 4 or not disk._waiting._asleep:
                     assert time.monotonic() < deadline
                     time.sleep(0.001)
                 small = threads.submit(lambda: [disk.read(0, 512) for _ in range(200)])

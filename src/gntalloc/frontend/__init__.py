@@ -7,6 +7,7 @@ blkif       the numbers and structs of a block device. Pure
 requests    blkfront's core: pages, requests in flight, responses. Pure
 link        a frontend's ring, port and handshake, whatever the device is
 session     a disk and its backend: handshake, requests, checks. What the faces are made of
+waiting     how the threads that use a disk wait for its backend
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 aio         Disk: the same, for asyncio
 nbd         NbdServer: a disk as a network block device
