@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import runpy
 import statistics
 import sys
 import tempfile
@@ -22,14 +23,10 @@ from typing import TYPE_CHECKING
 
 from gntalloc.lab import Lab
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lab" / "vchan"))
-
-import compiled
-
 if TYPE_CHECKING:
     from gntalloc.lab import Session
 
-VCHAN = Path(compiled.__file__).parent
+VCHAN = Path(__file__).parent.parent / "tests" / "lab" / "vchan"
 RING = 1 << 20
 AMOUNT = 64 << 20
 TRIPS = 300
@@ -77,7 +74,7 @@ def main() -> None:
         data = Path(folder) / "data"
         data.write_bytes(os.urandom(3_000_017))
         with Lab.find().boot([options.guest], files=[VCHAN / "peer.py", data], timeout=400) as session:
-            program = compiled.peer(session, Path(folder))
+            program = runpy.run_path(str(VCHAN / "compiled.py"))["peer"](session, Path(folder))
             for domain in (options.guest, "dom0"):
                 session.put([program], domain)
             for number, pair in itertools.product(range(options.rounds), pairs):

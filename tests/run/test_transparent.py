@@ -24,6 +24,30 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-I", "-S", "-c", code)
 
 
+NO_PROCESS = """
+import os, signal
+from gntalloc import GntallocError
+from gntalloc.run import launcher
+
+def fork():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+os.fork, before = fork, os.listdir("/proc/self/fd")
+try:
+    launcher.run(["true"], domid=1)
+except GntallocError as error:
+    print(error)
+assert os.listdir("/proc/self/fd") == before, os.listdir("/proc/self/fd")
+assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+"""
+
+
+def test_where_no_process_can_be_started_nothing_is_left() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_PROCESS], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "ulimit -u" in done.stdout
+
+
 def test_streams_folder_arguments_and_environment(runs: Runs, tmp_path: Path) -> None:
     script = 'cat; pwd; echo "$0 $1"; echo $MINE; echo oops >&2; env | grep -c LC_CTYPE'
     environment = {"PATH": os.environ["PATH"], "MINE": "a b", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}

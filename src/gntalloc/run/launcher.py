@@ -72,11 +72,7 @@ def run(
     """
     path = command[0] if "/" in command[0] else shutil.which(command[0])
     if path is None:
-        if found := shutil.which(command[0], os.F_OK):
-            _say(f"{found} cannot be executed: {os.strerror(errno.EACCES)}")
-            return NOT_EXECUTABLE
-        _say(f"there is no program {command[0]!r} in PATH")
-        return NOT_FOUND
+        return _not_found(command[0])
     _see_to_proc()
     _occupy_streams()
     every = signal.valid_signals()
@@ -91,6 +87,11 @@ def run(
     try:
         supervisor = os.fork()
     except OSError as error:
+        ours.close()
+        theirs.close()
+        os.close(run)
+        os.close(signals)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise GntallocError(
             error.errno or errno.EAGAIN, f"no process can be started: {error.strerror}; `ulimit -u` may be too low"
         ) from None
@@ -110,6 +111,15 @@ def run(
     if os.WIFSIGNALED(status):
         end_by(os.WTERMSIG(status))
     return os.waitstatus_to_exitcode(status)
+
+
+def _not_found(name: str) -> int:
+    """Say why a program cannot be run. Return the exit status, as a shell's."""
+    if found := shutil.which(name, os.F_OK):
+        _say(f"{found} cannot be executed: {os.strerror(errno.EACCES)}")
+        return NOT_EXECUTABLE
+    _say(f"there is no program {name!r} in PATH")
+    return NOT_FOUND
 
 
 def _accompany(
