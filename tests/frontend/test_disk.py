@@ -228,6 +228,39 @@ def test_a_backend_that_closes_in_order_has_not_died(setting: Setting) -> None:
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
 
 
+def test_a_close_has_one_deadline_and_may_be_interrupted(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it waits for what is in flight: the next close begins anew, and waits for no other."""
+    setting.attach()
+    backend = setting.backend()
+    disk = setting.open()
+    backend.process.send_signal(signal.SIGSTOP)
+    disk.submit(Operation.READ, 0, bytearray(512))
+
+    def interrupt() -> None:
+        until(lambda: disk._waiting._asleep, "nobody waits for what is in flight")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        disk.close(timeout=NEVER)
+    thread.join(PATIENCE)
+    given: list[float] = []
+    close = disk._session.close
+
+    def noting(*, timeout: float) -> None:
+        given.append(timeout)
+        close(timeout=timeout)
+
+    monkeypatch.setattr(disk._session, "close", noting)
+    again = threading.Thread(target=lambda: disk.close(timeout=0.2), daemon=True)
+    again.start()
+    again.join(PATIENCE)
+    assert not again.is_alive()
+    assert given == [0.0]  # all of its time went to what is in flight
+    kill(backend)
+
+
 NEVER = 10 * PATIENCE
 
 

@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 from gntalloc.async_only import AsyncOnly
+from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, DeviceError, GntallocError
 from gntalloc.frontend.blkif import SECTOR, Operation
 from gntalloc.frontend.extents import Extent, parse
@@ -127,6 +128,7 @@ class Disk(Described, AsyncOnly):
         if self._closing:
             return
         self._closing = True
+        deadline = Deadline(timeout)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
@@ -137,7 +139,7 @@ class Disk(Described, AsyncOnly):
             self._deafen()
             self._session.closed = True
             self._wake_all()
-            await asyncio.to_thread(self._session.close, timeout=timeout)
+            await asyncio.to_thread(self._session.close, timeout=deadline.within(timeout))
 
     async def __aenter__(self) -> Self:
         return self

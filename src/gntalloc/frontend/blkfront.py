@@ -244,22 +244,20 @@ class BlockDevice(Described):
         """
         deadline = Deadline(timeout)
         with self._waiting.changed:
-            if self._waiting.closing:
-                while not self._session.closed or self._waiting.away:
-                    self._waiting.changed.wait()  # for the thread that closes it
+            while self._waiting.closing and (self._waiting.away or not self._session.closed):
+                self._waiting.changed.wait()  # for the thread that closes it
+            if self._session.closed:
                 return
             self._waiting.closing = True
-            self._session.interrupt()
-            while self._waiting.away:
-                self._waiting.changed.wait()
-            with contextlib.suppress(GntallocError):
-                if self._session.failed is None:
-                    self._waiting.until(
-                        lambda: len(self._session.flights.in_flight), deadline, "the requests in flight"
-                    )
+            try:
+                self._land(deadline)
+            except BaseException:  # Ctrl-C, say: the next close begins anew
+                self._waiting.closing = False
+                self._waiting.changed.notify_all()
+                raise
             self._session.closed = True
             with self._waiting.apart():
-                self._session.close(timeout=timeout)
+                self._session.close(timeout=deadline.within(timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -277,6 +275,16 @@ class BlockDevice(Described):
                     self._session.catch_up()
             finally:
                 self._waiting.changed.release()
+
+    def _land(self, deadline: Deadline) -> None:
+        """Wait for what is in flight, as far as the backend answers before the deadline. The lock is held."""
+        session = self._session
+        session.interrupt()
+        while self._waiting.away:
+            self._waiting.changed.wait()
+        if session.failed is None:
+            with contextlib.suppress(GntallocError):
+                self._waiting.until(lambda: len(session.flights.in_flight), deadline, "the requests in flight")
 
     def _transfer(self, operation: Operation, offset: int, view: memoryview, timeout: float | None) -> None:
         """Read or write whole sectors, with as many requests at a time as there is room for."""

@@ -32,7 +32,6 @@ __all__ = ["Access", "Copied", "Kept", "Mapped"]
 
 MOST_KEPT = 1056
 """Pages that are kept mapped; what a frontend names beyond that replaces what was mapped first."""
-_LARGEST_REF = 0xFFFF_FFFF
 
 
 class Access(Protocol):

@@ -25,7 +25,6 @@ from gntalloc.syscalls.listener import Listener
 
 __all__ = ["be_the_supervisor", "let_go"]
 
-_EXITED = 256  # a wait status: exit code 1
 _NOT_FOUND, _NOT_EXECUTABLE = 127 << 8, 126 << 8
 _UMASK = 0o022
 _LAST_STREAM = 2
