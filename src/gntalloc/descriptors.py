@@ -1,10 +1,28 @@
-"""List the files that a process has open, as /proc tells."""
+"""List the files that a process has open, as /proc tells, and receive files from other processes."""
 
 from __future__ import annotations
 
+import array
 import os
+import socket
 
-__all__ = ["open_files"]
+__all__ = ["open_files", "receive_with"]
+
+
+def receive_with(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Receive up to `size` bytes, and up to `most` descriptors with them, which no program that we start inherits.
+
+    `socket.recv_fds` takes flags and ignores them, so its descriptors are inherited (seen in Python 3.11 to 3.14).
+
+    Raises:
+        OSError: what recvmsg(2) answered.
+    """
+    numbers = array.array("i")
+    data, controls, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(most * numbers.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in controls:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(content[: len(content) // numbers.itemsize * numbers.itemsize])
+    return data, list(numbers)
 
 
 def open_files(pid: int | None = None) -> list[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from limits import status_of
+from scarce import descriptors_left
 
 import gntalloc
 from gntalloc import Busy, Closed, GntallocError, MachineGone, NoMachine, PeerClosed, PeerDied, PeerGone, TimedOut, aio
@@ -197,11 +198,20 @@ def test_the_forking_server_of_the_examples(method: str) -> None:
     assert (done.stdout, done.stderr) == ("HELLO\nthe server of 'crash' died\nGRANT\nMAP\n", "")
 
 
-def test_with_asyncio(roomy: tuple[Domain, Domain]) -> None:
+def test_with_asyncio(roomy: tuple[Domain, Domain], monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with aio.listen(roomy[0], 2, "test", size=4096) as listener:
             client = await aio.connect(roomy[1], 1, "test")
             server = await listener.accept()
+        rang, seen = server._rang, list[str]()
+
+        def rings() -> None:
+            rang()
+            with pytest.raises(Busy, match="a task"):
+                server.detach()
+            seen.append("the task was woken, and had not gone on yet")
+
+        monkeypatch.setattr(server, "_rang", rings)
         waiting = asyncio.create_task(server.recv())
         while not server._waiters:  # noqa: ASYNC110  no event tells of it
             await asyncio.sleep(0)
@@ -209,6 +219,7 @@ def test_with_asyncio(roomy: tuple[Domain, Domain]) -> None:
             server.detach()
         await client.send(b"one")
         assert await waiting == b"one"
+        assert seen
         async with aio.adopt(roomy[0], server.detach()) as other, client:
             await client.send(b"two")
             assert await other.recv() == b"two"
@@ -256,6 +267,17 @@ def test_a_ticket_that_is_lost_on_the_way_is_a_death(roomy: tuple[Domain, Domain
                 ticket.send(near)
             with pytest.raises(PeerDied):
                 theirs.recv(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_where_no_descriptors_are_left_the_channel_stays(roomy: tuple[Domain, Domain], left: int) -> None:
+    with ends(roomy, 0) as (ours, theirs):
+        before = os.listdir("/proc/self/fd")
+        with descriptors_left(left), pytest.raises(OSError, match="Too many open files"):
+            ours.detach()
+        assert os.listdir("/proc/self/fd") == before
+        ours.send(b"still here")
+        assert theirs.recv(timeout=PATIENCE) == b"still here"
 
 
 @both_sides
@@ -337,6 +359,7 @@ def test_what_a_peer_that_has_gone_had_sent_is_read(roomy: tuple[Domain, Domain]
         with near, far, ours.detach() as ticket:
             ticket.send(near)
             with Ticket.receive(far) as other:
+                assert not any(os.get_inheritable(number) for number in other.held if number >= 0)
                 if side == 1:  # the server's pages have ended: they can be had no more where they are not mapped
                     with pytest.raises(PeerGone, match="it has ended"):
                         gntalloc.adopt(other)

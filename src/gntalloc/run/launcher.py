@@ -24,6 +24,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import GntallocError, NoMachine
 from gntalloc.run.children import adopt_orphans, children, send, status_of
 from gntalloc.run.process import be_the_supervisor, let_go
@@ -143,7 +144,7 @@ def _accompany(
                 if process >= 0 and sent and number not in _NOT_HANDED_ON:
                     send(process, number)
                 continue
-            data, descriptors, _, _ = socket.recv_fds(news, 65536, 1)
+            data, descriptors = receive_with(news, 65536, 1)
             if not data:
                 _end_all_that_is_left()
                 return signal.SIGKILL  # the supervisor was killed, and the program with it

@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gntalloc.clock import Deadline
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import GntallocError, TimedOut
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Unmodified:
         """Wait until the program has begun."""
         news.settimeout(_PATIENCE)
         try:
-            data, descriptors, _, _ = socket.recv_fds(news, 65536, 2)
+            data, descriptors = receive_with(news, 65536, 2)
         except TimeoutError:
             raise TimedOut(f"{name} has not begun within {_PATIENCE:g} s") from None
         if not data:

@@ -115,7 +115,7 @@ class Channel(Described, AsyncOnly):
         Raises:
             Busy: a task is in a call of it; and as there.
         """
-        if self._waiters:
+        if self._waiters or any(lock.locked() for lock in (self._reading, self._writing, self._draining)):
             raise Busy(f"{self!r} cannot be detached: a task is in a call of it")
         return super().detach()
 

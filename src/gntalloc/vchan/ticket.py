@@ -18,6 +18,7 @@ import socket
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import Busy, Closed, GntallocError, PeerGone
 from gntalloc.unclosed import warn_unclosed
 from gntalloc.vchan.end import End, Progress
@@ -101,11 +102,17 @@ class Ticket:
             pages.areas(),
             end.progress(),
         )
-        direct = -1 if bells.direct is None or bells.hung_up else os.dup(bells.direct.fileno())
-        claim = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        ticket = cls(tells, Held(claim, os.dup(pages.file.fileno()), os.dup(bells.port.fileno()), direct), pages)
+        held = [os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)]
+        try:
+            held += [os.dup(pages.file.fileno())]
+            held += [os.dup(bells.port.fileno())]
+            held += [-1 if bells.direct is None or bells.hung_up else os.dup(bells.direct.fileno())]
+        except OSError:  # none left: the channel stays as it is
+            for number in held:
+                os.close(number)
+            raise
         bells.let_go()
-        return ticket
+        return cls(tells, Held(*held), pages)
 
     def claim(self) -> None:
         """Be the one that adopts it.
@@ -141,7 +148,7 @@ class Ticket:
             PeerGone: it has closed the socket.
             GntallocError: what came is no ticket.
         """
-        head, numbers, _, _ = socket.recv_fds(sock, _LENGTH.size, len(Held._fields))
+        head, numbers = receive_with(sock, _LENGTH.size, len(Held._fields))
         try:
             if not head:
                 raise PeerGone("no ticket came: the other end of the socket was closed")
@@ -185,9 +192,8 @@ class Ticket:
         self._closed = True
         pages, self.pages = self.pages, None
         if pages is not None:
-            if (
-                self._sent
-            ):  # whoever gets it maps anew; of a client's pages the end of this map would be the peer's news
+            if self._sent:
+                # Its receiver maps anew. The end of this map of a client's pages would be news for the peer.
                 pages.break_promise()
             pages.close_rings()
             pages.close_page()
