@@ -15,6 +15,7 @@ READABLE, WRITABLE, HUNG_UP = int(select.EPOLLIN), int(select.EPOLLOUT), int(sel
 SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
 
 _SWALLOW = 4096
+_MOST_AT_ONCE = 1024
 
 
 class Loop:
@@ -42,17 +43,27 @@ class Loop:
         """Let bytes on `descriptor` end a wait."""
         self.watch(descriptor, lambda _events: _swallow(descriptor))
 
-    def hear(self, patience: float) -> None:
-        """Call the function of each descriptor that has events.
+    def fileno(self) -> int:
+        """Give a descriptor that is readable when a descriptor in this loop has events."""
+        return self._epoll.fileno()
+
+    def hear(self, patience: float, most: int = _MOST_AT_ONCE) -> int:
+        """Call the function of each descriptor that has events, those that have had some for longest first.
 
         Args:
             patience: seconds to wait for the first event. 0 takes only the events that are there, -1 waits for ever.
+            most: the most descriptors that are looked at. The others come first next time.
+
+        Returns:
+            the number of descriptors that had events.
         """
         ready = self._ready
-        for descriptor, events in self._epoll.poll(patience, len(ready)):
+        found = self._epoll.poll(patience, most)
+        for descriptor, events in found:
             call = ready.get(descriptor)
             if call is not None:  # a function that was called before may have ended this one
                 call(events)
+        return len(found)
 
     def close(self) -> None:
         """Close the epoll."""

@@ -34,6 +34,7 @@ __all__ = ["MAX_CONNECTIONS", "Server"]
 
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
+_OWNER = "the owner"  # the key of the account of the machine's owner
 _LEAVING = 0.05  # seconds between looks whether a run is coming in
 
 
@@ -46,6 +47,7 @@ class Server:
         self.stopping = False
         self.loop = Loop()
         self.turns = Turns(self.loop, self._settle)
+        self.turns.open_account(_OWNER, os.getuid())
         self.homes = Homes(self.loop, machine)
         self._waits = Waits()
         self._news_of_homes = self._news_of_waits = self._news_of_pages = False
@@ -78,9 +80,11 @@ class Server:
             GntallocError: EEXIST: there is one of that number.
         """
         guest = self.machine.create(domid, uid=uid, limit=limit)
+        self.turns.open_account(domid, uid)
         try:
             self._doors.open_domain(guest, self._let_in, self._let_in_to_store)
         except GntallocError:
+            self.turns.close_account(domid)
             self.machine.destroy(domid)
             raise
         self._store.deliver()  # tells the domains that watch
@@ -101,6 +105,7 @@ class Server:
         self.visits.forget(domid)
         self.machine.destroy(domid)
         self._store.deliver()  # tells the domains that watch, and hangs up on its programs
+        self.turns.close_account(domid)
 
     # The loop.
 
@@ -116,8 +121,7 @@ class Server:
 
     def close(self) -> None:
         """Disconnect all programs, and remove the sockets from the folder."""
-        for speaker in self.turns:
-            self.turns.drop(speaker, "the machine ends")
+        self.turns.close()
         self._doors.close()
         self.homes.close()
         self._waits.close()
@@ -180,7 +184,7 @@ class Server:
             carry_out=self.machine.carry_out,
             handlers=self._handlers,
         )
-        self.turns.add(connection)
+        self.turns.add(connection, guest.domid)
 
     def _let_in_control(self, sock: socket.socket) -> None:
         self._add_control(Control(sock, self._orders), ends_the_machine=False)
@@ -192,7 +196,7 @@ class Server:
             if ends_the_machine:
                 self.stopping = True
 
-        self.turns.add(control, ended)
+        self.turns.add(control, _OWNER, ended)
 
     def _let_in_to_store(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
         self._store.connect(sock, guest.domid, peer.pid)

@@ -15,6 +15,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from gntalloc import clock
 from gntalloc.errors import DeviceError, PeerBroke
 from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import READABLE, WRITABLE
@@ -66,7 +67,7 @@ class StoreFront:
         except Refused:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
         line = self._lines[session] = StoreLine(sock, session, pid, self)
-        self._turns.add(line, lambda: self._ended(session))
+        self._turns.add(line, domid, lambda: self._ended(session))
 
     def handle(self, line: StoreLine, message: Message) -> None:
         """Serve one request, and send all that it has caused, on any connection."""
@@ -220,7 +221,7 @@ class StoreLine:
     def take_notes(self) -> None:
         """See `Speaker`. Every message here is answered."""
 
-    def take_turn(self) -> None:
+    def take_turn(self, until: float) -> None:
         """See `Speaker`.
 
         Raises:
@@ -230,6 +231,8 @@ class StoreLine:
             if self.session.closed or not self._may_speak():
                 break
             self._front.handle(self, self._inbox.popleft())
+            if clock.now() >= until:
+                break
         if self._broken and not self._inbox:
             raise Dropped("what it sent is no message")
 

@@ -20,7 +20,7 @@ from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
 from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from gntalloc.machine.turns import Speaker
     from gntalloc.wire.stream import Message
@@ -48,9 +48,10 @@ class MessageStream:
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
         self._admitted = 0  # so many messages of the inbox
+        self._rest: Generator[None] | None = None  # the pieces of the message that is served in part
 
-    def serve(self, message: Message, descriptors: list[int]) -> None:
-        """Answer one message. The descriptors are closed by the caller."""
+    def serve(self, message: Message, descriptors: list[int]) -> Generator[None] | None:
+        """Answer one message, or give the pieces in which it is answered. The descriptors are closed by the caller."""
         raise Dropped("nobody listens")
 
     def fileno(self) -> int:
@@ -67,7 +68,7 @@ class MessageStream:
         """See `Speaker`. A program that has sent enough waits for answers first."""
         if self._outbox:
             wanted = WRITABLE
-        elif self.inbox:
+        elif self.inbox or self._rest is not None:
             wanted = RUNNABLE
         else:
             wanted = READABLE
@@ -115,16 +116,20 @@ class MessageStream:
         """See `Speaker`."""
         self._admitted = len(self.inbox)
 
-    def take_turn(self) -> None:
+    def take_turn(self, until: float) -> None:
         """See `Speaker`.
 
         Raises:
             Dropped: the program is gone.
         """
+        self._go_on(until)
         for _ in range(min(self._admitted, MESSAGES_A_TURN)):
-            if self._outbox:
+            if self._outbox or self._rest is not None:
                 break
             self._serve_next()
+            self._go_on(until)
+            if clock.now() >= until:
+                break
         self._judge()
 
     def take_notes(self) -> None:
@@ -141,15 +146,30 @@ class MessageStream:
     @property
     def has_notes(self) -> bool:
         """See `Speaker`."""
-        return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox
+        return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox and self._rest is None
 
     def _serve_next(self) -> None:
         message, descriptors = self.inbox.popleft()
         self._admitted -= 1
         try:
-            self.serve(message, descriptors)
+            self._rest = self.serve(message, descriptors)
         finally:
             received.let_go(descriptors)
+
+    def _go_on(self, until: float) -> None:
+        """Serve pieces of the message that is served in part, if one is: one piece, and more until then."""
+        rest = self._rest
+        if rest is None:
+            return
+        try:
+            next(rest)
+            while clock.now() < until:
+                next(rest)
+        except StopIteration:
+            self._rest = None
+        except BaseException:
+            self._rest = None
+            raise
 
     def answer(
         self,
@@ -226,6 +246,9 @@ class MessageStream:
 
     def close(self) -> None:
         """Disconnect the program, and drop the replies that were meant for it."""
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            rest.close()
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
         received.let_go(list(self._received))

@@ -106,7 +106,7 @@ class _Run:
         """Serve these calls in turn, as long as the supervisor reads the calls that it is handed."""
         self._calls = calls
         self._connection.companion = calls
-        self._turns.add(calls, self._forget)
+        self._turns.add(calls, self._connection.guest.domid, self._forget)
 
     def end(self) -> None:
         """Stop serving the run's calls."""

@@ -24,6 +24,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
+from gntalloc import clock
 from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
 from gntalloc.abi.gntdev import MAP_GRANT_REF
@@ -160,7 +161,7 @@ class Syscalls:
     def take_notes(self) -> None:
         """See `Speaker`."""
 
-    def take_turn(self) -> None:
+    def take_turn(self, until: float) -> None:
         """Answer calls, or have the supervisor answer them."""
         taken = self._taken
         left = min(self._admitted, MESSAGES_A_TURN)
@@ -172,6 +173,8 @@ class Syscalls:
                     self._serving.serve(call)
             except Denied:
                 self._supervisor.take_over(call)
+            if clock.now() >= until:
+                break
         if not taken:
             self.standing = READABLE
 

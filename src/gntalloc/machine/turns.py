@@ -1,31 +1,36 @@
 """Choose which speaker is served next, how much of it, and which has to wait until it reads.
 
 A speaker is a program's connection, a connection of the machine's owner, a connection to xenstore, or the system calls
-of a run. The same rules hold for all. A speaker that has something to serve gets a turn of a few messages, then another
-one gets its turn. A speaker that does not read its replies is not listened to. A speaker that leaves the machine
-waiting is dropped.
+of a run. The same rules hold for all. Each belongs to an account, a domain's or the owner's, which is charged for what
+its speakers cost: hearing them, and serving them. `accounts` says which account is next. A speaker that does not read
+its replies is not listened to. A speaker that leaves the machine waiting is dropped.
+
+Serving goes in rounds of a few milliseconds. In a round an account gets one slice after the other, as long as it has
+had the least. In a slice one speaker after the other gets a turn of a few messages. What takes longer than a slice is
+done in pieces: the speaker goes on with it at its next turn.
 
 A *note* is a call without an answer: IoctlTold, Placed, close(2), munmap(2). Rounds make notes as synchronous as in a
 kernel. A round admits the messages that have come, and then hears once more those that have come since. It settles the
 files and maps that programs have given up. It serves the notes, admitted or not, and only then the admitted requests. A
 note that was sent before a request is heard in that second look. So it is served before the request, over whichever
-connections both came.
+connections both came. An account that has had more than its share is not heard in these looks. Its own notes come late
+then, and those of no other.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc import clock
-from gntalloc.machine.loop import READABLE, SOMETHING_CAME, WRITABLE
+from gntalloc.machine.accounts import SLICE, Accounts
+from gntalloc.machine.loop import READABLE, SOMETHING_CAME, WRITABLE, Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
-    from gntalloc.machine.loop import Loop
+    from gntalloc.machine.accounts import Account
 
 __all__ = ["MESSAGES_A_TURN", "RUNNABLE", "STALLING", "Dropped", "Speaker", "Turns"]
 
@@ -37,6 +42,9 @@ RUNNABLE, STALLING = 1 << 16, 1 << 17
 """Bits of a speaker's standing, beside epoll's."""
 _EVENTS = READABLE | WRITABLE
 _CHECK_FOR_STALLS = 1.0  # seconds
+_ROUND = 0.003  # seconds until those that have come meanwhile are heard
+_FEW = 4  # speakers of an account that need no loop of their own
+_HEARD_AT_ONCE = 16  # speakers of an account, before it is looked at how long that took
 
 
 class Dropped(Exception):
@@ -54,7 +62,7 @@ class Speaker(Protocol):
         """The state of the speaker, in bits.
 
         READABLE: more may come from it. WRITABLE: something waits to be sent. RUNNABLE: a message waits and may be
-        served. STALLING: it keeps the machine waiting.
+        served, or one is served in part. STALLING: it keeps the machine waiting.
         """
 
     @property
@@ -73,8 +81,11 @@ class Speaker(Protocol):
     def admit(self) -> None:
         """Let the messages that have come until now be served at the next turn."""
 
-    def take_turn(self) -> None:
-        """Serve MESSAGES_A_TURN of the messages that were admitted, at most."""
+    def take_turn(self, until: float) -> None:
+        """Serve MESSAGES_A_TURN of the messages that were admitted, at most, and begin none after `until`.
+
+        At least one message is served, or a piece of it.
+        """
 
     def take_notes(self) -> None:
         """Serve the notes before the first request, admitted or not."""
@@ -86,13 +97,14 @@ class Speaker(Protocol):
         """End the speaker."""
 
 
-class _Seat:
+class Seat:
     """Keep what `Turns` knows of one speaker."""
 
-    __slots__ = ("ended", "listened_to", "queued", "speaker", "wanted")
+    __slots__ = ("account", "ended", "listened_to", "queued", "speaker", "wanted")
 
-    def __init__(self, speaker: Speaker, ended: Callable[[], None] | None) -> None:
+    def __init__(self, speaker: Speaker, account: Account, ended: Callable[[], None] | None) -> None:
         self.speaker = speaker
+        self.account = account
         self.ended = ended
         self.queued = False
         self.listened_to = True
@@ -110,23 +122,70 @@ class Turns:
     def __init__(self, loop: Loop, settle: Callable[[], None]) -> None:
         self._loop = loop
         self._settle = settle
-        self._seats: dict[Speaker, _Seat] = {}
-        self._queue: deque[_Seat] = deque()
+        self._accounts = Accounts(loop)
+        self._by_key: dict[Hashable, Account] = {}
+        self._seats: dict[Speaker, Seat] = {}
+        self._calling: list[Account] = []  # with something to hear
+        self._came: list[Seat] = []  # with messages that were not admitted yet
+        self._noted: list[Seat] = []  # with a note first
         self._slow: set[Speaker] = set()
 
     def patience(self) -> float | None:
         """Give the seconds until a round is due though nothing comes. None: none is."""
-        if self._queue:
+        if self._came or self._accounts.any_busy:
             return 0.0
         return _CHECK_FOR_STALLS if self._slow else None
 
     def __iter__(self) -> Iterator[Speaker]:
         return iter(list(self._seats))
 
-    def add(self, speaker: Speaker, ended: Callable[[], None] | None = None) -> None:
-        """Serve a speaker from now on. `ended` is called when it has been dropped."""
-        seat = self._seats[speaker] = _Seat(speaker, ended)
-        self._loop.watch(speaker.fileno(), partial(self._ready, seat))
+    # Accounts.
+
+    def open_account(self, key: Hashable, uid: int) -> None:
+        """Make the account of a domain, or of the machine's owner."""
+        self._by_key[key] = self._accounts.open(uid)
+
+    def close_account(self, key: Hashable) -> None:
+        """End an account, and all speakers that it still has."""
+        account = self._by_key.pop(key)
+        for seat in [each for each in self._seats.values() if each.account is account]:
+            self.drop(seat.speaker, "its domain was destroyed")
+        self._accounts.close(account)
+
+    def close(self) -> None:
+        """End all accounts."""
+        for key in list(self._by_key):
+            self.close_account(key)
+
+    def do(self, key: Hashable, chore: Iterator[None]) -> None:
+        """Do work of an account's own, a slice of it now. The rest comes before its messages."""
+        account = self._by_key[key]
+        begun = clock.now()
+        done = _go_on(chore, begun + SLICE)
+        account.charge(clock.now() - begun)
+        if not done:
+            account.chores.append(chore)
+            self._accounts.wake(account)
+
+    # Speakers.
+
+    def add(self, speaker: Speaker, key: Hashable, ended: Callable[[], None] | None = None) -> None:
+        """Serve a speaker from now on, for the account `key`. `ended` is called when it has been dropped."""
+        account = self._by_key[key]
+        account.speakers += 1
+        if account.speakers > _FEW and account.loop is self._loop:
+            self._move_apart(account)
+        seat = self._seats[speaker] = Seat(speaker, account, ended)
+        account.loop.watch(speaker.fileno(), partial(self._heard, seat))
+
+    def _move_apart(self, account: Account) -> None:
+        """Give an account of many speakers a loop of its own, so that it is heard as a whole, and as far as is fair."""
+        account.loop = Loop()
+        for seat in self._seats.values():
+            if seat.account is account:
+                self._loop.unwatch(seat.speaker.fileno())
+                account.loop.watch(seat.speaker.fileno(), partial(self._heard, seat), seat.wanted)
+        self._loop.watch(account.loop.fileno(), lambda _events: self._calling.append(account))
 
     def drop(self, speaker: Speaker, why: str) -> None:
         """End a speaker. A speaker that is not there any more is no error."""
@@ -135,7 +194,8 @@ class Turns:
             return
         log.debug("%s: %s", type(speaker).__name__, why)
         self._slow.discard(speaker)
-        self._loop.unwatch(speaker.fileno())
+        seat.account.speakers -= 1
+        seat.account.loop.unwatch(speaker.fileno())
         speaker.close()
         if seat.ended is not None:
             seat.ended()
@@ -146,26 +206,97 @@ class Turns:
         if seat is not None:
             self._plan(seat)
 
+    # A round.
+
     def serve(self) -> None:
         """Serve a round, or only settle if no speaker has sent anything."""
-        queue = self._queue
-        admitted = len(queue)
-        if admitted:
-            for seat in queue:
-                seat.speaker.admit()
+        if self._calling:
+            self._hear()
+        if self._came:
+            self._admit()
             self._loop.hear(0)
+            if self._calling:
+                self._hear()
         self._settle()
-        for seat in list(queue):
-            if seat.speaker.has_notes:
-                self._let(seat, seat.speaker.take_notes)
-        for _ in range(admitted):
-            seat = queue.popleft()
-            seat.queued = False
-            self._let(seat, seat.speaker.take_turn)
+        if self._noted:
+            self._serve_notes()
+        if self._accounts.any_busy:
+            self._serve_accounts()
         if self._slow:
             self._drop_the_stalled()
 
-    def _ready(self, seat: _Seat, events: int) -> None:
+    def _hear(self) -> None:
+        """Hear the speakers that have sent something, of accounts that have not had too much."""
+        calling, self._calling = self._calling, []
+        for account in calling:
+            if account.closed:  # by what was heard of another
+                continue
+            account.calling = True
+            self._accounts.wake(account)
+            if self._accounts.in_credit(account):
+                self._hear_one(account)
+
+    def _hear_one(self, account: Account) -> None:
+        """Hear an account with a loop of its own. If there is more then, the loop says so again."""
+        account.calling = False
+        while account.loop.hear(0, _HEARD_AT_ONCE) == _HEARD_AT_ONCE:
+            if account.closed or not self._accounts.in_credit(account):
+                break
+
+    def _admit(self) -> None:
+        came, self._came = self._came, []
+        for seat in came:
+            seat.speaker.admit()
+            if seat.speaker in self._seats:
+                seat.account.waiting.append(seat)
+                self._accounts.wake(seat.account)
+
+    def _serve_notes(self) -> None:
+        """Serve the notes that wait first. The notes of an account that has had too much wait for its slice."""
+        noted, self._noted = self._noted, []
+        for seat in noted:
+            if self._accounts.in_credit(seat.account) and seat.speaker.has_notes:
+                begun = clock.now()
+                self._let(seat, seat.speaker.take_notes)
+                seat.account.charge(clock.now() - begun)
+
+    def _serve_accounts(self) -> None:
+        """Serve the account that has had the least, again and again, until a round is over or nothing is left."""
+        end = clock.now() + _ROUND
+        now = 0.0
+        while now < end and (account := self._accounts.next()) is not None:
+            now = self._serve_slice(account, end)
+
+    def _serve_slice(self, account: Account, end: float) -> float:
+        """Serve one account for a slice, and return the time."""
+        begun = now = clock.now()
+        until = min(end, begun + SLICE)
+        while account.chores and now < until:
+            if _go_on(account.chores[0], until):
+                account.chores.popleft()
+            now = clock.now()
+        while account.waiting and now < until:
+            seat = account.waiting.popleft()
+            seat.queued = False
+            self._let(seat, seat.speaker.take_turn, until)
+            now = clock.now()
+        account.charge(now - begun)
+        if account.calling and now < until:
+            self._hear_one(account)
+        if not account.has_work:
+            self._accounts.rest(account)
+        return now
+
+    def _heard(self, seat: Seat, events: int) -> None:
+        """Take in what a speaker has sent, unless its account has had too much and has work enough."""
+        account = seat.account
+        if account.waiting and not self._accounts.in_credit(account):
+            return
+        begun = clock.now()
+        self._take_in(seat, events)
+        account.charge(clock.now() - begun)
+
+    def _take_in(self, seat: Seat, events: int) -> None:
         speaker = seat.speaker
         try:
             if events & WRITABLE:
@@ -175,19 +306,25 @@ class Turns:
         except Dropped as reason:
             self.drop(speaker, str(reason))
             return
+        except Exception:
+            log.exception("a message could not be received")
+            self.drop(speaker, "receiving from it failed, see above")
+            return
         if not speaker.standing & RUNNABLE:
             self._plan(seat)
         elif not seat.queued:  # it is looked at again when it has had its turn
             seat.queued = True
-            self._queue.append(seat)
+            self._came.append(seat)
+            if speaker.has_notes:
+                self._noted.append(seat)
 
-    def _let(self, seat: _Seat, work: Callable[[], None]) -> None:
+    def _let(self, seat: Seat, work: Callable[..., None], *arguments: float) -> None:
         """Serve a speaker's messages with `work`. No other speaker notices if that fails."""
         speaker = seat.speaker
         if speaker not in self._seats:
             return
         try:
-            work()
+            work(*arguments)
         except Dropped as reason:
             self.drop(speaker, str(reason))
             return
@@ -199,16 +336,18 @@ class Turns:
         if speaker in self._seats:
             self._plan(seat)
 
-    def _plan(self, seat: _Seat) -> None:
+    def _plan(self, seat: Seat) -> None:
         speaker = seat.speaker
         standing = speaker.standing
         if standing & RUNNABLE and not seat.queued:
             seat.queued = True
-            self._queue.append(seat)
+            self._came.append(seat)
+            if speaker.has_notes:
+                self._noted.append(seat)
         wanted = standing & (_EVENTS if seat.listened_to else WRITABLE)
         if wanted != seat.wanted:
             seat.wanted = wanted
-            self._loop.change(speaker.fileno(), wanted)
+            seat.account.loop.change(speaker.fileno(), wanted)
         if standing & STALLING:
             self._slow.add(speaker)
         elif self._slow:
@@ -223,3 +362,17 @@ class Turns:
         now = clock.now()
         for speaker in [speaker for speaker in self._slow if speaker.stalled(now)]:
             self.drop(speaker, "it left a message half sent, or a reply unread, for too long")
+
+
+def _go_on(chore: Iterator[None], until: float) -> bool:
+    """Do pieces of a chore until then, one at least. Return whether it is done."""
+    try:
+        next(chore)
+        while clock.now() < until:
+            next(chore)
+    except StopIteration:
+        return True
+    except Exception:
+        log.exception("a piece of work could not be done")  # a fault of ours: the machine goes on
+        return True
+    return False

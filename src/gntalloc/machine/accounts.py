@@ -1,0 +1,142 @@
+"""Charge each domain for the time that it takes, and say which domain is served next.
+
+A domain has one account, however many connections, runs and waits it has. The account that has had the least is next.
+An account that was idle saves nothing up by that: when it wakes it starts where the others are. So a quiet domain is
+served as soon as what is being done is done, and busy ones share the rest.
+
+Domains of one user have a bound together: each is charged as many times as that user has busy ones. So a user gets no
+more by having more domains.
+
+Source: start-time fair queueing, as schedulers of processors and networks do it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gntalloc.machine.loop import Loop
+    from gntalloc.machine.turns import Seat
+
+__all__ = ["SLICE", "Account", "Accounts"]
+
+SLICE = 0.001
+"""Seconds that an account may have had more than the one that had the least, and still be listened to."""
+
+
+class User:
+    """Count the accounts of one user that have work."""
+
+    __slots__ = ("busy",)
+
+    def __init__(self) -> None:
+        self.busy = 0
+
+
+class Account:
+    """Keep what one domain has cost, and what of it waits.
+
+    Attributes:
+        spent: seconds, each as many times as its user has busy accounts.
+        waiting: its speakers that have messages to be served.
+        chores: work of its own that is done in pieces, before its messages.
+        calling: whether some of its speakers have sent something that was not heard yet.
+        closed: whether its domain has ended.
+        speakers: how many it has.
+        loop: waits for its speakers: the machine's own, or one of its own in that, if they are many.
+    """
+
+    __slots__ = ("busy", "calling", "chores", "closed", "loop", "speakers", "spent", "user", "waiting")
+
+    def __init__(self, user: User, loop: Loop) -> None:
+        self.user = user
+        self.spent = 0.0
+        self.busy = False
+        self.calling = False
+        self.closed = False
+        self.waiting: deque[Seat] = deque()
+        self.chores: deque[Iterator[None]] = deque()
+        self.speakers = 0
+        self.loop = loop
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything of it waits."""
+        return bool(self.waiting or self.chores or self.calling)
+
+    def charge(self, seconds: float) -> None:
+        """Count so much time."""
+        self.spent += seconds * (self.user.busy or 1)
+
+
+class Accounts:
+    """Keep all accounts, and which of them have work.
+
+    Args:
+        loop: waits for all of them.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._users: dict[int, User] = {}
+        self._busy: dict[Account, None] = {}
+        self._floor = 0.0  # what the account has had that was served last
+
+    def open(self, uid: int) -> Account:
+        """Make an account for a domain of this user."""
+        return Account(self._users.setdefault(uid, User()), self._loop)
+
+    def close(self, account: Account) -> None:
+        """End an account. No speaker has it any more."""
+        for chore in account.chores:
+            chore.close()  # type: ignore[attr-defined]  # a generator
+        account.chores.clear()
+        account.waiting.clear()
+        account.calling = False
+        account.closed = True
+        self.rest(account)
+        if account.loop is not self._loop:
+            self._loop.unwatch(account.loop.fileno())
+            account.loop.close()
+
+    def wake(self, account: Account) -> None:
+        """Note that an account has work. It gets no credit for the time in which it had none."""
+        if not (account.busy or account.closed):
+            account.busy = True
+            account.user.busy += 1
+            if account.spent < self._floor:
+                account.spent = self._floor
+            self._busy[account] = None
+
+    def rest(self, account: Account) -> None:
+        """Note that an account has no work any more."""
+        if account.busy:
+            account.busy = False
+            account.user.busy -= 1
+            del self._busy[account]
+
+    def in_credit(self, account: Account) -> bool:
+        """Say whether an account has had hardly more than the others, so that it may be listened to."""
+        return account.spent <= self._floor + SLICE * (account.user.busy or 1)
+
+    @property
+    def any_busy(self) -> bool:
+        """Whether any account has work."""
+        return bool(self._busy)
+
+    def next(self) -> Account | None:
+        """Give the account with work that has had the least. None: no account has work."""
+        busy = self._busy
+        if not busy:
+            return None
+        account = next(iter(busy)) if len(busy) == 1 else min(busy, key=_spent)
+        if account.spent > self._floor:
+            self._floor = account.spent
+        return account
+
+
+def _spent(account: Account) -> float:
+    return account.spent
