@@ -14,17 +14,20 @@ leave alone.
 from __future__ import annotations
 
 from functools import partial
-from time import CLOCK_MONOTONIC, clock_gettime
+from time import CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
-__all__ = ["Deadline", "now"]
+__all__ = ["Deadline", "now", "processor_time"]
 
 now: Callable[[], float] = partial(clock_gettime, CLOCK_MONOTONIC)
 """Seconds since some moment. The machine and its programs, on one computer, agree on it."""
+
+processor_time: Callable[[], float] = partial(clock_gettime, CLOCK_THREAD_CPUTIME_ID)
+"""Seconds that a processor has worked for this thread. Time in which others had the processor does not count."""
 
 
 class Deadline:

@@ -26,6 +26,7 @@ from gntalloc.errors import DeviceError
 from gntalloc.holders import Extent, Holder, Loans, open_again
 from gntalloc.libc import libc
 from gntalloc.maps import PAGE_SIZE, Mapping
+from gntalloc.steps import Steps, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ _FALLOC_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 # The last place in their file where pages may begin, in pages. A peer that may write may also fill the part before
 # them. That memory goes with the extent, and the peer could have as much from the kernel itself.
 _FARTHEST = 1 << 16
+_ZEROED_AT_ONCE = 512  # pages
 
 
 class Frames(Loans[Holder]):
@@ -62,6 +64,12 @@ class Frames(Loans[Holder]):
         Raises:
             DeviceError: ENOMEM, with the reason.
         """
+        return finish(self.begin_allocate(pages, changed, writable=writable, first=first))
+
+    def begin_allocate(
+        self, pages: int, changed: Callable[[Extent[Holder]], None], *, writable: bool = True, first: int = 0
+    ) -> Steps[Extent[Holder]]:
+        """Give the steps to what `allocate` does: to have a thousand pages zeroed takes a millisecond."""
         first = first if first + pages <= _FARTHEST else 0
         self._see_to_room(pages * PAGE_SIZE, f"{pages} pages" if pages != 1 else "1 page")
         try:
@@ -70,7 +78,10 @@ class Frames(Loans[Holder]):
             todo = "; raise the machine's ulimit -n" * (error.errno == errno.EMFILE)
             raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}{todo}") from error
         try:
-            os.posix_fallocate(fresh, first * PAGE_SIZE, pages * PAGE_SIZE)
+            for page in range(first, first + pages, _ZEROED_AT_ONCE):
+                if page > first:
+                    yield
+                os.posix_fallocate(fresh, page * PAGE_SIZE, min(_ZEROED_AT_ONCE, first + pages - page) * PAGE_SIZE)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
             fcntl.fcntl(fresh, fcntl.F_ADD_SEALS, seals)
             # A lease does not count memfd_create's own description among the writers. It counts this one.

@@ -62,8 +62,6 @@ def test_why_a_map_is_refused() -> None:
 @pytest.mark.parametrize("refuse", [True, False])
 def test_an_ending_entry(refuse: bool) -> None:
     table = table_of(refuse=refuse)
-    idle: list[int] = []
-    table.on_idle = lambda ref, _frame: idle.append(ref)
     ref = table.permit(2, [""], readonly=False)[0]
     table.map(ref, 2, writable=True)
     assert table.end([ref]) == [ref]
@@ -71,10 +69,8 @@ def test_an_ending_entry(refuse: bool) -> None:
         assert status_of(table, ref) == GENERAL_ERROR
     else:
         table.map(ref, 2, writable=True)
-        table.unmap(ref, 2)
-    assert idle == []
-    table.unmap(ref, 2)
-    assert idle == [ref]
+        assert not table.unmap(ref, 2)
+    assert table.unmap(ref, 2)  # the last of all
     assert table.usage().live == 1  # nothing is freed behind its owner's back
     assert table.end([ref]) == []
     assert table.usage().live == 0
@@ -110,8 +106,22 @@ def test_no_more_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MapRefused) as caught:
         hypervisor.map(2, 1, ref, writable=True)
     assert caught.value.status == NO_SPACE
-    hypervisor.unmap(handles.pop())
+    hypervisor.unmap([handles.pop()])
     hypervisor.map(2, 1, ref, writable=True)
+
+
+def test_a_table_is_told_once_which_entries_nobody_maps_any_more() -> None:
+    hypervisor: Hypervisor[str] = Hypervisor()
+    table = table_of()
+    hypervisor.create(1, table)
+    told: list[list[tuple[int, str]]] = []
+    table.on_idle = told.append
+    one, two, three = table.permit(2, ["one", "two", "three"], readonly=False)
+    handles = [hypervisor.map(2, 1, ref, writable=True) for ref in (one, two, two, three)]
+    hypervisor.unmap(handles[:2])
+    assert told == [[(one, "one")]]
+    hypervisor.unmap(handles[2:])
+    assert told[1:] == [[(two, "two"), (three, "three")]]
 
 
 def test_a_handle_outlives_the_granting_domain() -> None:
@@ -124,7 +134,7 @@ def test_a_handle_outlives_the_granting_domain() -> None:
     with pytest.raises(MapRefused) as caught:
         hypervisor.map(2, 1, handle.ref, writable=True)
     assert caught.value.status == BAD_DOMAIN
-    hypervisor.unmap(handle)
+    hypervisor.unmap([handle])
     assert table.end([handle.ref]) == []
 
 
@@ -136,13 +146,6 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
     ended: set[int] = set()
     pins: dict[int, int] = {}
 
-    def idle(ref: int, _frame: str) -> None:
-        if ref in ended:
-            assert table.end([ref]) == []
-            ended.remove(ref)
-            del pins[ref]
-
-    table.on_idle = idle
     for _ in range(3000):
         deed = chance.choice(("permit", "map", "unmap", "end"))
         ref = chance.choice(sorted(pins)) if pins else 0
@@ -156,7 +159,11 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
                 pins[ref] += 1
         elif deed == "unmap" and ref and pins[ref]:
             pins[ref] -= 1
-            table.unmap(ref, 2)
+            assert table.unmap(ref, 2) == (not pins[ref])
+            if not pins[ref] and ref in ended:
+                assert table.end([ref]) == []
+                ended.remove(ref)
+                del pins[ref]
         elif deed == "end" and ref and ref not in ended:
             gone = not table.end([ref])
             assert gone == (pins[ref] == 0)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import os
 from itertools import count
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_WRITE
+from gntalloc.steps import Steps, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,9 +34,13 @@ __all__ = [
     "Piece",
     "Plan",
     "Record",
+    "Serve",
     "Stream",
+    "joined",
     "pieces_of",
 ]
+
+T = TypeVar("T")
 
 
 class Caller(Protocol):
@@ -123,6 +128,10 @@ class Plan(NamedTuple):
     locate: bool = False  # the driver wants to know where: `Record.addresses`
 
 
+Serve: TypeAlias = "Callable[[File, int, Caller], int | Steps[int]]"
+"""Serves an ioctl: (file, address, caller) -> the result, or the steps to it."""
+
+
 class Driver(Protocol):
     """Serve a device. The calls come from `File`, which has checked them."""
 
@@ -130,13 +139,13 @@ class Driver(Protocol):
     unknown_request: int  # the errno for a request that is none of `requests`
 
     @property
-    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
-        """Request number -> the function that serves it: (file, address, caller) -> result."""
+    def requests(self) -> Mapping[int, Serve]:
+        """Request number -> the function that serves it."""
 
     def open(self) -> object:
         """Make the state of a new file."""
 
-    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan | Steps[Plan]:
         """Say what to map. `length` is whole pages, `offset` aligned."""
 
     def placed(self, record: Record) -> None:
@@ -163,33 +172,51 @@ class Stream(Protocol):
 class File:
     """Be an open file: `flags` as given to open(2), `state` is the driver's, `opener` a pid for people to read."""
 
-    __slots__ = ("closed", "driver", "flags", "opener", "records", "state")
+    __slots__ = ("calls", "closed", "driver", "flags", "opener", "records", "state")
 
     def __init__(self, driver: Driver, flags: int, *, opener: int = 0) -> None:
         self.driver = driver
         self.flags = flags
         self.opener = opener
         self.closed = False
+        self.calls = 0  # that are served in part
         self.records: set[Record] = set()
         self.state = driver.open()
 
     def ioctl(self, request: int, address: int, caller: Caller) -> int:
-        """Serve one ioctl. No driver here looks at the open mode.
+        """Serve one ioctl, all of it at once.
 
         Raises:
             DeviceError: the errno, and why.
+        """
+        return finish(self.begin_ioctl(request, address, caller))
+
+    def begin_ioctl(self, request: int, address: int, caller: Caller) -> int | Steps[int]:
+        """Serve one ioctl, or give the steps to it if it may take long. No driver here looks at the open mode.
+
+        Raises:
+            DeviceError: the errno, and why. A step raises it too.
         """
         serve = self.driver.requests.get(request)
         if serve is None:
             what = f"{self.driver.name} has no request {request:#010x}"
             raise DeviceError(self.driver.unknown_request, f"{what}; it has {self._request_names()}")
-        return serve(self, address, caller)
+        result = serve(self, address, caller)
+        return result if isinstance(result, int) else self._hold(result)
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool) -> Plan:
-        """Make the kernel's own checks of an mmap, then ask the driver for the plan.
+        """Plan a map, all of it at once.
 
         Raises:
             DeviceError: the errno, and why.
+        """
+        return finish(self.begin_mmap(offset, length, prot=prot, shared=shared))
+
+    def begin_mmap(self, offset: int, length: int, *, prot: int, shared: bool) -> Plan | Steps[Plan]:
+        """Make the kernel's own checks of an mmap, then ask the driver for the plan, or the steps to it.
+
+        Raises:
+            DeviceError: the errno, and why. A step raises it too.
         """
         mode = self.flags & os.O_ACCMODE
         if length <= 0:
@@ -207,8 +234,24 @@ class File:
             shared = False  # so does Linux: a shared map of a read-only file can never become writable
         length = -(-length // PAGE_SIZE) * PAGE_SIZE
         plan = self.driver.mmap(self, offset, length, writable=writable, shared=shared)
+        if not isinstance(plan, Plan):
+            return self._hold(self._note(plan))
         self.records.add(plan.record)
         return plan
+
+    def _note(self, steps: Steps[Plan]) -> Steps[Plan]:
+        plan = yield from steps
+        self.records.add(plan.record)
+        return plan
+
+    def _hold(self, steps: Steps[T]) -> Steps[T]:
+        """Keep the file until these steps are done, as a call holds its file in a kernel."""
+        self.calls += 1
+        try:
+            return (yield from steps)
+        finally:
+            self.calls -= 1
+            self._release_if_last()
 
     def read(self, size: int) -> bytes:
         """Carry out the system call read.
@@ -242,7 +285,7 @@ class File:
         self._release_if_last()
 
     def _release_if_last(self) -> None:
-        if self.closed and not self.records:
+        if self.closed and not (self.records or self.calls):
             self.driver.release(self)
 
     def _request_names(self) -> str:
@@ -263,4 +306,13 @@ def pieces_of(frames: Iterable[Frame]) -> list[Piece]:
         run, first, end = extent, page, page + 1
     if run is not None:
         pieces.append(Piece(run, first, end - first))
+    return pieces
+
+
+def joined(pieces: list[Piece], more: list[Piece]) -> list[Piece]:
+    """Put pieces after others. Where they meet within an extent they become one."""
+    if pieces and more and pieces[-1].extent is more[0].extent and pieces[-1].page + pieces[-1].pages == more[0].page:
+        last = pieces.pop()
+        more = [last._replace(pages=last.pages + more[0].pages), *more[1:]]
+    pieces += more
     return pieces

@@ -5,7 +5,8 @@ boundary it becomes two operations. Operations are carried out sixteen at a time
 call with an errno. Then the operations before it in the same sixteen have not been carried out, though their status
 says that all is well. A refusal by the hypervisor is no error of the call: the segment's status tells it.
 
-If no segment is wrong, no program can see these steps, and all segments are copied at once.
+If no segment is wrong, no program can see these sixteens, and a call of few segments is copied at once. A longer one
+is done in steps, a sixteen each, as Xen continues a long hypercall: other programs are served in between.
 
 Sources: Linux's gntdev.c as of 6.1 (order of checks, batches), Xen's common/grant_table.c (statuses).
 """
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
     from gntalloc.drivers.chardev import Caller, Frame, Frames
     from gntalloc.hypervisor.domains import Hypervisor
+    from gntalloc.steps import Steps
 
 __all__ = ["MAX_SEGMENTS", "Copier"]
 
 log = logging.getLogger("gntalloc.machine")
 
-MAX_SEGMENTS = 4096  # of one call, so that it does not keep other programs waiting; Linux has no such limit
+MAX_SEGMENTS = 4096  # of one call; Linux has no such limit
 BATCH = 16
-_AT_ONCE = 512  # segments at most: 2 MiB
+_AT_ONCE = 128  # segments at most: 512 KiB
 _STATUS = Struct("=h")
 _OKAY = _STATUS.pack(OKAY)
 _SEGMENT = GrantCopySegment.LAYOUT
@@ -65,24 +67,29 @@ class Copier:
         self._hypervisor = hypervisor
         self._frames = frames
 
-    def copy(self, address: int, caller: Caller) -> None:
-        """Serve one GRANT_COPY.
+    def copy(self, address: int, caller: Caller) -> int | Steps[int]:
+        """Serve one GRANT_COPY, or give the steps to that. The result is 0.
 
         Raises:
-            DeviceError: EINVAL: a segment is impossible, or there are too many. EFAULT: the memory is not the caller's.
+            DeviceError: here, or in a step. EINVAL: a segment is impossible, or there are too many. EFAULT: the memory
+                is not the caller's.
         """
         asked = GrantCopy.unpack_from(caller.read(address, GrantCopy.SIZE))
         if asked.count > MAX_SEGMENTS:
             why = f"{asked.count} segments were given, and {MAX_SEGMENTS} are the most of one call; make several"
             raise DeviceError(errno.EINVAL, why)
         if self._copy_at_once(asked, caller):
-            return
+            return 0
+        return self._copy_in_steps(asked, caller)
+
+    def _copy_in_steps(self, asked: GrantCopy, caller: Caller) -> Steps[int]:
         batch: list[Operation] = []
         for at, segment in _segments(asked, caller):
             for operation in _operations(at, segment, caller):
                 if len(batch) == BATCH:
                     self._carry_out(batch, caller)
                     batch = []
+                    yield
                 source, dest, _, _ = operation
                 if isinstance(source, int):
                     caller.read(source, 1)  # is it there at all?
@@ -90,6 +97,7 @@ class Copier:
                     caller.read(dest, 1)
                 batch.append(operation)
         self._carry_out(batch, caller)
+        return 0
 
     def _copy_at_once(self, asked: GrantCopy, caller: Caller) -> bool:
         """Copy in few and large steps, if all segments go one way and none is wrong, as backends ask.

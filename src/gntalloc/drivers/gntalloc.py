@@ -31,13 +31,14 @@ from gntalloc.abi.gntalloc import (
 )
 from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, Serve, pieces_of
 from gntalloc.drivers.grefs import FileState, GrantInfo, Gref
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.drivers.releases import Releases
 from gntalloc.errors import BooksWrong, DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LIMIT", "GntallocDriver"]
 
 DEFAULT_LIMIT = 1024
+_AT_ONCE = 256  # so many pages are made, mapped or freed in one step; more take several
+_NONE: dict[int, Gref] = {}
 
 
 class GntallocDriver:
@@ -59,6 +62,7 @@ class GntallocDriver:
         limit: the most pages that may be in use at once, all files together. It may be changed at any time. A limit
             below the pages in use frees nothing; ALLOC is refused until fewer are in use.
         behaviour: ours, or as Linux does.
+        later: begins what may take long, see `Later`.
     """
 
     name = DEVICE
@@ -72,21 +76,25 @@ class GntallocDriver:
         *,
         limit: int = DEFAULT_LIMIT,
         behaviour: Behaviour = OURS,
+        later: Later = finish,
     ) -> None:
         self.limit = limit
         self.in_use = 0
+        self._later = later
+        self._coming = 0  # counted as in use, and not made yet
         self._table = table
         self._frames = frames
         self._ports = ports
         self._behaviour = behaviour
         self._grefs: dict[Gref, None] = {}  # all there are, listed, only mapped, or lingering
-        self._lingering: dict[Extent, dict[Gref, None]] = {}
-        self._releases = Releases()
+        self._lingering: dict[Extent, dict[int, Gref]] = {}  # by reference
+        self._hidden: dict[Extent, dict[int, Gref]] = {}  # of these, those that no domain maps: their peer hides
+        self._releases = Releases(self._is_held, later)
         table.on_idle = self._peer_let_go
         self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc, SET_UNMAP_NOTIFY: self._set_notify}
 
     @property
-    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
+    def requests(self) -> Mapping[int, Serve]:
         """Request number -> the function that serves it."""
         return self._requests
 
@@ -98,13 +106,15 @@ class GntallocDriver:
 
     # ALLOC_GREF: pages, references, and the index under which mmap finds them.
 
-    def _alloc(self, file: File, address: int, caller: Caller) -> int:
+    def _alloc(self, file: File, address: int, caller: Caller) -> int | Steps[int]:
         state = _state(file)
         head = caller.read(address, AllocGref.SIZE)
         asked = AllocGref.unpack_from(head)
         if self._behaviour.strict:
             _check_sense(asked, self._table.owner)
         self._check_limit(asked.count)
+        if asked.count > _AT_ONCE:
+            return self._alloc_in_steps(file, address, caller, head)
         index = state.next_index
         try:
             grefs = self._make(file, index, asked)
@@ -117,12 +127,7 @@ class GntallocDriver:
         state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
         self._grefs.update(dict.fromkeys(grefs))
         try:
-            # Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
-            answer = asked._replace(index=index).pack()
-            caller.write(address, answer + head[len(answer) :])
-            if grefs:
-                refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
-                caller.write(address + AllocGref.REFS_OFFSET, refs)
+            _answer_alloc(address, caller, head, index, grefs)
         except DeviceError:
             # The program does not know the index, so it could not free them.
             if self._behaviour.undo_unwritable_reply:
@@ -133,6 +138,63 @@ class GntallocDriver:
             raise
         self._check_books()
         return 0
+
+    def _alloc_in_steps(self, file: File, address: int, caller: Caller, head: bytes) -> Steps[int]:
+        """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between."""
+        state, asked = _state(file), AllocGref.unpack_from(head)
+        index, readonly, made = state.next_index, not asked.flags & FLAG_WRITABLE, list[Gref]()
+        end = state.next_index = index + asked.count * PAGE_SIZE
+        self.in_use += asked.count
+        self._coming += asked.count
+        extent: Extent | None = None
+        try:
+            extent = yield from self._frames.begin_allocate(
+                asked.count, self.look_again, writable=not readonly, first=index // PAGE_SIZE
+            )
+            for pages in batches(range(asked.count)):
+                made += self._grant(file, index, extent, pages, asked)
+                self._coming -= len(pages)
+                yield
+            _answer_alloc(address, caller, head, index, made)
+        except BaseException as error:  # the program's end, too
+            unmade = asked.count - len(made)
+            self._coming -= unmade
+            self.in_use -= unmade
+            if extent is not None and unmade:
+                self._frames.give_back(extent, len(made), unmade)
+            if unmade or self._behaviour.undo_unwritable_reply or not isinstance(error, DeviceError):
+                self._later(self._drop_in_steps(made))
+            left = any(gref in self._grefs for gref in made)
+            if self._behaviour.put_index_back and state.next_index == end and not left:
+                state.next_index = index
+            raise
+        self._check_books()
+        return 0
+
+    def _grant(self, file: File, index: int, extent: Extent, pages: list[int], asked: AllocGref) -> list[Gref]:
+        """Grant these pages of an extent whose first page has this index."""
+        frames, readonly = [Frame(extent, page) for page in pages], not asked.flags & FLAG_WRITABLE
+        try:
+            refs = self._table.permit(asked.domid, frames, readonly=readonly)
+        except TableFull:
+            raise self._no_references(asked.count) from None
+        now, state = clock.now(), _state(file)
+        grefs = [
+            Gref(file, state, index + frame.page * PAGE_SIZE, frame, asked.domid, readonly, ref, now)
+            for frame, ref in zip(frames, refs, strict=True)
+        ]
+        for gref in grefs:
+            state.grefs[gref.index] = gref
+            self._grefs[gref] = None
+        return grefs
+
+    def _no_references(self, count: int) -> DeviceError:
+        usage = self._table.usage()
+        return DeviceError(
+            errno.ENOSPC,
+            f"{count} references were asked for, and the domain's grant table has {usage.live} of "
+            f"{usage.capacity} in use (this is not the limit of pages, which has room)",
+        )
 
     def _check_limit(self, count: int) -> None:
         if count > self.limit:
@@ -160,12 +222,7 @@ class GntallocDriver:
             refs = self._table.permit(asked.domid, frames, readonly=readonly)
         except TableFull:
             self._frames.give_back(extent, 0, asked.count)
-            usage = self._table.usage()
-            raise DeviceError(
-                errno.ENOSPC,
-                f"{asked.count} references were asked for, and the domain's grant table has {usage.live} of "
-                f"{usage.capacity} in use (this is not the limit of pages, which has room)",
-            ) from None
+            raise self._no_references(asked.count) from None
         now, state = clock.now(), _state(file)
         indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
         return [
@@ -181,7 +238,7 @@ class GntallocDriver:
         if grefs is None:
             what = f"{asked.count} pages at index {asked.index:#x} were to be freed"
             raise DeviceError(errno.EINVAL, f"{what}, and {self._what_is_there(file, asked.index, asked.count)}")
-        self._drop(grefs)
+        self._drop_all(grefs)
         return 0
 
     def _find(self, file: File, index: int, count: int) -> list[Gref] | None:
@@ -200,6 +257,18 @@ class GntallocDriver:
         listed = _state(file).grefs
         missing = next(at for at in range(index, index + count * PAGE_SIZE, PAGE_SIZE) if at not in listed)
         return f"this file has no page at index {missing:#x}: never allocated here, or freed already"
+
+    def _drop_all(self, grefs: list[Gref]) -> None:
+        """Take pages off their file's list; many of them in steps, before anything else of this domain is done."""
+        if len(grefs) > _AT_ONCE:
+            self._later(self._drop_in_steps(grefs))
+        else:
+            self._drop(grefs)
+
+    def _drop_in_steps(self, grefs: list[Gref]) -> Steps[None]:
+        for some in batches(grefs):
+            self._drop([gref for gref in some if gref.state.grefs.get(gref.index) is gref])
+            yield
 
     def _drop(self, grefs: Iterable[Gref]) -> None:
         dropped = list(grefs)
@@ -234,7 +303,7 @@ class GntallocDriver:
 
     # mmap and munmap: a mapping uses its pages as the list does.
 
-    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan | Steps[Plan]:
         """Map pages of this file, over as many ALLOCs as it takes. The granter may always write.
 
         Raises:
@@ -272,14 +341,24 @@ class GntallocDriver:
 
     def unmapped(self, record: Record) -> None:
         """Count one user less for each page, as the last piece of this mmap is gone."""
-        self._let_go(cast("list[Gref]", record.payload))
-        self._check_books()
+        grefs = cast("list[Gref]", record.payload)
+        if len(grefs) > _AT_ONCE:
+            self._later(self._let_go_in_steps(grefs))
+        else:
+            self._let_go(grefs)
+            self._check_books()
+
+    def _let_go_in_steps(self, grefs: list[Gref]) -> Steps[None]:
+        for some in batches(grefs):
+            self._let_go(some)
+            self._check_books()
+            yield
 
     # Release: the file goes, and with it all that is on its list.
 
     def release(self, file: File) -> None:
         """Free everything the file still lists, in the order it was allocated."""
-        self._drop(list(_state(file).grefs.values()))
+        self._drop_all(list(_state(file).grefs.values()))
 
     # The end of a page.
 
@@ -298,8 +377,9 @@ class GntallocDriver:
         if not self._behaviour.count_held_pages:
             self.in_use -= len(last)
         for gref in self._end(last):
-            self._lingering.setdefault(gref.frame.extent, {})[gref] = None
+            self._lingering.setdefault(gref.frame.extent, {})[gref.ref] = gref
             gref.state.released[gref.index] = gref
+            self._note_if_hidden(gref)
 
     def _keep_promise(self, gref: Gref, promise: Promise) -> None:
         """Clear the byte, then send the event, before the grant ends: a peer that is woken finds the page there."""
@@ -337,36 +417,78 @@ class GntallocDriver:
         This check is cheap enough for each change. `gntalloc.testing.recount` counts everything.
         """
         pages, references = len(self._grefs), self._table.live
-        counted = self.in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
+        in_use = self.in_use - self._coming
+        counted = in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
         if not pages == references == counted:
             owner = self._table.owner
-            raise BooksWrong(f"domain {owner} has {pages} pages, {references} references, and {self.in_use} in use")
+            raise BooksWrong(f"domain {owner} has {pages} pages, {references} references, and {in_use} in use")
 
-    def _peer_let_go(self, ref: int, frame: Frame) -> None:
-        self.look_again(frame.extent)
+    def _note_if_hidden(self, gref: Gref) -> None:
+        """Note a page that lingers though no domain maps it: the kernel says that a process has it all the same."""
+        if not self._table.is_mapped(gref.ref):
+            self._hidden.setdefault(gref.frame.extent, {})[gref.ref] = gref
+
+    def _peer_let_go(self, entries: list[tuple[int, Frame]]) -> None:
+        """Free the pages that linger no longer, and wake waiters, as no domain maps these pages any more."""
+        by_extent: dict[Extent, list[Gref]] = {}
+        for ref, frame in entries:
+            gref = self._lingering.get(frame.extent, _NONE).get(ref)
+            free = by_extent.setdefault(frame.extent, [])
+            if gref is not None:
+                free.append(gref)
+        for extent, grefs in by_extent.items():
+            self._end_lingering(extent, grefs)
+            self._releases.look(extent)
+
+    def _end_lingering(self, extent: Extent, grefs: list[Gref]) -> None:
+        if not grefs:
+            return
+        stay = {gref.ref for gref in self._end(grefs)}
+        lingering = self._lingering[extent]
+        for gref in grefs:
+            if gref.ref in stay:
+                self._note_if_hidden(gref)
+            else:
+                del lingering[gref.ref]
+        if not lingering:
+            del self._lingering[extent]
+        self._check_books()
 
     def look_again(self, extent: Extent) -> None:
         """Free the pages that can be freed, and wake their waiters, as the holders of this extent have changed."""
-        lingering = self._lingering.get(extent)
-        if lingering:
-            stay = self._end(list(lingering))
-            if stay:
-                self._lingering[extent] = dict.fromkeys(stay)
-            else:
-                del self._lingering[extent]
-            self._check_books()
+        if extent in self._hidden and not self._is_hidden(extent):
+            self._later(self._look_in_steps(extent))
+        else:
+            self._releases.look(extent)
+
+    def _look_in_steps(self, extent: Extent) -> Steps[None]:
+        hidden = self._hidden.pop(extent, _NONE)
+        for grefs in batches(hidden.values()):
+            self._end_lingering(extent, grefs)
+            yield
         self._releases.look(extent)
 
     # Questions: the pages that are there, and their holders.
 
     def holders(self, file: File, index: int, count: int) -> tuple[bool, tuple[int, ...]]:
         """Say whether a peer holds any of these pages, and list the domains that are known to map one."""
+        return finish_steps(self.begin_to_find_holders(file, index, count))
+
+    def begin_to_find_holders(self, file: File, index: int, count: int) -> Steps[tuple[bool, tuple[int, ...]]]:
+        """Give the steps to the answer of `holders`."""
         held = False
         mapped_by: set[int] = set()
-        for gref in self._span(file, index, count):
-            mapped_by.update(self._table.mapped_by(gref.ref))
-            held = held or not gref.users
+        for number, grefs in enumerate(batches(self._span(file, index, count))):
+            if number:
+                yield
+            for gref in grefs:
+                mapped_by.update(self._table.mapped_by(gref.ref))
+                held = held or not gref.users
         return held or bool(mapped_by), tuple(sorted(mapped_by))
+
+    def _is_held(self, gref: Gref) -> bool:
+        """Say whether a peer holds this page."""
+        return gref in self._grefs and (not gref.users or self._table.is_mapped(gref.ref))
 
     def _span(self, file: File, index: int, count: int) -> list[Gref]:
         """Find the pages of this range that are not free, listed or not."""
@@ -378,8 +500,7 @@ class GntallocDriver:
 
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
         """Call `done` once, when no peer holds any of these pages. If none does now, call it at once."""
-        extents = {gref.frame.extent for gref in self._span(file, index, count)}
-        return self._releases.wait(extents, lambda: not self.holders(file, index, count)[0], done)
+        return self._releases.wait(self._span(file, index, count), done)
 
     def grants(self) -> list[GrantInfo]:
         """List every granted page, also the released ones that linger."""
@@ -421,6 +542,19 @@ def _check_sense(asked: AllocGref, owner: int) -> None:
 
 def _state(file: File) -> FileState:
     return cast("FileState", file.state)
+
+
+def _answer_alloc(address: int, caller: Caller, head: bytes, index: int, grefs: list[Gref]) -> None:
+    """Write the answer: Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
+
+    Raises:
+        DeviceError: EFAULT: the caller's memory cannot be written.
+    """
+    answer = AllocGref.unpack_from(head)._replace(index=index).pack()
+    caller.write(address, answer + head[len(answer) :])
+    if grefs:
+        refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
+        caller.write(address + AllocGref.REFS_OFFSET, refs)
 
 
 def _asked_for(count: int) -> str:

@@ -27,34 +27,37 @@ from gntalloc.abi.gntdev import (
 )
 from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, pieces_of
+from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Piece, Plan, Record, Serve, joined, pieces_of
 from gntalloc.drivers.copy import Copier
 from gntalloc.drivers.indexes import Indexes
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from gntalloc.hypervisor.domains import Handle, Hypervisor
 
 __all__ = ["MAX_REFS", "GntdevDriver"]
 
 MAX_REFS = 65536  # of one MAP_GRANT_REF
+_AT_ONCE = 128  # so many pages are mapped, or let go, in one step; more take several
+_SEALED_AT_ONCE = 16  # extents
 _OUT_OF_THE_WAY = 1 << 20  # a page number beyond that of any page in its file
 MAX_NOTED = 4 * MAX_REFS  # references of a domain, in entries not given up yet: as many as it could map at once
 
 
 class Entry:
-    """Keep one MAP_GRANT_REF: `refs` are (domid, reference), `first` is the page number of its index."""
+    """Keep one MAP_GRANT_REF: `refs` are (domid, reference), packed; `first` is the page number of its index."""
 
     __slots__ = ("count", "first", "handles", "mapped", "promise", "readonly", "record", "refs")
 
-    def __init__(self, first: int, refs: list[tuple[int, int]]) -> None:
+    def __init__(self, first: int, refs: bytes) -> None:
         self.first = first
-        self.count = len(refs)
+        self.count = len(refs) // GrantRef.SIZE
         self.refs = refs
         self.mapped = False  # whether it ever was
         self.readonly = False  # whether it was mapped read-only
@@ -73,7 +76,7 @@ class FileState:
 
 
 class GntdevDriver:
-    """Serve the device for one domain, which maps as `domid`."""
+    """Serve the device for one domain, which maps as `domid`. `later` begins what may take long, see `Later`."""
 
     name = DEVICE
     unknown_request = errno.ENOTTY
@@ -86,8 +89,10 @@ class GntdevDriver:
         ports: PortReferences,
         *,
         behaviour: Behaviour = OURS,
+        later: Later = finish,
     ) -> None:
         self._domid = domid
+        self._later = later
         self._hypervisor = hypervisor
         self._frames = frames
         self._ports = ports
@@ -103,7 +108,7 @@ class GntdevDriver:
         }
 
     @property
-    def requests(self) -> Mapping[int, Callable[[File, int, Caller], int]]:
+    def requests(self) -> Mapping[int, Serve]:
         """Request number -> the function that serves it."""
         return self._requests
 
@@ -123,8 +128,7 @@ class GntdevDriver:
         if self._noted + asked.count > MAX_NOTED:
             what = f"{asked.count} references were given, and this domain has more than {MAX_NOTED - asked.count}"
             raise DeviceError(errno.ENOMEM, f"{what} of {MAX_NOTED} references noted already; unmap some")
-        array = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
-        refs = [(domid, ref) for domid, ref in _GRANT_REF.iter_unpack(array)]
+        refs = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
         entries = _state(file).entries
         first = self._by_offset(refs, entries) if caller.by_offset else entries.first_gap(asked.count)
         entry = Entry(first, refs)
@@ -134,29 +138,32 @@ class GntdevDriver:
         self._noted += entry.count
         return 0
 
-    def _by_offset(self, refs: list[tuple[int, int]], entries: Indexes[Entry]) -> int:
+    def _by_offset(self, refs: bytes, entries: Indexes[Entry]) -> int:
         """Give the place of these pages in their file, if they are in order there; else one that disturbs no other.
 
         Nothing is promised: mmap decides what may be mapped.
         """
         try:
-            frames = [self._hypervisor.look(self._domid, domid, ref, writable=False) for domid, ref in refs]
+            pieces = pieces_of(
+                self._hypervisor.look(self._domid, domid, ref, writable=False)
+                for domid, ref in _GRANT_REF.iter_unpack(refs[: _AT_ONCE * GrantRef.SIZE])
+            )
         except MapRefused:
-            frames = []
-        pieces = pieces_of(frames)
+            pieces = []
         if len(pieces) == 1:
             first = pieces[0].extent.first + pieces[0].page
-            if entries.has_room(first, len(refs)):
+            if entries.has_room(first, len(refs) // GrantRef.SIZE):
                 return first
         return max(entries.end, _OUT_OF_THE_WAY)
 
     # mmap: here the hypervisor is asked, for each page, and all of them must be there.
 
-    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan:
-        """Map one entry, whole.
+    def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan | Steps[Plan]:
+        """Map one entry, whole. Of many pages, give the steps to that.
 
         Raises:
-            DeviceError: EINVAL: it cannot be mapped so. EAGAIN: the granter has not mapped a read-only grant yet.
+            DeviceError: here, or in a step. EINVAL: it cannot be mapped so. EAGAIN: the granter has not mapped a
+                read-only grant yet.
         """
         if writable and not shared:
             raise DeviceError(errno.EINVAL, "granted pages are shared: a private map cannot be writable")
@@ -168,46 +175,72 @@ class GntdevDriver:
             raise DeviceError(errno.EINVAL, f"{what}, and {there}")
         if entry.mapped:
             raise DeviceError(errno.EINVAL, "each MAP_GRANT_REF can be mapped once; make another one")
+        steps = self._map_in_steps(file, entry, length, writable=writable)
+        return steps if count > _AT_ONCE else finish_steps(steps)
+
+    def _map_in_steps(self, file: File, entry: Entry, length: int, *, writable: bool) -> Steps[Plan]:
         entry.readonly = not writable
+        entry.mapped = True  # another call cannot map it meanwhile
+        entry.record = Record(file, length, entry)  # and UNMAP_GRANT_REF leaves it to this map
         handles: list[Handle[Frame]] = []
+        pieces: list[Piece] = []
         try:
-            for domid, ref in entry.refs:
-                handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
-            self._seal(handles, writable=writable)
+            for refs in batches(_GRANT_REF.iter_unpack(entry.refs)):
+                some = self._map_some(refs, handles, writable=writable)
+                pieces = joined(pieces, pieces_of(handle.frame for handle in some))
+                if len(handles) < entry.count:
+                    yield
+            if not writable:
+                yield from self._seal(handles)
             if writable:
                 self._open_window(entry.promise, handles)
-        except MapRefused as refusal:
-            self._undo(handles)
-            entry.mapped = True  # even a failed map is the only one
-            status = STATUS_NAMES[refusal.status]
-            raise DeviceError(errno.EINVAL, f"{refusal.why} ({status})") from None
-        except DeviceError:
-            self._undo(handles)
+        except BaseException as error:  # the program's end, too
+            entry.mapped = isinstance(error, _Refused)  # even a map that the hypervisor refuses is the only one
+            self._give_up(file, entry, handles)
             raise
-        entry.mapped = True
         entry.handles = handles
-        entry.record = Record(file, length, entry)
-        pieces = pieces_of(handle.frame for handle in handles)
         return Plan(entry.record, pieces, writable=writable, granters=False, locate=True)
 
-    def _seal(self, handles: list[Handle[Frame]], *, writable: bool) -> None:
+    def _map_some(
+        self, refs: list[tuple[int, int]], handles: list[Handle[Frame]], *, writable: bool
+    ) -> list[Handle[Frame]]:
+        """Map these (domid, reference), add their handles to the list, and return them."""
+        before = len(handles)
+        try:
+            for domid, ref in refs:
+                handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
+        except MapRefused as refusal:
+            raise _Refused(errno.EINVAL, f"{refusal.why} ({STATUS_NAMES[refusal.status]})") from None
+        return handles[before:]
+
+    def _give_up(self, file: File, entry: Entry, handles: list[Handle[Frame]]) -> None:
+        """Undo a map that has failed on its way."""
+        entry.record = None
+        self._undo(handles)
+        if _state(file).entries.at(entry.first) is not entry:  # taken off the list meanwhile
+            self._end(entry)
+
+    def _seal(self, handles: list[Handle[Frame]]) -> Steps[None]:
         """Seal read-only pages before their peer gets them: no process can make a writable map of them any more.
 
         The granter cannot either, so it must have its map first.
         """
-        if writable:
-            return
         sealing: dict[Extent, None] = {}
-        for handle in handles:
-            extent, page = handle.frame
-            if extent.sealed or not handle.table.readonly(handle.ref):
-                continue
-            if not extent.placed[page]:
-                what = f"page {handle.ref} of domain {handle.table.owner} is granted read-only"
-                raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
-            sealing[extent] = None
-        for extent in sealing:
+        for some in batches(handles):
+            for handle in some:
+                extent, page = handle.frame
+                if extent.sealed or not handle.table.readonly(handle.ref):
+                    continue
+                if not extent.placed[page]:
+                    what = f"page {handle.ref} of domain {handle.table.owner} is granted read-only"
+                    raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
+                sealing[extent] = None
+            if len(some) < len(handles):
+                yield
+        for number, extent in enumerate(sealing):
             self._frames.seal(extent)
+            if number % _SEALED_AT_ONCE == _SEALED_AT_ONCE - 1:
+                yield
 
     # GET_OFFSET_FOR_VADDR: what is mapped there?
 
@@ -226,9 +259,8 @@ class GntdevDriver:
 
     # GRANT_COPY: without a map.
 
-    def _copy(self, file: File, address: int, caller: Caller) -> int:
-        self._copier.copy(address, caller)
-        return 0
+    def _copy(self, file: File, address: int, caller: Caller) -> int | Steps[int]:
+        return self._copier.copy(address, caller)
 
     # SET_UNMAP_NOTIFY: one promise an entry, the last one made.
 
@@ -258,8 +290,15 @@ class GntdevDriver:
             self._frames.open_window(handles[promise.byte // PAGE_SIZE].frame.extent)
 
     def _undo(self, handles: list[Handle[Frame]]) -> None:
-        for handle in handles:
-            self._hypervisor.unmap(handle)
+        if len(handles) > _AT_ONCE:
+            self._later(self._undo_in_steps(handles))
+        else:
+            self._hypervisor.unmap(handles)
+
+    def _undo_in_steps(self, handles: list[Handle[Frame]]) -> Steps[None]:
+        for some in batches(handles):
+            self._hypervisor.unmap(some)
+            yield
 
     def placed(self, record: Record) -> None:
         """Do nothing: nothing waits for that."""
@@ -313,6 +352,10 @@ class GntdevDriver:
 
 
 _GRANT_REF = Struct("=II")
+
+
+class _Refused(DeviceError):
+    """The hypervisor does not map one of the pages."""
 
 
 def _entry_with(file: File, index: int) -> Entry:

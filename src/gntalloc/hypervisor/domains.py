@@ -12,7 +12,7 @@ from gntalloc.abi.grants import BAD_DOMAIN, DOMID_FIRST_RESERVED, NO_SPACE
 from gntalloc.hypervisor.grants import GrantTable, MapRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["DomainExists", "Handle", "Hypervisor"]
 
@@ -80,10 +80,16 @@ class Hypervisor(Generic[Frame]):
         self._handles[mapper] = self._handles.get(mapper, 0) + 1
         return Handle(table, ref, mapper, entry.frame)
 
-    def unmap(self, handle: Handle[Frame]) -> None:
-        """Undo one `map`."""
-        self._handles[handle.mapper] -= 1
-        handle.table.unmap(handle.ref, handle.mapper)
+    def unmap(self, handles: Iterable[Handle[Frame]]) -> None:
+        """Undo one `map` for each handle, and tell each table which of its entries nobody maps any more."""
+        idle: dict[GrantTable[Frame], list[tuple[int, Frame]]] = {}
+        for table, ref, mapper, frame in handles:
+            self._handles[mapper] -= 1
+            if table.unmap(ref, mapper):
+                idle.setdefault(table, []).append((ref, frame))
+        for table, entries in idle.items():
+            if table.on_idle is not None:
+                table.on_idle(entries)
 
     def _may_map(self, mapper: int, granter: int) -> GrantTable[Frame]:
         table = self._tables.get(granter)

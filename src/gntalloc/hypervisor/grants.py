@@ -99,7 +99,7 @@ class GrantTable(Generic[Frame]):
         refuse_while_ending: bool = True,
     ) -> None:
         self.owner = owner
-        self.on_idle: Callable[[int, Frame], None] | None = None  # an entry lost its last mapping
+        self.on_idle: Callable[[list[tuple[int, Frame]]], None] | None = None  # these entries lost their last mapping
         self._max_frames = max_frames
         self._oldest_first = oldest_first
         self._refuse_while_ending = refuse_while_ending
@@ -175,8 +175,8 @@ class GrantTable(Generic[Frame]):
         entry.mappers[mapper] = entry.mappers.get(mapper, 0) + 1
         return entry
 
-    def unmap(self, ref: int, mapper: int) -> None:
-        """Undo one `map` of `mapper`. Call the idle hook if it was the last of all."""
+    def unmap(self, ref: int, mapper: int) -> bool:
+        """Undo one `map` of `mapper`. True: it was the last of all, and the caller tells `on_idle` of it."""
         entry = self._entries[ref]
         entry.pins -= 1
         entry.mappers[mapper] -= 1
@@ -184,8 +184,12 @@ class GrantTable(Generic[Frame]):
             raise BooksWrong(f"domain {mapper} has unmapped reference {ref} of domain {self.owner} too often")
         if not entry.mappers[mapper]:
             del entry.mappers[mapper]
-        if not entry.pins and self.on_idle is not None:
-            self.on_idle(ref, entry.frame)
+        return not entry.pins
+
+    def is_mapped(self, ref: int) -> bool:
+        """Say whether any domain maps the reference now."""
+        entry = self._entries.get(ref)
+        return entry is not None and entry.pins > 0
 
     def readonly(self, ref: int) -> bool:
         """Say whether a live grant gives its peer no right to write."""

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from gntalloc.machine.loop import Loop
     from gntalloc.machine.turns import Seat
 
-__all__ = ["SLICE", "Account", "Accounts"]
-
-SLICE = 0.001
-"""Seconds that an account may have had more than the one that had the least, and still be listened to."""
+__all__ = ["Account", "Accounts"]
 
 
 class User:
@@ -40,10 +37,10 @@ class Account:
     """Keep what one domain has cost, and what of it waits.
 
     Attributes:
-        spent: seconds, each as many times as its user has busy accounts.
+        spent: seconds of processor time, each as many times as its user has busy accounts.
         waiting: its speakers that have messages to be served.
         chores: work of its own that is done in pieces, before its messages.
-        calling: whether some of its speakers have sent something that was not heard yet.
+        calling: whether some of its speakers have sent something that there was no time to hear.
         closed: whether its domain has ended.
         speakers: how many it has.
         loop: waits for its speakers: the machine's own, or one of its own in that, if they are many.
@@ -107,8 +104,7 @@ class Accounts:
         if not (account.busy or account.closed):
             account.busy = True
             account.user.busy += 1
-            if account.spent < self._floor:
-                account.spent = self._floor
+            account.spent = max(account.spent, self._floor)
             self._busy[account] = None
 
     def rest(self, account: Account) -> None:
@@ -117,10 +113,8 @@ class Accounts:
             account.busy = False
             account.user.busy -= 1
             del self._busy[account]
-
-    def in_credit(self, account: Account) -> bool:
-        """Say whether an account has had hardly more than the others, so that it may be listened to."""
-        return account.spent <= self._floor + SLICE * (account.user.busy or 1)
+            if not self._busy:  # nobody else has waited for what it had
+                self._floor = max(self._floor, account.spent)
 
     @property
     def any_busy(self) -> bool:
@@ -133,8 +127,7 @@ class Accounts:
         if not busy:
             return None
         account = next(iter(busy)) if len(busy) == 1 else min(busy, key=_spent)
-        if account.spent > self._floor:
-            self._floor = account.spent
+        self._floor = max(self._floor, account.spent)
         return account
 
 

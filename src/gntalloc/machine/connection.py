@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef
+from gntalloc.drivers.chardev import Plan
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.home import identity_of
 from gntalloc.machine.placements import Placements
 from gntalloc.machine.stream import MessageStream
 from gntalloc.machine.turns import Dropped
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import finish_steps
 from gntalloc.wire.memory import MessageCaller, Region
 from gntalloc.wire.messages import (
     VERSION,
@@ -45,21 +47,24 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
 
-    from gntalloc.drivers.chardev import File, Plan
+    from gntalloc.drivers.chardev import File
     from gntalloc.holders import Loan
     from gntalloc.machine.doors import Peer
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.waits import Waits
+    from gntalloc.steps import Steps
     from gntalloc.wire.stream import Message
 
-    CarryOut = Callable[[Plan], list[Loan[Any]]]
-    Handler = Callable[["Connection", Message, Any, list[int]], None]
+    CarryOut = Callable[[Plan], Steps[list[Loan[Any]]]]
+    Handler = Callable[["Connection", Message, Any, list[int]], Steps[None] | None]
     Handlers = Mapping[int, tuple[type, Handler]]
 
 __all__ = ["Connection", "handlers_with", "pieces_of_plan"]
 
 log = logging.getLogger("gntalloc.machine")
+
+_AT_ONCE = 16  # pages of a map that takes no steps
 
 
 def pieces_of_plan(plan: Plan, loans: list[Loan[Any]]) -> tuple[Piece, ...]:
@@ -107,7 +112,7 @@ class Connection(MessageStream):
         peer: the process.
         homes: the homes of open files.
         waits: the waits for releases.
-        carry_out: makes descriptions for a plan.
+        carry_out: makes descriptions for a plan, in steps.
         handlers: see `handlers_with`.
     """
 
@@ -146,19 +151,31 @@ class Connection(MessageStream):
         """See `MessageStream`."""
         return len(self.placements)
 
-    def serve(self, message: Message, descriptors: list[int]) -> None:
-        """Answer one message of the program."""
+    def serve(self, message: Message, descriptors: list[int]) -> Steps[None] | None:
+        """Answer one message of the program, or give the steps to that."""
         self._undo = None
         kind, serve = self._handlers.get(message.kind, (None, None))
         if kind is None or serve is None:
             raise Dropped(f"it sent a message of kind {message.kind}, and there is none")
         try:
-            serve(self, message, decode(kind, message.payload), descriptors)
+            steps = serve(self, message, decode(kind, message.payload), descriptors)
         except GntallocError as error:
-            log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, error)
-            self.answer(message, error=error.errno or errno.EIO, why=str(error))
+            self._refuse(message, error)
         except Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
+        else:
+            return None if steps is None else self._go_through(message, steps)
+        return None
+
+    def _go_through(self, message: Message, steps: Steps[None]) -> Steps[None]:
+        try:
+            yield from steps
+        except GntallocError as error:
+            self._refuse(message, error)
+
+    def _refuse(self, message: Message, error: GntallocError) -> None:
+        log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, error)
+        self.answer(message, error=error.errno or errno.EIO, why=str(error))
 
     def when_ended(self, call: Callable[[], None]) -> None:
         """Have `call` called when the program is gone."""
@@ -217,12 +234,24 @@ class Connection(MessageStream):
             raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
         self.answer(message, result=self._handle(file), body=encode(ShowAnswer(file.flags, file.driver.name)))
 
-    def _ioctl(self, message: Message, asked: Ioctl, descriptors: list[int]) -> None:
+    def _ioctl(self, message: Message, asked: Ioctl, descriptors: list[int]) -> Steps[None] | None:
         error, why, result = 0, "", 0
         try:
             caller = MessageCaller(asked.regions, process=self.pid, by_offset=self.by_offset)
-            result = self.file(asked.handle).ioctl(asked.request, asked.address, caller)
+            work = self.file(asked.handle).begin_ioctl(asked.request, asked.address, caller)
+            if not isinstance(work, int):
+                return self._ioctl_in_steps(message, asked, work)
+            result = work
         except DeviceError as refusal:  # bytes that were written before it failed stay written, as in Linux
+            error, why = self._refused(refusal)
+        self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
+        return None
+
+    def _ioctl_in_steps(self, message: Message, asked: Ioctl, steps: Steps[int]) -> Steps[None]:
+        error, why, result = 0, "", 0
+        try:
+            result = yield from steps
+        except DeviceError as refusal:
             error, why = self._refused(refusal)
         self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
 
@@ -233,14 +262,18 @@ class Connection(MessageStream):
         except DeviceError as refusal:
             self._refused(refusal)
 
-    def _ioctl_mmap(self, message: Message, asked: IoctlMmap, descriptors: list[int]) -> None:
+    def _ioctl_mmap(self, message: Message, asked: IoctlMmap, descriptors: list[int]) -> Steps[None] | None:
         """Serve ALLOC or MAP, and the mmap that always follows it."""
         if asked.request not in {ALLOC_GREF, MAP_GRANT_REF}:
             raise Dropped(f"it wanted to map what request {asked.request:#010x} makes, which makes nothing to map")
+        return _at_once_if_small(asked.length, self._ioctl_mmap_in_steps(message, asked))
+
+    def _ioctl_mmap_in_steps(self, message: Message, asked: IoctlMmap) -> Steps[None]:
         caller = MessageCaller(asked.regions, process=self.pid)
         try:
             file = self.file(asked.handle)
-            result = file.ioctl(asked.request, asked.address, caller)
+            work = file.begin_ioctl(asked.request, asked.address, caller)
+            result = work if isinstance(work, int) else (yield from work)
             index = _made_by(asked.request, caller.read(asked.address, _HEAD.size))
         except DeviceError as refusal:
             error, why = self._refused(refusal)
@@ -249,8 +282,7 @@ class Connection(MessageStream):
         self._undo = _Undo(file, asked.request, index, asked.length // PAGE_SIZE)
         loans: list[Loan[Any]] = []
         try:
-            plan = file.mmap(index, asked.length, prot=asked.prot, shared=bool(asked.shared))
-            loans = self._carry_out(plan)
+            plan, loans = yield from self._map(file, index, asked)
         except DeviceError as refusal:
             error, why = self._refused(refusal)
             body = IoctlMmapAnswer(error, why, 0, 0, (), _written(asked.regions))
@@ -261,13 +293,20 @@ class Connection(MessageStream):
             body = IoctlMmapAnswer(0, "", number, plan.confirm, pieces, _written(asked.regions))
         self._answer_with(message, result, encode(body), loans)
 
-    def _mmap(self, message: Message, asked: Mmap, descriptors: list[int]) -> None:
-        file = self.file(asked.handle)
-        plan = file.mmap(asked.offset, asked.length, prot=asked.prot, shared=bool(asked.shared))
-        loans = self._carry_out(plan)
+    def _mmap(self, message: Message, asked: Mmap, descriptors: list[int]) -> Steps[None] | None:
+        return _at_once_if_small(asked.length, self._mmap_in_steps(message, asked))
+
+    def _mmap_in_steps(self, message: Message, asked: Mmap) -> Steps[None]:
+        plan, loans = yield from self._map(self.file(asked.handle), asked.offset, asked)
         confirm = plan.confirm or plan.locate
         number = self.placements.expect(plan.record, self.pid) if confirm else 0
         self._answer_with(message, number, encode(MmapAnswer(confirm, pieces_of_plan(plan, loans))), loans)
+
+    def _map(self, file: File, offset: int, asked: Mmap | IoctlMmap) -> Steps[tuple[Plan, list[Loan[Any]]]]:
+        """Plan a map and make its descriptions."""
+        work = file.begin_mmap(offset, asked.length, prot=asked.prot, shared=bool(asked.shared))
+        plan = work if isinstance(work, Plan) else (yield from work)
+        return plan, (yield from self._carry_out(plan))
 
     def _answer_with(self, message: Message, result: int, body: bytes, loans: list[Loan[Any]]) -> None:
         """Answer, and close the machine's copies of these descriptors."""
@@ -287,12 +326,15 @@ class Connection(MessageStream):
     def _write(self, message: Message, asked: Write, descriptors: list[int]) -> None:
         self.answer(message, result=self.file(asked.handle).write(asked.data))
 
-    def _holders(self, message: Message, asked: Holders, descriptors: list[int]) -> None:
+    def _holders(self, message: Message, asked: Holders, descriptors: list[int]) -> Steps[None] | None:
+        return _at_once_if_small(asked.pages * PAGE_SIZE, self._holders_in_steps(message, asked))
+
+    def _holders_in_steps(self, message: Message, asked: Holders) -> Steps[None]:
         file = self.file(asked.handle)
         driver = self.guest.gntalloc
         if file.driver is not driver:
             raise DeviceError(errno.EINVAL, "only pages of gntalloc have holders")
-        held, mapped_by = driver.holders(file, asked.start, asked.pages)
+        held, mapped_by = yield from driver.begin_to_find_holders(file, asked.start, asked.pages)
         body = encode(HoldersAnswer(tuple(mapped_by)))
         if not (asked.wait and held):
             self.answer(message, result=held, body=body)
@@ -324,6 +366,14 @@ _HANDLERS: dict[type, Handler] = {
 def handlers_with(more: Mapping[type, Handler]) -> Handlers:
     """Give the function that serves each kind of message, by its number: a connection's own kinds, and `more`."""
     return {kind_of(kind): (kind, handler) for kind, handler in {**_HANDLERS, **more}.items()}
+
+
+def _at_once_if_small(length: int, steps: Steps[None]) -> Steps[None] | None:
+    """Do the steps of a map of few pages at once. Of more, give them back."""
+    if length > _AT_ONCE * PAGE_SIZE:
+        return steps
+    finish_steps(steps)
+    return None
 
 
 def _written(regions: list[Region]) -> list[Region]:

@@ -20,15 +20,19 @@ from gntalloc.hypervisor.grants import GrantTable
 from gntalloc.hypervisor.ports import EventChannels
 from gntalloc.machine.disturbed import DisturbedPorts
 from gntalloc.machine.toolstack import furnish, strip
+from gntalloc.steps import finish_steps
 from gntalloc.xenstore.daemon.server import Daemon as Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from gntalloc.steps import Steps
 
 __all__ = ["BEHAVIOURS", "Guest", "Machine"]
 
 BEHAVIOURS = {"ours": OURS, "linux": LINUX}
 
+_LENT_AT_ONCE = 16  # extents
 MAX_FILES = 4096  # open at once in one domain, so that it cannot use up the machine's descriptors
 
 
@@ -87,6 +91,8 @@ class Machine:
         self.store = Store(by_number=behaviour.permissions_by_number)
         self._hypervisor: Hypervisor[Frame] = Hypervisor()
         self._event_channels = EventChannels()
+        self.later: Callable[[int, Steps[None]], None] = lambda _domid, work: finish_steps(work)
+        """Begins work of a domain's that may take long: see `gntalloc.steps.Later`."""
         self._limit = limit
         self._behaviour = behaviour
         self._table_frames = table_frames
@@ -112,13 +118,17 @@ class Machine:
         ports = self._event_channels.create(domid, DisturbedPorts)
         evtchn = EvtchnDriver(ports)
         limit = self._limit if limit is None else limit
+
+        def later(work: Steps[None]) -> None:
+            self.later(domid, work)
+
         guest = self.guests[domid] = Guest(
             domid,
             uid,
             table,
             ports,
-            gntalloc=GntallocDriver(table, self.frames, evtchn, limit=limit, behaviour=self._behaviour),
-            gntdev=GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour),
+            gntalloc=GntallocDriver(table, self.frames, evtchn, limit=limit, behaviour=self._behaviour, later=later),
+            gntdev=GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour, later=later),
             evtchn=evtchn,
             privcmd=PrivcmdDriver(domid, self._hypervisor, self._event_channels),
         )
@@ -180,14 +190,20 @@ class Machine:
         Raises:
             DeviceError: ENOMEM. Nothing is left of the plan.
         """
+        return finish_steps(self.begin_to_carry_out(plan))
+
+    def begin_to_carry_out(self, plan: Plan) -> Steps[list[Loan]]:
+        """Give the steps to what `carry_out` does: a plan of a thousand extents takes long."""
         loans: dict[object, Loan] = {}
         try:
             for piece in plan.pieces:
                 if piece.extent not in loans:
+                    if len(loans) % _LENT_AT_ONCE == _LENT_AT_ONCE - 1:
+                        yield
                     loan = self.frames.lend(piece.extent, plan.record, writable=plan.writable, granters=plan.granters)
                     plan.record.loans.add(loan)
                     loans[piece.extent] = loan
-        except DeviceError:
+        except BaseException:  # the program's end, too
             for loan in loans.values():
                 loan.close()
             if loans:

@@ -22,19 +22,19 @@ from gntalloc.machine.loop import Loop
 from gntalloc.machine.orders import orders_of
 from gntalloc.machine.store import StoreFront
 from gntalloc.machine.supervision import Supervision
-from gntalloc.machine.turns import Turns
+from gntalloc.machine.turns import OWN, Turns
 from gntalloc.machine.waits import Waits
 from gntalloc.places import domain_path
 
 if TYPE_CHECKING:
     from gntalloc.machine.doors import Peer
     from gntalloc.machine.machine import Guest, Machine
+    from gntalloc.steps import Steps
 
 __all__ = ["MAX_CONNECTIONS", "Server"]
 
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
-_OWNER = "the owner"  # the key of the account of the machine's owner
 _LEAVING = 0.05  # seconds between looks whether a run is coming in
 
 
@@ -43,11 +43,11 @@ class Server:
 
     def __init__(self, machine: Machine, folder: str) -> None:
         self.machine = machine
+        machine.later = self._later
         self.folder = folder
         self.stopping = False
         self.loop = Loop()
         self.turns = Turns(self.loop, self._settle)
-        self.turns.open_account(_OWNER, os.getuid())
         self.homes = Homes(self.loop, machine)
         self._waits = Waits()
         self._news_of_homes = self._news_of_waits = self._news_of_pages = False
@@ -63,7 +63,7 @@ class Server:
             settle=machine.settle,
         )
         self._store = StoreFront(machine.store, self.turns)
-        supervision = Supervision(self.turns, self.homes, self._open_store, machine.carry_out)
+        supervision = Supervision(self.turns, self.homes, self._open_store, machine.begin_to_carry_out)
         self._handlers = handlers_with(supervision.handlers)
         self._orders = orders_of(
             machine, self._store, self.visits, self._faults, create=self.create, destroy=self.destroy
@@ -160,6 +160,9 @@ class Server:
             self.machine.settle(heard=heard)
             self.homes.keep_no_longer()
 
+    def _later(self, domid: int, work: Steps[None]) -> None:
+        self.turns.do(domid, work)
+
     def _note_homes(self, _events: int) -> None:
         self._news_of_homes = True
 
@@ -181,7 +184,7 @@ class Server:
             peer,
             homes=self.homes,
             waits=self._waits,
-            carry_out=self.machine.carry_out,
+            carry_out=self.machine.begin_to_carry_out,
             handlers=self._handlers,
         )
         self.turns.add(connection, guest.domid)
@@ -196,7 +199,7 @@ class Server:
             if ends_the_machine:
                 self.stopping = True
 
-        self.turns.add(control, _OWNER, ended)
+        self.turns.add(control, OWN, ended)
 
     def _let_in_to_store(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
         self._store.connect(sock, guest.domid, peer.pid)

@@ -8,7 +8,7 @@ the machine may not look into the program, or a debugger traces it.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gntalloc.machine.connection import pieces_of_plan
 from gntalloc.machine.syscalls import Syscalls, may_be_served
@@ -26,13 +26,14 @@ from gntalloc.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from gntalloc.drivers.chardev import Plan
     from gntalloc.machine.connection import CarryOut, Connection, Handler
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.syscalls import OpenStore
     from gntalloc.machine.turns import Turns
+    from gntalloc.steps import Steps
     from gntalloc.syscalls.listener import Call
     from gntalloc.wire.stream import Message
 
@@ -46,7 +47,7 @@ class Supervision:
         turns: the turns of programs.
         homes: the homes of open files.
         open_store: opens a connection to xenstore.
-        carry_out: makes descriptions for a plan.
+        carry_out: makes descriptions for a plan, in steps.
     """
 
     def __init__(self, turns: Turns, homes: Homes, open_store: OpenStore, carry_out: CarryOut) -> None:
@@ -96,7 +97,7 @@ class Supervision:
 class _Run:
     """Hand calls to the supervisor, for one run whose calls the machine serves."""
 
-    def __init__(self, connection: Connection, turns: Turns, carry_out: Callable[[Plan], list[Any]]) -> None:
+    def __init__(self, connection: Connection, turns: Turns, carry_out: CarryOut) -> None:
         self._connection = connection
         self._turns = turns
         self._carry_out = carry_out
@@ -113,9 +114,9 @@ class _Run:
         if self._calls is not None:
             self._turns.drop(self._calls, "its supervisor is gone, or serves it")
 
-    def place(self, call: Call, plan: Plan, process: int) -> None:
+    def place(self, call: Call, plan: Plan, process: int) -> Steps[None]:
         """Have the supervisor answer this mmap with these pages."""
-        loans = self._carry_out(plan)
+        loans = yield from self._carry_out(plan)
         confirm = plan.confirm or plan.locate
         number = self._connection.placements.expect(plan.record, process) if confirm else 0
         brought = Brought(PLACE, confirm, number, call.encode(), pieces_of_plan(plan, loans))

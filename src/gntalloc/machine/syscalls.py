@@ -28,9 +28,12 @@ from gntalloc import clock
 from gntalloc.abi import privcmd
 from gntalloc.abi.evtchn import NOTIFY, Notify
 from gntalloc.abi.gntdev import MAP_GRANT_REF
+from gntalloc.drivers.chardev import Plan
 from gntalloc.errors import DeviceError
 from gntalloc.machine.loop import READABLE
 from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import finish_steps
 from gntalloc.syscalls.arguments import regions_of
 from gntalloc.syscalls.listener import NOTES_SIZE, CallerGone, Listener
 from gntalloc.syscalls.memory import Denied, Memory
@@ -41,11 +44,13 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from gntalloc.drivers.chardev import Caller, File, Plan
+    from gntalloc.drivers.chardev import Caller, File
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.machine import Guest
     from gntalloc.machine.turns import Speaker
+    from gntalloc.steps import Steps
     from gntalloc.syscalls.listener import Call
+    from gntalloc.wire.memory import Region
 
 __all__ = ["Handover", "OpenStore", "Syscalls", "may_be_served", "process_namespace"]
 
@@ -56,6 +61,7 @@ _FAR = frozenset({privcmd.HYPERCALL})
 _LISTENER = "anon_inode:seccomp notify"
 _CALLS_WAIT = READABLE | RUNNABLE
 _MOST_BELLS = 256
+_AT_ONCE = 16 * PAGE_SIZE  # bytes of a map that takes no steps
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | 0x10  # and F_SEAL_FUTURE_WRITE
 
 
@@ -76,7 +82,7 @@ def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
 class Handover(Protocol):
     """Hand calls that the machine does not answer itself to the supervisor."""
 
-    def place(self, call: Call, plan: Plan, process: int) -> None:
+    def place(self, call: Call, plan: Plan, process: int) -> Steps[None]:
         """Have the supervisor answer this mmap with these pages."""
 
     def take_over(self, call: Call) -> None:
@@ -126,6 +132,7 @@ class Syscalls:
         self._memory = Memory()
         self._taken: deque[Call] = deque()
         self._admitted = 0
+        self._rest: tuple[Call, Steps[None]] | None = None  # the call that is served in part
         self._bells: dict[tuple[int, int], File] = {}  # (thread, descriptor) -> a file of evtchn: see _notify
 
     # As a Speaker.
@@ -165,18 +172,36 @@ class Syscalls:
         """Answer calls, or have the supervisor answer them."""
         taken = self._taken
         left = min(self._admitted, MESSAGES_A_TURN)
-        while left and taken:  # none is left once the supervisor has taken over
+        if self._rest is not None:
+            self._go_on(*self._rest, until)
+        while left and taken and self._rest is None:  # none is left once the supervisor has taken over
             left -= 1
             call = taken.popleft()
             try:
                 if not (call.arguments[1] == NOTIFY and self._notify(call)):
-                    self._serving.serve(call)
+                    steps = self._serving.serve(call)
+                    if steps is not None:
+                        self._go_on(call, steps, until)
             except Denied:
                 self._supervisor.take_over(call)
             if clock.now() >= until:
                 break
-        if not taken:
+        if not taken and self._rest is None:
             self.standing = READABLE
+
+    def _go_on(self, call: Call, steps: Steps[None], until: float) -> None:
+        """Take steps of a call: one, and more until then. What is left is taken at the next turn."""
+        self._rest = None
+        try:
+            next(steps)
+            while clock.now() < until:
+                next(steps)
+        except StopIteration:
+            return
+        except Denied:
+            self._supervisor.take_over(call)
+            return
+        self._rest = call, steps
 
     def take_back(self) -> Call | None:
         """Give back the next of the calls that were taken and are not served. None: there is none."""
@@ -189,6 +214,10 @@ class Syscalls:
 
     def close(self) -> None:
         """Stop serving. Calls that were not taken back fail, or their callers would wait for ever."""
+        if self._rest is not None:
+            unfinished, steps = self._rest
+            steps.close()
+            self.fail(unfinished)
         while (call := self.take_back()) is not None:
             self.fail(call)
         self._listener.close()
@@ -233,7 +262,7 @@ class Syscalls:
         """See `Files`."""
         return file.driver.name
 
-    def ioctl(self, call: Call, process: int, file: File) -> int:
+    def ioctl(self, call: Call, process: int, file: File) -> int | Steps[int]:
         """See `Files`."""
         _, request, address, *_ = call.arguments
         request &= 0xFFFFFFFF
@@ -250,10 +279,26 @@ class Syscalls:
                 self._bells.clear()
             self._bells[call.thread, call.arguments[0]] = file
         try:
-            result = file.ioctl(request, address, caller)
+            result = file.begin_ioctl(request, address, caller)
         except DeviceError as refusal:
-            log.debug("domain %d, pid %d: %s", self._guest.domid, process, refusal)
-            result = -(refusal.errno or errno.EIO)
+            result = self._refused(process, refusal)
+        if isinstance(result, int):
+            return self._put_back(call, there, result) if there else result
+        return self._ioctl_in_steps(call, process, result, there)
+
+    def _ioctl_in_steps(self, call: Call, process: int, steps: Steps[int], there: list[Region]) -> Steps[int]:
+        try:
+            result = yield from steps
+        except DeviceError as refusal:
+            result = self._refused(process, refusal)
+        return self._put_back(call, there, result)
+
+    def _refused(self, process: int, refusal: DeviceError) -> int:
+        log.debug("domain %d, pid %d: %s", self._guest.domid, process, refusal)
+        return -(refusal.errno or errno.EIO)
+
+    def _put_back(self, call: Call, there: list[Region], result: int) -> int:
+        """Write what a driver has written to memory beside the argument, and give the result."""
         for region in there:
             if region.written and not self.put(call, region.address, region.data):
                 result = -errno.EFAULT  # it was writable a moment ago: another thread of the program has changed that
@@ -267,14 +312,23 @@ class Syscalls:
         """Write to the caller's memory, if the caller is still there. Return whether all could be written."""
         return self._listener.waits(call) and self._memory.write(call.thread, address, bytes(data)) == len(data)
 
-    def map(self, call: Call, process: int, file: File) -> None:
+    def map(self, call: Call, process: int, file: File) -> Steps[None] | None:
         """See `Files`."""
         if self._serving.is_traced(call.thread):
             raise Denied
+        length = call.arguments[1]
+        steps = self._map_in_steps(call, process, file)
+        if length > _AT_ONCE:
+            return steps
+        finish_steps(steps)
+        return None
+
+    def _map_in_steps(self, call: Call, process: int, file: File) -> Steps[None]:
         _address, length, prot, flags, _descriptor, offset = call.arguments
         with self._told(process):
-            plan = file.mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
-            self._supervisor.place(call, plan, process)
+            work = file.begin_mmap(offset, length, prot=prot & 0xFFFFFFFF, shared=is_shared(flags))
+            plan = work if isinstance(work, Plan) else (yield from work)
+            yield from self._supervisor.place(call, plan, process)
 
     @contextmanager
     def _told(self, process: int) -> Iterator[None]:

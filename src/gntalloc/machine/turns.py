@@ -13,18 +13,19 @@ A *note* is a call without an answer: IoctlTold, Placed, close(2), munmap(2). Ro
 kernel. A round admits the messages that have come, and then hears once more those that have come since. It settles the
 files and maps that programs have given up. It serves the notes, admitted or not, and only then the admitted requests. A
 note that was sent before a request is heard in that second look. So it is served before the request, over whichever
-connections both came. An account that has had more than its share is not heard in these looks. Its own notes come late
-then, and those of no other.
+connections both came. Both looks, and the notes, have only so much time in a round. Accounts that have had the least
+come first. So if there is too much, the notes of those come late that send the most.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc import clock
-from gntalloc.machine.accounts import SLICE, Accounts
+from gntalloc.machine.accounts import Accounts
 from gntalloc.machine.loop import READABLE, SOMETHING_CAME, WRITABLE, Loop
 
 if TYPE_CHECKING:
@@ -32,17 +33,22 @@ if TYPE_CHECKING:
 
     from gntalloc.machine.accounts import Account
 
-__all__ = ["MESSAGES_A_TURN", "RUNNABLE", "STALLING", "Dropped", "Speaker", "Turns"]
+__all__ = ["MESSAGES_A_TURN", "OWN", "RUNNABLE", "STALLING", "Dropped", "Speaker", "Turns"]
 
 log = logging.getLogger("gntalloc.machine")
 
+OWN = "the machine's own"
+"""The key of the account of the machine itself, and of its owner's connections."""
 MESSAGES_A_TURN = 8
 """The most messages of one speaker that are served in a turn."""
 RUNNABLE, STALLING = 1 << 16, 1 << 17
 """Bits of a speaker's standing, beside epoll's."""
 _EVENTS = READABLE | WRITABLE
 _CHECK_FOR_STALLS = 1.0  # seconds
-_ROUND = 0.003  # seconds until those that have come meanwhile are heard
+_SLICE = 0.001  # seconds
+_ROUND = 0.003  # seconds of slices, until those are heard that have come meanwhile
+_NOTES = 0.004  # seconds of notes in a round
+_HEARING = 0.002  # seconds of a look
 _FEW = 4  # speakers of an account that need no loop of their own
 _HEARD_AT_ONCE = 16  # speakers of an account, before it is looked at how long that took
 
@@ -123,12 +129,13 @@ class Turns:
         self._loop = loop
         self._settle = settle
         self._accounts = Accounts(loop)
-        self._by_key: dict[Hashable, Account] = {}
+        self._by_key: dict[Hashable, Account] = {OWN: self._accounts.open(os.getuid())}
         self._seats: dict[Speaker, Seat] = {}
         self._calling: list[Account] = []  # with something to hear
         self._came: list[Seat] = []  # with messages that were not admitted yet
         self._noted: list[Seat] = []  # with a note first
         self._slow: set[Speaker] = set()
+        self._charged = clock.processor_time()  # all until then is charged
 
     def patience(self) -> float | None:
         """Give the seconds until a round is due though nothing comes. None: none is."""
@@ -142,7 +149,7 @@ class Turns:
     # Accounts.
 
     def open_account(self, key: Hashable, uid: int) -> None:
-        """Make the account of a domain, or of the machine's owner."""
+        """Make the account of a domain of this user."""
         self._by_key[key] = self._accounts.open(uid)
 
     def close_account(self, key: Hashable) -> None:
@@ -150,20 +157,28 @@ class Turns:
         account = self._by_key.pop(key)
         for seat in [each for each in self._seats.values() if each.account is account]:
             self.drop(seat.speaker, "its domain was destroyed")
+        own = self._by_key.get(OWN)
+        if own is not None and account.chores:
+            own.chores.extend(account.chores)
+            account.chores.clear()
+            self._accounts.wake(own)
         self._accounts.close(account)
 
     def close(self) -> None:
-        """End all accounts."""
-        for key in list(self._by_key):
+        """End all accounts, the machine's own last."""
+        for key in list(reversed(self._by_key)):
             self.close_account(key)
 
     def do(self, key: Hashable, chore: Iterator[None]) -> None:
-        """Do work of an account's own, a slice of it now. The rest comes before its messages."""
-        account = self._by_key[key]
-        begun = clock.now()
-        done = _go_on(chore, begun + SLICE)
-        account.charge(clock.now() - begun)
-        if not done:
+        """Do work of an account's own, a slice of it now. The rest comes before its messages.
+
+        The machine does it on its own account if the domain has ended.
+        """
+        account = self._by_key.get(key) or self._by_key[OWN]
+        if account.chores:
+            account.chores.append(chore)
+            return
+        if not _go_on(chore, clock.now() + _SLICE):
             account.chores.append(chore)
             self._accounts.wake(account)
 
@@ -226,21 +241,24 @@ class Turns:
             self._drop_the_stalled()
 
     def _hear(self) -> None:
-        """Hear the speakers that have sent something, of accounts that have not had too much."""
+        """Hear the accounts with loops of their own that have something to be heard."""
         calling, self._calling = self._calling, []
+        calling.sort(key=_spent)
+        end = clock.now() + _HEARING
         for account in calling:
             if account.closed:  # by what was heard of another
                 continue
-            account.calling = True
-            self._accounts.wake(account)
-            if self._accounts.in_credit(account):
-                self._hear_one(account)
+            if clock.now() < end:
+                self._hear_one(account, end)
+            else:
+                account.calling = True
+                self._accounts.wake(account)
 
-    def _hear_one(self, account: Account) -> None:
-        """Hear an account with a loop of its own. If there is more then, the loop says so again."""
+    def _hear_one(self, account: Account, end: float) -> None:
+        """Hear speakers of an account until then, a few at least. If there is more, the loop says so again."""
         account.calling = False
         while account.loop.hear(0, _HEARD_AT_ONCE) == _HEARD_AT_ONCE:
-            if account.closed or not self._accounts.in_credit(account):
+            if account.closed or clock.now() >= end:
                 break
 
     def _admit(self) -> None:
@@ -252,13 +270,18 @@ class Turns:
                 self._accounts.wake(seat.account)
 
     def _serve_notes(self) -> None:
-        """Serve the notes that wait first. The notes of an account that has had too much wait for its slice."""
+        """Serve the notes that wait first."""
         noted, self._noted = self._noted, []
-        for seat in noted:
-            if self._accounts.in_credit(seat.account) and seat.speaker.has_notes:
-                begun = clock.now()
+        if len(noted) > 1:
+            noted.sort(key=_spent_by_account)
+        end = clock.now() + _NOTES
+        for number, seat in enumerate(noted):
+            if seat.speaker.has_notes:
                 self._let(seat, seat.speaker.take_notes)
-                seat.account.charge(clock.now() - begun)
+                self._charge(seat.account)
+            if clock.now() >= end:
+                self._noted += noted[number + 1 :]
+                break
 
     def _serve_accounts(self) -> None:
         """Serve the account that has had the least, again and again, until a round is over or nothing is left."""
@@ -269,32 +292,34 @@ class Turns:
 
     def _serve_slice(self, account: Account, end: float) -> float:
         """Serve one account for a slice, and return the time."""
-        begun = now = clock.now()
-        until = min(end, begun + SLICE)
+        now = clock.now()
+        until = min(end, now + _SLICE)
         while account.chores and now < until:
             if _go_on(account.chores[0], until):
                 account.chores.popleft()
+            now = clock.now()
+        if account.calling and now < until:
+            self._hear_one(account, until)
             now = clock.now()
         while account.waiting and now < until:
             seat = account.waiting.popleft()
             seat.queued = False
             self._let(seat, seat.speaker.take_turn, until)
             now = clock.now()
-        account.charge(now - begun)
-        if account.calling and now < until:
-            self._hear_one(account)
+        self._charge(account)
         if not account.has_work:
             self._accounts.rest(account)
         return now
 
+    def _charge(self, account: Account) -> None:
+        """Charge an account for what was done since the last charge."""
+        now = clock.processor_time()
+        account.charge(now - self._charged)
+        self._charged = now
+
     def _heard(self, seat: Seat, events: int) -> None:
-        """Take in what a speaker has sent, unless its account has had too much and has work enough."""
-        account = seat.account
-        if account.waiting and not self._accounts.in_credit(account):
-            return
-        begun = clock.now()
         self._take_in(seat, events)
-        account.charge(clock.now() - begun)
+        self._charge(seat.account)
 
     def _take_in(self, seat: Seat, events: int) -> None:
         speaker = seat.speaker
@@ -362,6 +387,14 @@ class Turns:
         now = clock.now()
         for speaker in [speaker for speaker in self._slow if speaker.stalled(now)]:
             self.drop(speaker, "it left a message half sent, or a reply unread, for too long")
+
+
+def _spent(account: Account) -> float:
+    return account.spent
+
+
+def _spent_by_account(seat: Seat) -> float:
+    return seat.account.spent
 
 
 def _go_on(chore: Iterator[None], until: float) -> bool:

@@ -21,6 +21,7 @@ from gntalloc.syscalls.threads import Threads, fetch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gntalloc.steps import Steps
     from gntalloc.syscalls.listener import Call, Listener
 
 __all__ = [
@@ -74,11 +75,11 @@ class Files(Protocol[F]):
     def name(self, file: F) -> str:
         """Give the name of the device."""
 
-    def ioctl(self, call: Call, process: int, file: F) -> int:
-        """Carry out this ioctl, and return its result or a negative errno."""
+    def ioctl(self, call: Call, process: int, file: F) -> int | Steps[int]:
+        """Carry out this ioctl. Return its result or a negative errno, or the steps to that."""
 
-    def map(self, call: Call, process: int, file: F) -> None:
-        """Carry out this mmap, and answer it."""
+    def map(self, call: Call, process: int, file: F) -> Steps[None] | None:
+        """Carry out this mmap, and answer it, or give the steps to that."""
 
 
 class Witness(Protocol):
@@ -126,7 +127,7 @@ class Serving(Generic[F]):
         self._files = files
         self._say = say
         self._threads = Threads()
-        self._serve: dict[int, Callable[[Call], None]] = {
+        self._serve: dict[int, Callable[[Call], Steps[None] | None]] = {
             IOCTL: self._ioctl,
             MMAP: self._mmap,
             OPEN: lambda call: self._open(call, call.arguments[0], call.arguments[1]),
@@ -134,25 +135,40 @@ class Serving(Generic[F]):
             **dict.fromkeys(CHANGES_OF_USER, self._change_user),
         }
 
-    def serve(self, call: Call) -> None:
-        """Answer a call.
+    def serve(self, call: Call) -> Steps[None] | None:
+        """Answer a call, or give the steps to that.
 
         Raises:
             Denied: the kernel does not let us look into this program. The call is not answered.
         """
         try:
-            try:
-                self._serve[call.number](call)
-            except GntallocError as error:
+            steps = self._serve[call.number](call)
+        except Denied:
+            raise
+        except Exception as error:
+            self._fail(call, error)
+            return None
+        return None if steps is None else self._go_through(call, steps)
+
+    def _go_through(self, call: Call, steps: Steps[None]) -> Steps[None]:
+        try:
+            yield from steps
+        except Denied:
+            raise
+        except Exception as error:
+            self._fail(call, error)
+
+    def _fail(self, call: Call, error: Exception) -> None:
+        """Answer a call that cannot be served. No caller waits for the answer if it is gone."""
+        try:
+            if isinstance(error, GntallocError):
                 self._refuse(call, error)
-            except (CallerGone, Denied):
-                raise
-            except Exception as error:
+            elif not isinstance(error, CallerGone):
                 # A fault of ours. The caller must not wait for ever.
                 self._say(f"a call of thread {call.thread} could not be served: {error!r}")
                 self._listener.answer(call, -errno.EIO)
         except CallerGone:
-            pass  # no caller waits for the answer
+            pass
 
     def _refuse(self, call: Call, refusal: GntallocError, what: str = "a device") -> None:
         if self._witness is not None:
@@ -210,18 +226,25 @@ class Serving(Generic[F]):
         os.set_blocking(sock.fileno(), not flags & os.O_NONBLOCK)
         return sock
 
-    def _ioctl(self, call: Call) -> None:
+    def _ioctl(self, call: Call) -> Steps[None] | None:
         _, thread, _, arguments = call
         descriptor = arguments[0] & _LOW_INT
         identity = self._threads.identity(thread, descriptor)
         file = None if identity is None else self._files.find(thread, descriptor, identity)
         if file is None:
             self._listener.go_on(call)
-            return
+            return None
         process = self._threads.process(thread)
         if arguments[1] & _LOW_INT == RESET and self._files.name(file) == EVTCHN:
             _empty(fetch(thread, descriptor), identity)
-        self._listener.answer(call, self._files.ioctl(call, process, file))
+        result = self._files.ioctl(call, process, file)
+        if not isinstance(result, int):
+            return self._answer_in_steps(call, result)
+        self._listener.answer(call, result)
+        return None
+
+    def _answer_in_steps(self, call: Call, steps: Steps[int]) -> Steps[None]:
+        self._listener.answer(call, (yield from steps))
 
     def _change_user(self, call: Call) -> None:
         """Let a program change its user, and stop serving it here: the server must not wait for another user's."""
@@ -229,19 +252,27 @@ class Serving(Generic[F]):
             raise Denied
         self._listener.go_on(call)
 
-    def _mmap(self, call: Call) -> None:
+    def _mmap(self, call: Call) -> Steps[None] | None:
         descriptor = call.arguments[4] & _LOW_INT
         identity = self._threads.identity(call.thread, descriptor)
         file = None if identity is None else self._files.find(call.thread, descriptor, identity)
         if file is None:
             self._listener.go_on(call)
-            return
+            return None
         device = self._files.name(file)
         if not self._all_opens and not is_shared(call.arguments[3]):
             self._leave(call, f"a private map of {device}", "only shared maps are, or --all-opens")
-            return
+            return None
         try:
-            self._files.map(call, self._threads.process(call.thread), file)
+            steps = self._files.map(call, self._threads.process(call.thread), file)
+        except GntallocError as error:
+            self._refuse(call, error, device)
+            return None
+        return None if steps is None else self._map_in_steps(call, device, steps)
+
+    def _map_in_steps(self, call: Call, device: str, steps: Steps[None]) -> Steps[None]:
+        try:
+            yield from steps
         except GntallocError as error:
             self._refuse(call, error, device)
 

@@ -187,7 +187,7 @@ def _limit(driver: GntallocDriver) -> Iterator[str]:
     """Every page that is there counts, or every page that somebody uses."""
     counted = [gref for gref in driver._grefs if gref.users or driver._behaviour.count_held_pages]
     yield from _differ(f"pages in use of domain {driver._table.owner}", driver.in_use, len(counted))
-    lingering = {gref for grefs in driver._lingering.values() for gref in grefs}
+    lingering = {gref for grefs in driver._lingering.values() for gref in grefs.values()}
     yield from _differ("lingering pages", lingering, {gref for gref in driver._grefs if not gref.users})
 
 
