@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gntalloc.machine import descriptors as foreign
+from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream as Channel
-from gntalloc.machine.turns import Dropped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

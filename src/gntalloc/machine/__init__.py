@@ -17,6 +17,8 @@ placements   keep maps that were given out, until their program says where it ha
 faults       cause the faults that a test asks for
 stream       move a program's messages in and the machine's replies out
 turns        choose which speaker is served next, how much of it, and which has to wait
+speaker      say what is asked of whatever sends messages to be served
+accounts     charge each domain for the time that it takes, and say which is next
 loop         wait for descriptors
 descriptors  take descriptors that programs send, and close them without waiting
 machine      keep domains, their drivers and open files, and take in what the kernel says of mappings

@@ -15,13 +15,29 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from gntalloc.machine.loop import READABLE
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gntalloc.machine.loop import Loop
-    from gntalloc.machine.turns import Seat
+    from gntalloc.machine.speaker import Speaker
 
-__all__ = ["Account", "Accounts"]
+__all__ = ["Account", "Accounts", "Seat"]
+
+
+class Seat:
+    """Keep what is known of one speaker."""
+
+    __slots__ = ("account", "ended", "listened_to", "queued", "speaker", "wanted")
+
+    def __init__(self, speaker: Speaker, account: Account, ended: Callable[[], None] | None) -> None:
+        self.speaker = speaker
+        self.account = account
+        self.ended = ended
+        self.queued = False
+        self.listened_to = True
+        self.wanted = READABLE
 
 
 class User:
@@ -63,10 +79,6 @@ class Account:
     def has_work(self) -> bool:
         """Whether anything of it waits."""
         return bool(self.waiting or self.chores or self.calling)
-
-    def charge(self, seconds: float) -> None:
-        """Count so much time."""
-        self.spent += seconds * (self.user.busy or 1)
 
 
 class Accounts:

@@ -13,8 +13,8 @@ from gntalloc.drivers.chardev import Plan
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.machine.home import identity_of
 from gntalloc.machine.placements import Placements
+from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream
-from gntalloc.machine.turns import Dropped
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import finish_steps
 from gntalloc.wire.memory import MessageCaller, Region

@@ -7,8 +7,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from gntalloc.errors import GntallocError
+from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream
-from gntalloc.machine.turns import Dropped
 from gntalloc.wire.messages import Control as ControlMessage
 from gntalloc.wire.messages import kind_of
 

@@ -19,13 +19,14 @@ from gntalloc import clock
 from gntalloc.errors import DeviceError, PeerBroke
 from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import READABLE, WRITABLE
-from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, Dropped
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.errors import error_for
 
 if TYPE_CHECKING:
-    from gntalloc.machine.turns import Speaker, Turns
+    from gntalloc.machine.speaker import Speaker
+    from gntalloc.machine.turns import Turns
     from gntalloc.xenstore.daemon.server import Daemon
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.wire import Message

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from gntalloc import clock
 from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import READABLE, WRITABLE
-from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
+from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
 from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
 from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from gntalloc.machine.turns import Speaker
+    from gntalloc.machine.speaker import Speaker
     from gntalloc.wire.stream import Message
 
 __all__ = ["MessageStream"]

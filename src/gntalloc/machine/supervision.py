@@ -11,8 +11,8 @@ import os
 from typing import TYPE_CHECKING
 
 from gntalloc.machine.connection import pieces_of_plan
+from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.syscalls import Syscalls, may_be_served
-from gntalloc.machine.turns import Dropped
 from gntalloc.wire.messages import (
     PLACE,
     TAKE_OVER,

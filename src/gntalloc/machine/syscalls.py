@@ -31,7 +31,7 @@ from gntalloc.abi.gntdev import MAP_GRANT_REF
 from gntalloc.drivers.chardev import Plan
 from gntalloc.errors import DeviceError
 from gntalloc.machine.loop import READABLE
-from gntalloc.machine.turns import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, Dropped
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import finish_steps
 from gntalloc.syscalls.arguments import regions_of
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from gntalloc.drivers.chardev import Caller, File
     from gntalloc.machine.homes import Homes
     from gntalloc.machine.machine import Guest
-    from gntalloc.machine.turns import Speaker
+    from gntalloc.machine.speaker import Speaker
     from gntalloc.steps import Steps
     from gntalloc.syscalls.listener import Call
     from gntalloc.wire.memory import Region

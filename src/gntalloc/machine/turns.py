@@ -22,27 +22,25 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from gntalloc import clock
-from gntalloc.machine.accounts import Accounts
+from gntalloc.machine.accounts import Accounts, Seat
 from gntalloc.machine.loop import READABLE, SOMETHING_CAME, WRITABLE, Loop
+from gntalloc.machine.speaker import RUNNABLE, STALLING, Dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from gntalloc.machine.accounts import Account
+    from gntalloc.machine.speaker import Speaker
 
-__all__ = ["MESSAGES_A_TURN", "OWN", "RUNNABLE", "STALLING", "Dropped", "Speaker", "Turns"]
+__all__ = ["OWN", "Turns"]
 
 log = logging.getLogger("gntalloc.machine")
 
 OWN = "the machine's own"
 """The key of the account of the machine itself, and of its owner's connections."""
-MESSAGES_A_TURN = 8
-"""The most messages of one speaker that are served in a turn."""
-RUNNABLE, STALLING = 1 << 16, 1 << 17
-"""Bits of a speaker's standing, beside epoll's."""
 _EVENTS = READABLE | WRITABLE
 _CHECK_FOR_STALLS = 1.0  # seconds
 _SLICE = 0.001  # seconds
@@ -51,70 +49,6 @@ _NOTES = 0.004  # seconds of notes in a round
 _HEARING = 0.002  # seconds of a look
 _FEW = 4  # speakers of an account that need no loop of their own
 _HEARD_AT_ONCE = 16  # speakers of an account, before it is looked at how long that took
-
-
-class Dropped(Exception):
-    """The machine cannot go on with this speaker; the text says why."""
-
-
-class Speaker(Protocol):
-    """Send messages to be served. Each of these calls may raise Dropped, but `close`."""
-
-    companion: Speaker | None
-    """Another speaker, which is listened to only while this one reads what is sent to it."""
-
-    @property
-    def standing(self) -> int:
-        """The state of the speaker, in bits.
-
-        READABLE: more may come from it. WRITABLE: something waits to be sent. RUNNABLE: a message waits and may be
-        served, or one is served in part. STALLING: it keeps the machine waiting.
-        """
-
-    @property
-    def has_notes(self) -> bool:
-        """Whether the message that waits first is a note."""
-
-    def fileno(self) -> int:
-        """Give the descriptor to wait for."""
-
-    def receive(self, events: int) -> None:
-        """Take in the bytes that have come; `events` are epoll's."""
-
-    def flush(self) -> None:
-        """Send the replies that wait, as far as they go."""
-
-    def admit(self) -> None:
-        """Let the messages that have come until now be served at the next turn."""
-
-    def take_turn(self, until: float) -> None:
-        """Serve MESSAGES_A_TURN of the messages that were admitted, at most, and begin none after `until`.
-
-        At least one message is served, or a piece of it.
-        """
-
-    def take_notes(self) -> None:
-        """Serve the notes before the first request, admitted or not."""
-
-    def stalled(self, now: float) -> bool:
-        """Say whether it keeps the machine waiting for too long."""
-
-    def close(self) -> None:
-        """End the speaker."""
-
-
-class Seat:
-    """Keep what `Turns` knows of one speaker."""
-
-    __slots__ = ("account", "ended", "listened_to", "queued", "speaker", "wanted")
-
-    def __init__(self, speaker: Speaker, account: Account, ended: Callable[[], None] | None) -> None:
-        self.speaker = speaker
-        self.account = account
-        self.ended = ended
-        self.queued = False
-        self.listened_to = True
-        self.wanted = READABLE
 
 
 class Turns:
@@ -314,7 +248,7 @@ class Turns:
     def _charge(self, account: Account) -> None:
         """Charge an account for what was done since the last charge."""
         now = clock.processor_time()
-        account.charge(now - self._charged)
+        account.spent += (now - self._charged) * (account.user.busy or 1)
         self._charged = now
 
     def _heard(self, seat: Seat, events: int) -> None:
@@ -323,6 +257,9 @@ class Turns:
 
     def _take_in(self, seat: Seat, events: int) -> None:
         speaker = seat.speaker
+        if seat.queued and not speaker.standing & _EVENTS:  # it has sent more than it may: hear no more of it
+            self._plan(seat)
+            return
         try:
             if events & WRITABLE:
                 speaker.flush()
@@ -358,7 +295,7 @@ class Turns:
             log.exception("a message could not be served")
             self.drop(speaker, "serving it failed, see above")
             return
-        if speaker in self._seats:
+        if speaker in self._seats and not seat.queued:  # else it is looked at when it has had its turn
             self._plan(seat)
 
     def _plan(self, seat: Seat) -> None:
