@@ -9,11 +9,22 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["PR_SET_CHILD_SUBREAPER", "PR_SET_DUMPABLE", "PR_SET_PDEATHSIG", "check", "failure", "libc", "libc_with_gil"]
+__all__ = [
+    "PR_SET_CHILD_SUBREAPER",
+    "PR_SET_DUMPABLE",
+    "PR_SET_PDEATHSIG",
+    "check",
+    "failure",
+    "give_memory_back",
+    "libc",
+    "libc_with_gil",
+    "trim",
+]
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
@@ -52,3 +63,21 @@ def check(result: int) -> int:
     if result < 0:
         raise failure()
     return result
+
+
+def give_memory_back() -> None:
+    """Have the C library give the memory of long messages back to the computer as soon as it is freed.
+
+    glibc keeps memory of a size that was freed once. Other C libraries have no such call, and need none.
+    """
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 18)
+
+
+def trim() -> None:
+    """Have the C library give back what is free within its memory. This takes a millisecond or so."""
+    malloc_trim = getattr(libc, "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -35,17 +35,17 @@ class Scene:
         self.entry = self.peer.map_refs(1, refs[1:])
         self.theirs = self.peer.mmap(self.entry, 2)
         self.granter.dealloc(2 * PAGE_SIZE)
-        self.listed, _, self.lingering = self.driver._grefs
+        self.listed, _, self.lingering = self.driver._pages.grefs
         self.events, self.port, *_ = pair(core)
         set_notify(self.granter, 0, EVENT, self.port)
 
 
 def more_in_use(scene: Scene) -> None:
-    scene.driver.in_use += 1
+    scene.driver._pages.in_use += 1
 
 
 def less_in_use(scene: Scene) -> None:
-    scene.driver.in_use -= 1
+    scene.driver._pages.in_use -= 1
 
 
 def a_user_too_many(scene: Scene) -> None:
@@ -115,7 +115,7 @@ def a_page_off_its_list(scene: Scene) -> None:
 
 
 def a_page_that_does_not_linger(scene: Scene) -> None:
-    scene.driver._lingering.clear()
+    scene.driver._pages.lingering.clear()
 
 
 def a_reference_to_a_port_too_many(scene: Scene) -> None:

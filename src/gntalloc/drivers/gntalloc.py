@@ -33,23 +33,22 @@ from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, Serve, pieces_of
 from gntalloc.drivers.grefs import FileState, GrantInfo, Gref
-from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
-from gntalloc.drivers.releases import Releases
-from gntalloc.errors import BooksWrong, DeviceError
+from gntalloc.drivers.notify import PortReferences, Promise, check_action
+from gntalloc.drivers.pages import AT_ONCE, GrantedPages
+from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
+    from gntalloc.drivers.pages import Descriptors
     from gntalloc.drivers.releases import ReleaseWaiter
 
 __all__ = ["DEFAULT_LIMIT", "GntallocDriver"]
 
 DEFAULT_LIMIT = 1024
-_AT_ONCE = 256  # so many pages are made, mapped or freed in one step; more take several
-_NONE: dict[int, Gref] = {}
 
 
 class GntallocDriver:
@@ -63,6 +62,7 @@ class GntallocDriver:
             below the pages in use frees nothing; ALLOC is refused until fewer are in use.
         behaviour: ours, or as Linux does.
         later: begins what may take long, see `Later`.
+        descriptors: the domain's share of the machine's descriptors: each ALLOC takes one.
     """
 
     name = DEVICE
@@ -77,21 +77,21 @@ class GntallocDriver:
         limit: int = DEFAULT_LIMIT,
         behaviour: Behaviour = OURS,
         later: Later = finish,
+        descriptors: Descriptors | None = None,
     ) -> None:
         self.limit = limit
-        self.in_use = 0
         self._later = later
-        self._coming = 0  # counted as in use, and not made yet
         self._table = table
         self._frames = frames
         self._ports = ports
         self._behaviour = behaviour
-        self._grefs: dict[Gref, None] = {}  # all there are, listed, only mapped, or lingering
-        self._lingering: dict[Extent, dict[int, Gref]] = {}  # by reference
-        self._hidden: dict[Extent, dict[int, Gref]] = {}  # of these, those that no domain maps: their peer hides
-        self._releases = Releases(self._is_held, later)
-        table.on_idle = self._peer_let_go
+        self._pages = GrantedPages(table, frames, behaviour=behaviour, later=later, descriptors=descriptors)
         self._requests = {ALLOC_GREF: self._alloc, DEALLOC_GREF: self._dealloc, SET_UNMAP_NOTIFY: self._set_notify}
+
+    @property
+    def in_use(self) -> int:
+        """The number of pages that count against the limit."""
+        return self._pages.in_use
 
     @property
     def requests(self) -> Mapping[int, Serve]:
@@ -113,7 +113,7 @@ class GntallocDriver:
         if self._behaviour.strict:
             _check_sense(asked, self._table.owner)
         self._check_limit(asked.count)
-        if asked.count > _AT_ONCE:
+        if asked.count > AT_ONCE:
             return self._alloc_in_steps(file, address, caller, head)
         index = state.next_index
         try:
@@ -122,53 +122,56 @@ class GntallocDriver:
             if not self._behaviour.put_index_back:
                 state.next_index += asked.count * PAGE_SIZE
             raise
-        self.in_use += asked.count
+        self._pages.in_use += asked.count
         state.next_index += asked.count * PAGE_SIZE
         state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
-        self._grefs.update(dict.fromkeys(grefs))
+        self._pages.grefs.update(dict.fromkeys(grefs))
         try:
             _answer_alloc(address, caller, head, index, grefs)
         except DeviceError:
             # The program does not know the index, so it could not free them.
             if self._behaviour.undo_unwritable_reply:
-                self._drop(grefs)
+                self._pages.drop(grefs)
                 # A page whose reference a peer has guessed lingers, and keeps its index.
-                if self._behaviour.put_index_back and not any(gref in self._grefs for gref in grefs):
+                if self._behaviour.put_index_back and not any(gref in self._pages.grefs for gref in grefs):
                     state.next_index = index
             raise
-        self._check_books()
+        self._pages.check_books()
         return 0
 
     def _alloc_in_steps(self, file: File, address: int, caller: Caller, head: bytes) -> Steps[int]:
         """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between."""
         state, asked = _state(file), AllocGref.unpack_from(head)
         index, readonly, made = state.next_index, not asked.flags & FLAG_WRITABLE, list[Gref]()
+        self._pages.take_descriptor()
         end = state.next_index = index + asked.count * PAGE_SIZE
-        self.in_use += asked.count
-        self._coming += asked.count
+        self._pages.in_use += asked.count
+        self._pages.coming += asked.count
         extent: Extent | None = None
         try:
             extent = yield from self._frames.begin_allocate(
-                asked.count, self.look_again, writable=not readonly, first=index // PAGE_SIZE
+                asked.count, self._pages.look_again, writable=not readonly, first=index // PAGE_SIZE
             )
             for pages in batches(range(asked.count)):
                 made += self._grant(file, index, extent, pages, asked)
-                self._coming -= len(pages)
+                self._pages.coming -= len(pages)
                 yield
             _answer_alloc(address, caller, head, index, made)
         except BaseException as error:  # the program's end, too
             unmade = asked.count - len(made)
-            self._coming -= unmade
-            self.in_use -= unmade
-            if extent is not None and unmade:
-                self._frames.give_back(extent, len(made), unmade)
+            self._pages.coming -= unmade
+            self._pages.in_use -= unmade
+            if extent is None:
+                self._pages.give_descriptor()
+            elif unmade:
+                self._pages.give_back(extent, len(made), unmade)
             if unmade or self._behaviour.undo_unwritable_reply or not isinstance(error, DeviceError):
-                self._later(self._drop_in_steps(made))
-            left = any(gref in self._grefs for gref in made)
+                self._pages.drop(made)
+            left = any(gref in self._pages.grefs for gref in made)
             if self._behaviour.put_index_back and state.next_index == end and not left:
                 state.next_index = index
             raise
-        self._check_books()
+        self._pages.check_books()
         return 0
 
     def _grant(self, file: File, index: int, extent: Extent, pages: list[int], asked: AllocGref) -> list[Gref]:
@@ -185,7 +188,7 @@ class GntallocDriver:
         ]
         for gref in grefs:
             state.grefs[gref.index] = gref
-            self._grefs[gref] = None
+            self._pages.grefs[gref] = None
         return grefs
 
     def _no_references(self, count: int) -> DeviceError:
@@ -202,13 +205,13 @@ class GntallocDriver:
                 errno.ENOSPC,
                 f"{_asked_for(count)}, and the domain's limit is {self.limit} at once; raise the limit",
             )
-        if self.in_use > self.limit - count:
-            lingering = sum(map(len, self._lingering.values()))
+        if self._pages.in_use > self.limit - count:
+            lingering = sum(map(len, self._pages.lingering.values()))
             held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
             raise DeviceError(
                 errno.ENOSPC,
-                f"{_asked_for(count)}, and {self.in_use} of the domain's limit of {self.limit} are in use{held}; "
-                f"free some, or raise the limit",
+                f"{_asked_for(count)}, and {self._pages.in_use} of the domain's limit of {self.limit} are in use{held};"
+                " free some, or raise the limit",
             )
 
     def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
@@ -216,12 +219,19 @@ class GntallocDriver:
         if not asked.count:
             return []
         readonly = not asked.flags & FLAG_WRITABLE
-        extent = self._frames.allocate(asked.count, self.look_again, writable=not readonly, first=index // PAGE_SIZE)
+        self._pages.take_descriptor()
+        try:
+            extent = self._frames.allocate(
+                asked.count, self._pages.look_again, writable=not readonly, first=index // PAGE_SIZE
+            )
+        except DeviceError:
+            self._pages.give_descriptor()
+            raise
         frames = [Frame(extent, page) for page in range(asked.count)]
         try:
             refs = self._table.permit(asked.domid, frames, readonly=readonly)
         except TableFull:
-            self._frames.give_back(extent, 0, asked.count)
+            self._pages.give_back(extent, 0, asked.count)
             raise self._no_references(asked.count) from None
         now, state = clock.now(), _state(file)
         indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
@@ -238,7 +248,7 @@ class GntallocDriver:
         if grefs is None:
             what = f"{asked.count} pages at index {asked.index:#x} were to be freed"
             raise DeviceError(errno.EINVAL, f"{what}, and {self._what_is_there(file, asked.index, asked.count)}")
-        self._drop_all(grefs)
+        self._pages.drop(grefs)
         return 0
 
     def _find(self, file: File, index: int, count: int) -> list[Gref] | None:
@@ -257,27 +267,6 @@ class GntallocDriver:
         listed = _state(file).grefs
         missing = next(at for at in range(index, index + count * PAGE_SIZE, PAGE_SIZE) if at not in listed)
         return f"this file has no page at index {missing:#x}: never allocated here, or freed already"
-
-    def _drop_all(self, grefs: list[Gref]) -> None:
-        """Take pages off their file's list; many of them in steps, before anything else of this domain is done."""
-        if len(grefs) > _AT_ONCE:
-            self._later(self._drop_in_steps(grefs))
-        else:
-            self._drop(grefs)
-
-    def _drop_in_steps(self, grefs: list[Gref]) -> Steps[None]:
-        for some in batches(grefs):
-            self._drop([gref for gref in some if gref.state.grefs.get(gref.index) is gref])
-            yield
-
-    def _drop(self, grefs: Iterable[Gref]) -> None:
-        dropped = list(grefs)
-        for gref in dropped:
-            del gref.state.grefs[gref.index]
-            if gref.users > 1:  # mapped
-                gref.state.released[gref.index] = gref
-        self._let_go(dropped)
-        self._check_books()
 
     # SET_UNMAP_NOTIFY: one promise a page, the last one made.
 
@@ -341,132 +330,13 @@ class GntallocDriver:
 
     def unmapped(self, record: Record) -> None:
         """Count one user less for each page, as the last piece of this mmap is gone."""
-        grefs = cast("list[Gref]", record.payload)
-        if len(grefs) > _AT_ONCE:
-            self._later(self._let_go_in_steps(grefs))
-        else:
-            self._let_go(grefs)
-            self._check_books()
-
-    def _let_go_in_steps(self, grefs: list[Gref]) -> Steps[None]:
-        for some in batches(grefs):
-            self._let_go(some)
-            self._check_books()
-            yield
+        self._pages.let_go_of_map(cast("list[Gref]", record.payload))
 
     # Release: the file goes, and with it all that is on its list.
 
     def release(self, file: File) -> None:
         """Free everything the file still lists, in the order it was allocated."""
-        self._drop_all(list(_state(file).grefs.values()))
-
-    # The end of a page.
-
-    def _let_go(self, grefs: Iterable[Gref]) -> None:
-        """Count one user less for each page. With its last user a grant ends, now or when the peer lets go."""
-        last: list[Gref] = []
-        for gref in grefs:
-            gref.users -= 1
-            if gref.users:
-                if gref.users < 0:
-                    raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
-                continue
-            if gref.promise is not None:
-                self._keep_promise(gref, gref.promise)
-            last.append(gref)
-        if not self._behaviour.count_held_pages:
-            self.in_use -= len(last)
-        for gref in self._end(last):
-            self._lingering.setdefault(gref.frame.extent, {})[gref.ref] = gref
-            gref.state.released[gref.index] = gref
-            self._note_if_hidden(gref)
-
-    def _keep_promise(self, gref: Gref, promise: Promise) -> None:
-        """Clear the byte, then send the event, before the grant ends: a peer that is woken finds the page there."""
-        if promise.byte is not None:
-            clear_byte(self._frames, gref.frame, promise.byte)
-        promise.send()
-
-    def _end(self, grefs: Collection[Gref]) -> list[Gref]:
-        """End these grants, where table and kernel agree that nobody else has the page. Return those that stay."""
-        # If the locks are hidden, none names the holder. But the kernel says that the memory is open: its peer hides.
-        hidden = {extent for extent in {gref.frame.extent for gref in grefs} if self._is_hidden(extent)}
-        busy = [gref for gref in grefs if gref.frame.extent in hidden] if hidden else []
-        others = [gref for gref in grefs if gref.frame.extent not in hidden] if hidden else grefs
-        kept = set(self._table.end([gref.ref for gref in busy], busy=True))
-        kept.update(self._table.end([gref.ref for gref in others]))
-        self._give_back([gref for gref in grefs if gref.ref not in kept] if kept else grefs)
-        return [gref for gref in grefs if gref.ref in kept] if kept else []
-
-    def _is_hidden(self, extent: Extent) -> bool:
-        return extent.lent and not extent.loans and self._frames.held(extent)
-
-    def _give_back(self, ended: Collection[Gref]) -> None:
-        """Free pages whose grants have ended, neighbours together: each emptying is a system call."""
-        for extent, page, pages in pieces_of([gref.frame for gref in ended]):
-            self._frames.give_back(extent, page, pages)
-        for gref in ended:
-            del self._grefs[gref]
-            gref.state.released.pop(gref.index, None)
-        if self._behaviour.count_held_pages:
-            self.in_use -= len(ended)
-
-    def _check_books(self) -> None:
-        """Check that each page has one reference and counts once. Stop the machine otherwise: an ALLOC could do harm.
-
-        This check is cheap enough for each change. `gntalloc.testing.recount` counts everything.
-        """
-        pages, references = len(self._grefs), self._table.live
-        in_use = self.in_use - self._coming
-        counted = in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
-        if not pages == references == counted:
-            owner = self._table.owner
-            raise BooksWrong(f"domain {owner} has {pages} pages, {references} references, and {in_use} in use")
-
-    def _note_if_hidden(self, gref: Gref) -> None:
-        """Note a page that lingers though no domain maps it: the kernel says that a process has it all the same."""
-        if not self._table.is_mapped(gref.ref):
-            self._hidden.setdefault(gref.frame.extent, {})[gref.ref] = gref
-
-    def _peer_let_go(self, entries: list[tuple[int, Frame]]) -> None:
-        """Free the pages that linger no longer, and wake waiters, as no domain maps these pages any more."""
-        by_extent: dict[Extent, list[Gref]] = {}
-        for ref, frame in entries:
-            gref = self._lingering.get(frame.extent, _NONE).get(ref)
-            free = by_extent.setdefault(frame.extent, [])
-            if gref is not None:
-                free.append(gref)
-        for extent, grefs in by_extent.items():
-            self._end_lingering(extent, grefs)
-            self._releases.look(extent)
-
-    def _end_lingering(self, extent: Extent, grefs: list[Gref]) -> None:
-        if not grefs:
-            return
-        stay = {gref.ref for gref in self._end(grefs)}
-        lingering = self._lingering[extent]
-        for gref in grefs:
-            if gref.ref in stay:
-                self._note_if_hidden(gref)
-            else:
-                del lingering[gref.ref]
-        if not lingering:
-            del self._lingering[extent]
-        self._check_books()
-
-    def look_again(self, extent: Extent) -> None:
-        """Free the pages that can be freed, and wake their waiters, as the holders of this extent have changed."""
-        if extent in self._hidden and not self._is_hidden(extent):
-            self._later(self._look_in_steps(extent))
-        else:
-            self._releases.look(extent)
-
-    def _look_in_steps(self, extent: Extent) -> Steps[None]:
-        hidden = self._hidden.pop(extent, _NONE)
-        for grefs in batches(hidden.values()):
-            self._end_lingering(extent, grefs)
-            yield
-        self._releases.look(extent)
+        self._pages.drop(list(_state(file).grefs.values()))
 
     # Questions: the pages that are there, and their holders.
 
@@ -486,10 +356,6 @@ class GntallocDriver:
                 held = held or not gref.users
         return held or bool(mapped_by), tuple(sorted(mapped_by))
 
-    def _is_held(self, gref: Gref) -> bool:
-        """Say whether a peer holds this page."""
-        return gref in self._grefs and (not gref.users or self._table.is_mapped(gref.ref))
-
     def _span(self, file: File, index: int, count: int) -> list[Gref]:
         """Find the pages of this range that are not free, listed or not."""
         state = _state(file)
@@ -500,7 +366,7 @@ class GntallocDriver:
 
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
         """Call `done` once, when no peer holds any of these pages. If none does now, call it at once."""
-        return self._releases.wait(self._span(file, index, count), done)
+        return self._pages.releases.wait(self._span(file, index, count), done)
 
     def grants(self) -> list[GrantInfo]:
         """List every granted page, also the released ones that linger."""
@@ -516,7 +382,7 @@ class GntallocDriver:
                 held=not gref.users or bool(self._table.mapped_by(gref.ref)),
                 age=now - gref.born,
             )
-            for gref in self._grefs
+            for gref in self._pages.grefs
         ]
 
 

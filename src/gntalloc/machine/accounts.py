@@ -29,7 +29,7 @@ __all__ = ["Account", "Accounts", "Seat"]
 class Seat:
     """Keep what is known of one speaker."""
 
-    __slots__ = ("account", "ended", "listened_to", "queued", "speaker", "wanted")
+    __slots__ = ("account", "ended", "listened_to", "queued", "speaker", "wanted", "weight")
 
     def __init__(self, speaker: Speaker, account: Account, ended: Callable[[], None] | None) -> None:
         self.speaker = speaker
@@ -38,15 +38,17 @@ class Seat:
         self.queued = False
         self.listened_to = True
         self.wanted = READABLE
+        self.weight = 0
 
 
 class User:
-    """Count the accounts of one user that have work."""
+    """Count the accounts of one user that have work, and the bytes of its messages that wait."""
 
-    __slots__ = ("busy",)
+    __slots__ = ("busy", "weight")
 
     def __init__(self) -> None:
         self.busy = 0
+        self.weight = 0
 
 
 class Account:
@@ -59,10 +61,26 @@ class Account:
         calling: whether some of its speakers have sent something that there was no time to hear.
         closed: whether its domain has ended.
         speakers: how many it has.
+        weight: bytes of long messages that came and were not served yet.
+        favoured: if they are too many, the speaker that is heard all the same.
+        held_back: those that are not.
         loop: waits for its speakers: the machine's own, or one of its own in that, if they are many.
     """
 
-    __slots__ = ("busy", "calling", "chores", "closed", "loop", "speakers", "spent", "user", "waiting")
+    __slots__ = (
+        "busy",
+        "calling",
+        "chores",
+        "closed",
+        "favoured",
+        "held_back",
+        "loop",
+        "speakers",
+        "spent",
+        "user",
+        "waiting",
+        "weight",
+    )
 
     def __init__(self, user: User, loop: Loop) -> None:
         self.user = user
@@ -73,6 +91,9 @@ class Account:
         self.waiting: deque[Seat] = deque()
         self.chores: deque[Iterator[None]] = deque()
         self.speakers = 0
+        self.weight = 0
+        self.favoured: Seat | None = None
+        self.held_back: list[Seat] = []
         self.loop = loop
 
     @property

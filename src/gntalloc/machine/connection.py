@@ -339,7 +339,7 @@ class Connection(MessageStream):
         if not (asked.wait and held):
             self.answer(message, result=held, body=body)
             return
-        with self._waits.wait_released(driver, file, asked.start, asked.pages) as programs_end:
+        with self._waits.wait_released(self.guest, file, asked.start, asked.pages) as programs_end:
             self.answer(message, result=held, body=body, descriptors=[programs_end.fileno()])
 
     def _refused(self, refusal: DeviceError) -> tuple[int, str]:

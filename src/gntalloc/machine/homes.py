@@ -72,8 +72,14 @@ class Homes:
         """
         file = self._machine.open(guest, name, flags, opener=opener)
         try:
+            guest.descriptors.take(1, errno.ENFILE, "an open file")
+        except DeviceError:
+            self._machine.close(guest, file)
+            raise
+        try:
             home, theirs = Home.make(guest, file)
         except OSError as error:
+            guest.descriptors.give(1)
             self._machine.close(guest, file)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         descriptor = home.sock.fileno()
@@ -120,6 +126,7 @@ class Homes:
         if home.carries_events:
             self._loop.unwatch(descriptor)
         home.close()  # and with it, it is out of the epoll
+        home.guest.descriptors.give(1)
         self._let_go(home.file)
         self._machine.close(home.guest, home.file)
 

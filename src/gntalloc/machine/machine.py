@@ -19,6 +19,7 @@ from gntalloc.hypervisor.domains import DomainExists, Hypervisor
 from gntalloc.hypervisor.grants import GrantTable
 from gntalloc.hypervisor.ports import EventChannels
 from gntalloc.machine.disturbed import DisturbedPorts
+from gntalloc.machine.quotas import Share, descriptors_of_this_process
 from gntalloc.machine.toolstack import furnish, strip
 from gntalloc.steps import finish_steps
 from gntalloc.xenstore.daemon.server import Daemon as Store
@@ -48,6 +49,7 @@ class Guest:
         gntdev: the driver that has its maps of other domains' pages.
         evtchn: the driver that gives its ports to programs.
         privcmd: the driver of the hypercalls that it may make.
+        descriptors: its share of the machine's descriptors.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Guest:
         gntdev: GntdevDriver,
         evtchn: EvtchnDriver,
         privcmd: PrivcmdDriver,
+        descriptors: Share,
     ) -> None:
         self.domid = domid
         self.uid = uid
@@ -69,6 +72,9 @@ class Guest:
         self.gntalloc = gntalloc
         self.gntdev = gntdev
         self.evtchn = evtchn
+        self.descriptors = descriptors
+        self.waits = 0  # for releases of its pages
+        self.connections = 0  # of programs to the domain, beside those to xenstore
         drivers: tuple[Driver, ...] = (gntalloc, gntdev, evtchn, privcmd)
         self.drivers = {driver.name: driver for driver in drivers}
         self.files: set[File] = set()
@@ -87,6 +93,7 @@ class Machine:
         self, *, limit: int = DEFAULT_LIMIT, behaviour: Behaviour = OURS, table_frames: int = MAX_FRAMES
     ) -> None:
         self.frames: Frames[Record] = Frames()
+        self.descriptors = descriptors_of_this_process()
         self.guests: dict[int, Guest] = {}
         self.store = Store(by_number=behaviour.permissions_by_number)
         self._hypervisor: Hypervisor[Frame] = Hypervisor()
@@ -118,6 +125,7 @@ class Machine:
         ports = self._event_channels.create(domid, DisturbedPorts)
         evtchn = EvtchnDriver(ports)
         limit = self._limit if limit is None else limit
+        share = Share(self.descriptors, uid, domid)
 
         def later(work: Steps[None]) -> None:
             self.later(domid, work)
@@ -127,10 +135,13 @@ class Machine:
             uid,
             table,
             ports,
-            gntalloc=GntallocDriver(table, self.frames, evtchn, limit=limit, behaviour=self._behaviour, later=later),
+            gntalloc=GntallocDriver(
+                table, self.frames, evtchn, limit=limit, behaviour=self._behaviour, later=later, descriptors=share
+            ),
             gntdev=GntdevDriver(domid, self._hypervisor, self.frames, evtchn, behaviour=self._behaviour, later=later),
             evtchn=evtchn,
             privcmd=PrivcmdDriver(domid, self._hypervisor, self._event_channels),
+            descriptors=share,
         )
         furnish(self.store, domid)
         return guest

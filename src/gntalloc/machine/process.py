@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from gntalloc.errors import GntallocError
-from gntalloc.libc import PR_SET_DUMPABLE, libc
+from gntalloc.libc import PR_SET_DUMPABLE, give_memory_back, libc
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
 
@@ -24,14 +24,15 @@ __all__ = ["child_main", "make_server", "protect_and_provide", "stop_on_signals"
 def protect_and_provide() -> None:
     """Keep programs of the same user out of our memory, and raise the limit of descriptors as far as we may.
 
-    The collector of cycles is told to look seldom: pages come and go by the hundred, hardly any object is in a cycle,
-    and its looks would find nothing.
+    Memory that was freed goes back to the computer. The collector of cycles is told to look seldom: pages come and go
+    by the hundred, hardly any object is in a cycle, and its looks would find nothing.
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    give_memory_back()
 
 
 def make_server(folder: str, settings: dict[str, Any]) -> Server:

@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.libc import trim
 from gntalloc.machine.connection import Connection, handlers_with
 from gntalloc.machine.control import Control
 from gntalloc.machine.doors import Doors
@@ -35,6 +36,8 @@ __all__ = ["MAX_CONNECTIONS", "Server"]
 
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
+_MANY_DROPPED = 64  # speakers, after which there may be much memory to be given back
+_QUIET = 0.25  # seconds without a message, until that is done
 _LEAVING = 0.05  # seconds between looks whether a run is coming in
 
 
@@ -50,6 +53,7 @@ class Server:
         self.turns = Turns(self.loop, self._settle)
         self.homes = Homes(self.loop, machine)
         self._waits = Waits()
+        self._trimmed = 0  # so many speakers had been dropped when memory was given back
         self._news_of_homes = self._news_of_waits = self._news_of_pages = False
         self.loop.watch(self.homes.fileno(), self._note_homes)
         self.loop.watch(self._waits.fileno(), self._note_waits)
@@ -112,7 +116,13 @@ class Server:
     def run(self) -> None:
         """Serve until `stopping` is set."""
         while not self.stopping:
-            self.loop.hear(self._patience())
+            patience = self._patience()
+            untidy = self.turns.dropped - self._trimmed >= _MANY_DROPPED
+            if untidy and not 0 <= patience < _QUIET:
+                patience = _QUIET
+            if not self.loop.hear(patience) and untidy and patience == _QUIET:
+                self._trimmed = self.turns.dropped
+                trim()
             if self._faults.late:
                 self._faults.serve()
             self.turns.serve()
@@ -164,6 +174,7 @@ class Server:
         self.turns.do(domid, work)
 
     def _note_homes(self, _events: int) -> None:
+        self._trimmed = 0  # so many speakers had been dropped when memory was given back
         self._news_of_homes = True
 
     def _note_waits(self, _events: int) -> None:
@@ -175,9 +186,16 @@ class Server:
     # Programs that come in.
 
     def _let_in(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
-        there = sum(isinstance(speaker, Connection) and speaker.guest is guest for speaker in self.turns)
+        there = guest.connections
         if there >= MAX_CONNECTIONS:
             raise DeviceError(errno.EMFILE, f"{there} programs are connected to domain {guest.domid}; end some")
+        guest.descriptors.take(1, errno.EMFILE, "a connection")
+        guest.connections += 1
+
+        def ended() -> None:
+            guest.connections -= 1
+            guest.descriptors.give(1)
+
         connection = Connection(
             sock,
             guest,
@@ -187,7 +205,7 @@ class Server:
             carry_out=self.machine.begin_to_carry_out,
             handlers=self._handlers,
         )
-        self.turns.add(connection, guest.domid)
+        self.turns.add(connection, guest.domid, ended)
 
     def _let_in_control(self, sock: socket.socket) -> None:
         self._add_control(Control(sock, self._orders), ends_the_machine=False)

@@ -23,6 +23,8 @@ class Dropped(Exception):
 class Speaker(Protocol):
     """Send messages to be served. Each of these calls may raise Dropped, but `close`."""
 
+    weight: int
+    """Bytes of its messages that came and were not served, if they are many. Few count as none."""
     companion: Speaker | None
     """Another speaker, which is listened to only while this one reads what is sent to it."""
 
@@ -56,8 +58,8 @@ class Speaker(Protocol):
         At least one message is served, or a piece of it.
         """
 
-    def take_notes(self) -> None:
-        """Serve the notes before the first request, admitted or not."""
+    def take_notes(self, until: float) -> None:
+        """Serve the notes before the first request, admitted or not, and begin none after `until`."""
 
     def stalled(self, now: float) -> bool:
         """Say whether it keeps the machine waiting for too long."""

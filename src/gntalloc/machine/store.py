@@ -143,6 +143,7 @@ class StoreLine:
     """
 
     companion: Speaker | None = None
+    weight = 0
     has_notes = False
 
     def __init__(self, sock: socket.socket, session: Session, pid: int, front: StoreFront) -> None:
@@ -219,7 +220,7 @@ class StoreLine:
         """See `Speaker`."""
         self._admitted = len(self._inbox)
 
-    def take_notes(self) -> None:
+    def take_notes(self, until: float) -> None:
         """See `Speaker`. Every message here is answered."""
 
     def take_turn(self, until: float) -> None:

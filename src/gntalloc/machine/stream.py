@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["MessageStream"]
 
 STALL = 10.0  # seconds without progress until a program is dropped
-_BYTES_A_TURN = 65536
+_BYTES_A_TURN = 4096  # some sixty messages, if they are short
+_BYTES_OF_A_LONG_ONE = 65536
 _DESCRIPTORS_A_MESSAGE = 8  # more than any message has
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
 _NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})
@@ -47,6 +48,7 @@ class MessageStream:
         self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
+        self.weight = 0
         self._admitted = 0  # so many messages of the inbox
         self._rest: Generator[None] | None = None  # the pieces of the message that is served in part
 
@@ -90,7 +92,8 @@ class MessageStream:
             Dropped: the program is gone, or the bytes are no message.
         """
         try:
-            data, descriptors = received.receive(self.sock, _BYTES_A_TURN)
+            size = min(max(_BYTES_A_TURN, self._decoder.missing), _BYTES_OF_A_LONG_ONE)
+            data, descriptors = received.receive(self.sock, size)
         except BlockingIOError:
             return
         except received.Truncated:
@@ -100,6 +103,8 @@ class MessageStream:
         self._received.extend(descriptors)
         if not data:
             raise Dropped("it went away")
+        if self.weight or len(data) > _BYTES_A_TURN:
+            self.weight += len(data)
         waiting = self._received
         try:
             for message in self._decoder.feed(data):
@@ -132,7 +137,7 @@ class MessageStream:
                 break
         self._judge()
 
-    def take_notes(self) -> None:
+    def take_notes(self, until: float) -> None:
         """See `Speaker`. A note is served though it was not admitted: its sender may have told others of it since.
 
         Raises:
@@ -142,6 +147,8 @@ class MessageStream:
             if not self.has_notes:
                 break
             self._serve_next()
+            if clock.now() >= until:
+                break
 
     @property
     def has_notes(self) -> bool:
@@ -151,6 +158,9 @@ class MessageStream:
     def _serve_next(self) -> None:
         message, descriptors = self.inbox.popleft()
         self._admitted -= 1
+        if self.weight:
+            more = self.inbox or self._decoder.in_the_middle
+            self.weight = max(0, self.weight - len(message.payload)) if more else 0
         try:
             self._rest = self.serve(message, descriptors)
         finally:
@@ -252,6 +262,7 @@ class MessageStream:
         for _, descriptors in self.inbox:
             self._received.extend(descriptors)
         received.let_go(list(self._received))
+        self.weight = 0
         for _, meant in self._outbox:
             for descriptor in meant:
                 os.close(descriptor)

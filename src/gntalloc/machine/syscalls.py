@@ -112,6 +112,7 @@ class Syscalls:
     """
 
     companion: Speaker | None = None
+    weight = 0
     has_notes = False
     standing = READABLE
 
@@ -165,7 +166,7 @@ class Syscalls:
         """See `Speaker`."""
         self._admitted = len(self._taken)
 
-    def take_notes(self) -> None:
+    def take_notes(self, until: float) -> None:
         """See `Speaker`."""
 
     def take_turn(self, until: float) -> None:

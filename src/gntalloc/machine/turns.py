@@ -44,9 +44,10 @@ OWN = "the machine's own"
 _EVENTS = READABLE | WRITABLE
 _CHECK_FOR_STALLS = 1.0  # seconds
 _SLICE = 0.001  # seconds
-_ROUND = 0.003  # seconds of slices, until those are heard that have come meanwhile
-_NOTES = 0.004  # seconds of notes in a round
-_HEARING = 0.002  # seconds of a look
+_ROUND = 0.002  # seconds of slices, until those are heard that have come meanwhile
+_NOTES = 0.002  # seconds of notes in a round
+_HEARING = 0.001  # seconds of a look
+_HEAVY_DOMAIN, _HEAVY_USER = 16 << 20, 64 << 20  # bytes of messages that came and were not served yet
 _FEW = 4  # speakers of an account that need no loop of their own
 _HEARD_AT_ONCE = 16  # speakers of an account, before it is looked at how long that took
 
@@ -67,8 +68,10 @@ class Turns:
         self._seats: dict[Speaker, Seat] = {}
         self._calling: list[Account] = []  # with something to hear
         self._came: list[Seat] = []  # with messages that were not admitted yet
-        self._noted: list[Seat] = []  # with a note first
+        self._noted: dict[Seat, None] = {}  # with a note first
         self._slow: set[Speaker] = set()
+        self.dropped = 0
+        """The number of speakers that were dropped so far."""
         self._charged = clock.processor_time()  # all until then is charged
 
     def patience(self) -> float | None:
@@ -146,6 +149,9 @@ class Turns:
         seat.account.speakers -= 1
         seat.account.loop.unwatch(speaker.fileno())
         speaker.close()
+        self.dropped += 1
+        if seat.weight:
+            self._weigh(seat)
         if seat.ended is not None:
             seat.ended()
 
@@ -205,16 +211,16 @@ class Turns:
 
     def _serve_notes(self) -> None:
         """Serve the notes that wait first."""
-        noted, self._noted = self._noted, []
+        noted = list(self._noted)
         if len(noted) > 1:
             noted.sort(key=_spent_by_account)
         end = clock.now() + _NOTES
-        for number, seat in enumerate(noted):
+        for seat in noted:
+            del self._noted[seat]
             if seat.speaker.has_notes:
-                self._let(seat, seat.speaker.take_notes)
+                self._let(seat, seat.speaker.take_notes, end)
                 self._charge(seat.account)
             if clock.now() >= end:
-                self._noted += noted[number + 1 :]
                 break
 
     def _serve_accounts(self) -> None:
@@ -260,6 +266,9 @@ class Turns:
         if seat.queued and not speaker.standing & _EVENTS:  # it has sent more than it may: hear no more of it
             self._plan(seat)
             return
+        if self._is_too_heavy(seat) and not events & WRITABLE:
+            self._hold_back(seat)
+            return
         try:
             if events & WRITABLE:
                 speaker.flush()
@@ -272,13 +281,15 @@ class Turns:
             log.exception("a message could not be received")
             self.drop(speaker, "receiving from it failed, see above")
             return
+        if speaker.weight != seat.weight:
+            self._weigh(seat)
         if not speaker.standing & RUNNABLE:
             self._plan(seat)
         elif not seat.queued:  # it is looked at again when it has had its turn
             seat.queued = True
             self._came.append(seat)
             if speaker.has_notes:
-                self._noted.append(seat)
+                self._noted[seat] = None
 
     def _let(self, seat: Seat, work: Callable[..., None], *arguments: float) -> None:
         """Serve a speaker's messages with `work`. No other speaker notices if that fails."""
@@ -295,6 +306,8 @@ class Turns:
             log.exception("a message could not be served")
             self.drop(speaker, "serving it failed, see above")
             return
+        if speaker.weight != seat.weight:
+            self._weigh(seat)
         if speaker in self._seats and not seat.queued:  # else it is looked at when it has had its turn
             self._plan(seat)
 
@@ -305,7 +318,7 @@ class Turns:
             seat.queued = True
             self._came.append(seat)
             if speaker.has_notes:
-                self._noted.append(seat)
+                self._noted[seat] = None
         wanted = standing & (_EVENTS if seat.listened_to else WRITABLE)
         if wanted != seat.wanted:
             seat.wanted = wanted
@@ -319,6 +332,36 @@ class Turns:
             if companion is not None:
                 companion.listened_to = not standing & WRITABLE
                 self._plan(companion)
+
+    # Memory. A domain with many long messages that are not whole yet is heard one message after the other.
+
+    def _weigh(self, seat: Seat) -> None:
+        """Count what a speaker's messages weigh now. If it weighs nothing others may be heard again."""
+        account, weight = seat.account, seat.speaker.weight
+        account.weight += weight - seat.weight
+        account.user.weight += weight - seat.weight
+        seat.weight = weight
+        if not weight:
+            if account.favoured is seat:
+                account.favoured = None
+            held, account.held_back = account.held_back, []
+            for other in held:
+                if other.speaker in self._seats:
+                    self._plan(other)
+
+    def _is_too_heavy(self, seat: Seat) -> bool:
+        """Say whether a speaker has to wait until others of its domain have got their messages to the end."""
+        account = seat.account
+        if account.weight <= _HEAVY_DOMAIN and account.user.weight <= _HEAVY_USER:
+            return False
+        if account.favoured is None:
+            account.favoured = seat
+        return account.favoured is not seat
+
+    def _hold_back(self, seat: Seat) -> None:
+        seat.account.held_back.append(seat)
+        seat.wanted = 0
+        seat.account.loop.change(seat.speaker.fileno(), 0)
 
     def _drop_the_stalled(self) -> None:
         now = clock.now()

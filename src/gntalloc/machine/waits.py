@@ -11,8 +11,8 @@ from gntalloc.errors import DeviceError
 
 if TYPE_CHECKING:
     from gntalloc.drivers.chardev import File
-    from gntalloc.drivers.gntalloc import GntallocDriver
     from gntalloc.drivers.releases import ReleaseWaiter
+    from gntalloc.machine.machine import Guest
 
 __all__ = ["MAX_WAITS", "Waits"]
 
@@ -24,7 +24,7 @@ class Waits:
     """Keep the waits of all programs."""
 
     def __init__(self) -> None:
-        self._waiters: dict[int, tuple[socket.socket, GntallocDriver, ReleaseWaiter]] = {}
+        self._waiters: dict[int, tuple[socket.socket, Guest, ReleaseWaiter]] = {}
         self._hang_ups = select.epoll()
 
     def fileno(self) -> int:
@@ -39,7 +39,7 @@ class Waits:
                 waiter.forget()
                 self._end(descriptor)
 
-    def wait_released(self, driver: GntallocDriver, file: File, index: int, count: int) -> socket.socket:
+    def wait_released(self, guest: Guest, file: File, index: int, count: int) -> socket.socket:
         """Make a socket that comes to its end of file when no peer holds these pages any more.
 
         Return the program's end.
@@ -47,15 +47,18 @@ class Waits:
         Raises:
             DeviceError: EMFILE: the machine has no descriptors left, or the domain has too many waits.
         """
-        if sum(waiting is driver for _, waiting, _ in self._waiters.values()) >= MAX_WAITS:
+        if guest.waits >= MAX_WAITS:
             raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
+        guest.descriptors.take(1, errno.EMFILE, "a wait")
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
+            guest.descriptors.give(1)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         descriptor = ours.fileno()
-        waiter = driver.when_released(file, index, count, lambda: self._end(descriptor))
-        self._waiters[descriptor] = ours, driver, waiter
+        guest.waits += 1
+        waiter = guest.gntalloc.when_released(file, index, count, lambda: self._end(descriptor))
+        self._waiters[descriptor] = ours, guest, waiter
         ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
         self._hang_ups.register(descriptor, 0)
         return theirs
@@ -68,6 +71,8 @@ class Waits:
 
     def _end(self, descriptor: int) -> None:
         if descriptor in self._waiters:
-            sock, _, _ = self._waiters.pop(descriptor)
+            sock, guest, _ = self._waiters.pop(descriptor)
             self._hang_ups.unregister(descriptor)
             sock.close()
+            guest.waits -= 1
+            guest.descriptors.give(1)

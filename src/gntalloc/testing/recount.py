@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from gntalloc.drivers.chardev import Extent, File, Frame, Record
     from gntalloc.drivers.evtchn import EvtchnDriver
-    from gntalloc.drivers.gntalloc import GntallocDriver
     from gntalloc.drivers.grefs import Gref
     from gntalloc.drivers.notify import Promise
+    from gntalloc.drivers.pages import GrantedPages
     from gntalloc.hypervisor.grants import GrantTable
     from gntalloc.machine.machine import Guest, Machine
 
@@ -54,9 +54,9 @@ class _Census:
         frames = machine.frames
         listened_to = [*frames._watches.values(), *frames._planned]
         owners = [extent.changed.__self__ for extent in listened_to]  # type: ignore[attr-defined]
-        drivers = [guest.gntalloc for guest in machine.guests.values()] + owners
-        self.drivers: list[GntallocDriver] = list(dict.fromkeys(drivers))
-        self.grefs: list[Gref] = [gref for driver in self.drivers for gref in driver._grefs]
+        there = [guest.gntalloc._pages for guest in machine.guests.values()] + owners
+        self.domains: list[GrantedPages] = list(dict.fromkeys(there))
+        self.grefs: list[Gref] = [gref for pages in self.domains for gref in pages.grefs]
         self.pages: Counter[Extent] = Counter(gref.frame.extent for gref in self.grefs)
         self.records: dict[Record, None] = {}
         self.files: dict[File, None] = {}
@@ -85,9 +85,9 @@ class _Census:
         yield from self._memory()
         yield from self._descriptions()
         yield from self._mappings()
-        for driver in self.drivers:
-            yield from _limit(driver)
-            yield from _references(driver)
+        for pages in self.domains:
+            yield from _limit(pages)
+            yield from _references(pages)
         for guest in self.machine.guests.values():
             yield from self._noted(guest)
             yield from self._ports(guest)
@@ -141,7 +141,7 @@ class _Census:
         of_mapper = Counter(handle.mapper for handle in handles)
         there = self.machine._hypervisor._handles
         yield from _differ("handles of each domain", {key: n for key, n in there.items() if n}, dict(of_mapper))
-        pins: dict[GrantTable[Frame], Counter[tuple[int, int]]] = {driver._table: Counter() for driver in self.drivers}
+        pins: dict[GrantTable[Frame], Counter[tuple[int, int]]] = {pages._table: Counter() for pages in self.domains}
         for handle in handles:
             pins[handle.table][handle.ref, handle.mapper] += 1
         for table, pinned in pins.items():
@@ -183,19 +183,19 @@ class _Census:
                 yield promise
 
 
-def _limit(driver: GntallocDriver) -> Iterator[str]:
+def _limit(pages: GrantedPages) -> Iterator[str]:
     """Every page that is there counts, or every page that somebody uses."""
-    counted = [gref for gref in driver._grefs if gref.users or driver._behaviour.count_held_pages]
-    yield from _differ(f"pages in use of domain {driver._table.owner}", driver.in_use, len(counted))
-    lingering = {gref for grefs in driver._lingering.values() for gref in grefs.values()}
-    yield from _differ("lingering pages", lingering, {gref for gref in driver._grefs if not gref.users})
+    counted = [gref for gref in pages.grefs if gref.users or pages._behaviour.count_held_pages]
+    yield from _differ(f"pages in use of domain {pages._table.owner}", pages.in_use, len(counted))
+    lingering = {gref for grefs in pages.lingering.values() for gref in grefs.values()}
+    yield from _differ("lingering pages", lingering, {gref for gref in pages.grefs if not gref.users})
 
 
-def _references(driver: GntallocDriver) -> Iterator[str]:
+def _references(pages: GrantedPages) -> Iterator[str]:
     """Each page has an entry of the table, each other reference is free, once."""
-    table = driver._table
+    table = pages._table
     said = {ref: (entry.frame, entry.domid, entry.readonly, entry.ending) for ref, entry in table._entries.items()}
-    due = {gref.ref: (gref.frame, gref.domid, gref.readonly, not gref.users) for gref in driver._grefs}
+    due = {gref.ref: (gref.frame, gref.domid, gref.readonly, not gref.users) for gref in pages.grefs}
     yield from _differ(f"grants of domain {table.owner}", said, due)
     numbers = sorted([*table._free, *table._entries])
     every = range(RESERVED_REFS, table._frames * V1_ENTRIES_PER_FRAME)

@@ -74,6 +74,11 @@ class Decoder:
         """Whether a part of a message has come without the rest."""
         return bool(self._buffer)
 
+    @property
+    def missing(self) -> int:
+        """The bytes of a message that has come in part which have not come yet, as far as is known."""
+        return _end_of_message(self._buffer, 0) - len(self._buffer) if self._buffer else 0
+
     def feed(self, data: bytes) -> list[Message]:
         """Add the bytes that came, and give every message that is whole now.
 
