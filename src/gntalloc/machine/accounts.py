@@ -56,6 +56,7 @@ class Account:
 
     Attributes:
         spent: seconds of processor time, each as many times as its user has busy accounts.
+        came: how many of its speakers have messages that were not admitted yet.
         waiting: its speakers that have messages to be served.
         chores: work of its own that is done in pieces, before its messages.
         calling: whether some of its speakers have sent something that there was no time to hear.
@@ -70,6 +71,7 @@ class Account:
     __slots__ = (
         "busy",
         "calling",
+        "came",
         "chores",
         "closed",
         "favoured",
@@ -88,6 +90,7 @@ class Account:
         self.busy = False
         self.calling = False
         self.closed = False
+        self.came = 0
         self.waiting: deque[Seat] = deque()
         self.chores: deque[Iterator[None]] = deque()
         self.speakers = 0
@@ -112,7 +115,7 @@ class Accounts:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._users: dict[int, User] = {}
-        self._busy: dict[Account, None] = {}
+        self._ready: dict[Account, None] = {}  # with something to be served
         self._floor = 0.0  # what the account has had that was served last
 
     def open(self, uid: int) -> Account:
@@ -127,39 +130,42 @@ class Accounts:
         account.waiting.clear()
         account.calling = False
         account.closed = True
+        account.came = 0
         self.rest(account)
         if account.loop is not self._loop:
             self._loop.unwatch(account.loop.fileno())
             account.loop.close()
 
     def wake(self, account: Account) -> None:
-        """Note that an account has work. It gets no credit for the time in which it had none."""
-        if not (account.busy or account.closed):
+        """Note that an account has something to be served. It gets no credit for the time in which it had nothing."""
+        if account.closed:
+            return
+        if not account.busy:
             account.busy = True
             account.user.busy += 1
             account.spent = max(account.spent, self._floor)
-            self._busy[account] = None
+        self._ready[account] = None
 
     def rest(self, account: Account) -> None:
-        """Note that an account has no work any more."""
-        if account.busy:
+        """Note that nothing of an account can be served now. It is busy all the same if its speakers have sent more."""
+        self._ready.pop(account, None)
+        if account.busy and not account.came:
             account.busy = False
             account.user.busy -= 1
-            del self._busy[account]
-            if not self._busy:  # nobody else has waited for what it had
-                self._floor = max(self._floor, account.spent)
+        if not self._ready:  # nobody else has waited for what it had
+            self._floor = max(self._floor, account.spent)
 
     @property
-    def any_busy(self) -> bool:
-        """Whether any account has work."""
-        return bool(self._busy)
+    def any_ready(self) -> bool:
+        """Whether anything can be served."""
+        return bool(self._ready)
 
     def next(self) -> Account | None:
-        """Give the account with work that has had the least. None: no account has work."""
-        busy = self._busy
-        if not busy:
+        """Give the account that has had the least, of those that have something to be served. None: none has."""
+        ready = self._ready
+        if not ready:
             return None
-        account = next(iter(busy)) if len(busy) == 1 else min(busy, key=_spent)
+        account = next(iter(ready)) if len(ready) == 1 else min(ready, key=_spent)
         self._floor = max(self._floor, account.spent)
         return account
 

@@ -76,7 +76,7 @@ class Turns:
 
     def patience(self) -> float | None:
         """Give the seconds until a round is due though nothing comes. None: none is."""
-        if self._came or self._accounts.any_busy:
+        if self._came or self._accounts.any_ready:
             return 0.0
         return _CHECK_FOR_STALLS if self._slow else None
 
@@ -150,8 +150,8 @@ class Turns:
         seat.account.loop.unwatch(speaker.fileno())
         speaker.close()
         self.dropped += 1
-        if seat.weight:
-            self._weigh(seat)
+        if seat.weight or seat.account.favoured is seat:
+            self._weigh(seat, 0)
         if seat.ended is not None:
             seat.ended()
 
@@ -175,7 +175,7 @@ class Turns:
         self._settle()
         if self._noted:
             self._serve_notes()
-        if self._accounts.any_busy:
+        if self._accounts.any_ready:
             self._serve_accounts()
         if self._slow:
             self._drop_the_stalled()
@@ -204,10 +204,14 @@ class Turns:
     def _admit(self) -> None:
         came, self._came = self._came, []
         for seat in came:
-            seat.speaker.admit()
+            account = seat.account
+            account.came -= 1
             if seat.speaker in self._seats:
-                seat.account.waiting.append(seat)
-                self._accounts.wake(seat.account)
+                seat.speaker.admit()
+                account.waiting.append(seat)
+                self._accounts.wake(account)
+            elif not account.has_work:
+                self._accounts.rest(account)
 
     def _serve_notes(self) -> None:
         """Serve the notes that wait first."""
@@ -281,15 +285,20 @@ class Turns:
             log.exception("a message could not be received")
             self.drop(speaker, "receiving from it failed, see above")
             return
-        if speaker.weight != seat.weight:
-            self._weigh(seat)
+        if speaker.weight != seat.weight or seat.account.favoured is seat:
+            self._weigh(seat, speaker.weight)
         if not speaker.standing & RUNNABLE:
             self._plan(seat)
         elif not seat.queued:  # it is looked at again when it has had its turn
-            seat.queued = True
-            self._came.append(seat)
-            if speaker.has_notes:
-                self._noted[seat] = None
+            self._queue(seat)
+
+    def _queue(self, seat: Seat) -> None:
+        """Let a speaker that has something to be served be admitted to the next round."""
+        seat.queued = True
+        self._came.append(seat)
+        seat.account.came += 1
+        if seat.speaker.has_notes:
+            self._noted[seat] = None
 
     def _let(self, seat: Seat, work: Callable[..., None], *arguments: float) -> None:
         """Serve a speaker's messages with `work`. No other speaker notices if that fails."""
@@ -306,8 +315,8 @@ class Turns:
             log.exception("a message could not be served")
             self.drop(speaker, "serving it failed, see above")
             return
-        if speaker.weight != seat.weight:
-            self._weigh(seat)
+        if speaker.weight != seat.weight or seat.account.favoured is seat:
+            self._weigh(seat, speaker.weight)
         if speaker in self._seats and not seat.queued:  # else it is looked at when it has had its turn
             self._plan(seat)
 
@@ -315,10 +324,7 @@ class Turns:
         speaker = seat.speaker
         standing = speaker.standing
         if standing & RUNNABLE and not seat.queued:
-            seat.queued = True
-            self._came.append(seat)
-            if speaker.has_notes:
-                self._noted[seat] = None
+            self._queue(seat)
         wanted = standing & (_EVENTS if seat.listened_to else WRITABLE)
         if wanted != seat.wanted:
             seat.wanted = wanted
@@ -335,9 +341,9 @@ class Turns:
 
     # Memory. A domain with many long messages that are not whole yet is heard one message after the other.
 
-    def _weigh(self, seat: Seat) -> None:
-        """Count what a speaker's messages weigh now. If it weighs nothing others may be heard again."""
-        account, weight = seat.account, seat.speaker.weight
+    def _weigh(self, seat: Seat, weight: int) -> None:
+        """Count what a speaker's messages weigh now. If they weigh nothing others may be heard again."""
+        account = seat.account
         account.weight += weight - seat.weight
         account.user.weight += weight - seat.weight
         seat.weight = weight
