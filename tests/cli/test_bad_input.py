@@ -48,6 +48,12 @@ WRONG_USAGE = [
     ["cat", "-d", "m/1", "-l", "2", "x" * 80],
     ["cat", "-d", "m/1", "-w", "1", "2", "x" * 80],
     ["cat", "2"],
+    *(["disk", "info", "-w", each] for each in NOT_SECONDS),
+    *(["disk", "nbd", "--port", "0", "--patience", each] for each in NOT_SECONDS),
+    *(["disk", "nbd", "--port", each] for each in [*NOT_NUMBERS, "65536"]),
+    *(["disk", "serve", "--for", each, "/etc/passwd"] for each in [*NOT_NUMBERS, "32752"]),
+    *(["disk", "read", option, each] for option in ("--offset", "--length") for each in NOT_NUMBERS),
+    *(["disk", "info", "--disk", each] for each in NOT_NUMBERS),
     *(["run", "--domid", each, "--", "true"] for each in NOT_NUMBERS),
     ["run", "--domid", "32752", "--", "true"],
     ["run", "--domid", "1"],
@@ -163,8 +169,8 @@ def look(done: subprocess.CompletedProcess[bytes], *statuses: int) -> str:
 MANY = """
 import base64, json, os, sys, tempfile
 from gntalloc import cli
-import gntalloc.cli.cat, gntalloc.cli.demo, gntalloc.cli.doctor, gntalloc.cli.lab, gntalloc.cli.limit, gntalloc.cli.list
-import gntalloc.cli.machine, gntalloc.cli.run
+import gntalloc.cli.cat, gntalloc.cli.demo, gntalloc.cli.disk, gntalloc.cli.doctor, gntalloc.cli.lab
+import gntalloc.cli.limit, gntalloc.cli.list, gntalloc.cli.machine, gntalloc.cli.run
 outcomes = []
 for words, environment in json.load(sys.stdin):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
@@ -500,6 +506,7 @@ def test_completion(folder: Path) -> None:
     assert complete(folder, "bash", "list", "") == ["plain,m"]
     assert complete(folder, "bash", "limit", "m/") == ["plain,m/1", "plain,m/2"]
     assert complete(folder, "bash", "cat", "-d", "m/") == ["plain,m/1", "plain,m/2"]
+    assert complete(folder, "bash", "disk", "info", "-d", "m/") == ["plain,m/1", "plain,m/2"]
     assert complete(folder, "bash", "cat", "-d", "m/1", "") == ["plain,1", "plain,2"]
     assert complete(folder, "bash", "run", "--machine", "m", "--domid", "") == ["plain,1", "plain,2"]
     assert complete(folder, "bash", "machine", "--name", "") == ["plain,m"]

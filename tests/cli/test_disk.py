@@ -80,6 +80,9 @@ def test_what_is_wrong_is_said_and_has_its_exit_status(disk: Shell) -> None:
         (("read", "--disk", "sda"), 2, "xvda to xvdp"),
         (("read", "--offset", "1X"), 2, "64K"),
         (("nbd",), 2, "--socket PATH or --port PORT"),
+        (("nbd", "--socket", ""), 2, "--socket '' is no path"),
+        (("nbd", "--socket", "/tmp/" + "x" * 120), 1, "x: AF_UNIX path too long"),
+        (("read", "--length", "9" * 5000), 2, "is no number of bytes"),
         (("write", "missing"), 2, "missing"),
     ]
     for words, status, text in cases:
@@ -88,9 +91,14 @@ def test_what_is_wrong_is_said_and_has_its_exit_status(disk: Shell) -> None:
     done = disk("info", env=nothing)
     assert (done.returncode, b"$GNTALLOC_DOMAIN" in done.stderr) == (3, True)
     served = disk.served("--read-only")
+    kept = disk.folder / "kept"
+    kept.write_bytes(b"what was here")
     cases = [
         (("read", "--offset", "4M"), 1, "it has 3145728"),
         (("read", "--length", "3145729"), 1, "it has 3145728"),
+        (("read", "--offset", "4M", "kept"), 1, "it has 3145728"),
+        (("read", "--length", "4M", "kept"), 1, "it has 3145728"),
+        (("read", "--disk", "xvdb", "kept"), 3, "has no disk 51728"),
         (("read", "/nowhere/out"), 1, "/nowhere/out: No such file"),
         (("write", "--offset", "100"), 2, "no sector begins there"),
         (("write", "disk.img"), 1, "read-only"),
@@ -100,6 +108,7 @@ def test_what_is_wrong_is_said_and_has_its_exit_status(disk: Shell) -> None:
         done = disk(*words)
         assert (done.returncode, text in done.stderr.decode()) == (status, True), (words, done)
         assert b"Traceback" not in done.stderr
+    assert kept.read_bytes() == b"what was here"
     done = disk("serve", "--for", "1", "disk.img", domid=0)
     assert (done.returncode, b"has a disk 51712 already" in done.stderr) == (1, True)
     done = disk("serve", "--for", "5", "disk.img", domid=0)

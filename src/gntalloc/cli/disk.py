@@ -20,6 +20,8 @@ import click
 
 from gntalloc.cli.copying import copy_in, copy_out, length_from
 from gntalloc.cli.show import bytes_text, progress, table
+from gntalloc.cli.types import ADDRESS, LARGEST_DOMID, SECONDS, Number
+from gntalloc.digits import whole_number
 from gntalloc.domain import current_domain
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.frontend.blkback import WAYS, Backend
@@ -42,9 +44,10 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     if value is None:
         return None
     match = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", value, re.ASCII | re.IGNORECASE)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is no number of bytes; write 4096, 64K, 1M or 2G")
-    return int(match[1]) * _UNITS[match[2].upper()]
+    number = match and whole_number(match[1])
+    if match is None or number is None:
+        raise click.BadParameter(f"{value[:40]!r} is no number of bytes; write 4096, 64K, 1M or 2G")
+    return number * _UNITS[match[2].upper()]
 
 
 def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -56,7 +59,11 @@ def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> in
 
 
 _domain = click.option(
-    "-d", "--domain", metavar="DOMAIN", help="The domain to be in, as NAME/DOMID; otherwise as for every program."
+    "-d",
+    "--domain",
+    type=ADDRESS,
+    metavar="DOMAIN",
+    help="The domain to be in, as NAME/DOMID; otherwise as for every program.",
 )
 _disk = click.option(
     "--disk", "number", callback=_number, metavar="DISK", help="The disk, as xvda or 51712; otherwise the only one."
@@ -64,7 +71,7 @@ _disk = click.option(
 _timeout = click.option(
     "-w",
     "--timeout",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=10.0,
     show_default=True,
     metavar="SECONDS",
@@ -120,11 +127,12 @@ def read_command(
     domain: str | None, number: int | None, timeout: float, offset: int, length: int | None, file: str
 ) -> None:
     """Copy a disk, or a part of it, to FILE or to standard output."""
-    with _opened(domain, number, timeout) as disk, _file(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
-        length = length_from(disk, offset, length)
-        sparse = file != "-" and stat.S_ISREG(os.fstat(target).st_mode)
-        with progress(f"disk → {file}", length) as show:
-            copy_out(disk, offset, length, target, show, sparse=sparse)
+    with _opened(domain, number, timeout) as disk:
+        length = length_from(disk, offset, length)  # before FILE loses what is in it
+        with _file(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
+            sparse = file != "-" and stat.S_ISREG(os.fstat(target).st_mode)
+            with progress(f"disk → {file}", length) as show:
+                copy_out(disk, offset, length, target, show, sparse=sparse)
 
 
 @command.command("write")
@@ -154,7 +162,7 @@ def write_command(
 
 @command.command("serve")
 @_domain
-@click.option("--for", "frontend", type=click.IntRange(0, 32751), required=True, metavar="DOMID", help="Whose disk.")
+@click.option("--for", "frontend", type=Number(0, LARGEST_DOMID), required=True, metavar="DOMID", help="Whose disk.")
 @click.option(
     "--disk",
     "number",
@@ -220,12 +228,12 @@ def serve_command(
 @_disk
 @_timeout
 @click.option("--socket", "path", type=click.Path(), metavar="PATH", help="Listen on a Unix socket.")
-@click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="Listen on a port of 127.0.0.1; 0 is any.")
+@click.option("--port", type=Number(0, 65535), metavar="PORT", help="Listen on a port of 127.0.0.1; 0 is any.")
 @click.option("--name", default="", help="A name of the export, beside the default one.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option(
     "--patience",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=60.0,
     show_default=True,
     metavar="SECONDS",
@@ -248,6 +256,8 @@ def nbd_command(
     """
     if (path is None) == (port is None):
         raise click.UsageError("give --socket PATH or --port PORT")
+    if path == "":
+        raise click.UsageError("--socket '' is no path; give it a name")
     path = path and os.path.abspath(path)
     with _no_device_is_3():
         asyncio.run(_export(current_domain(domain), number, timeout, patience, path, port, name, read_only=read_only))
@@ -330,7 +340,7 @@ def _telling_of(path: str) -> Iterator[None]:
     except (GntallocError, BrokenPipeError):
         raise
     except OSError as error:
-        raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror}") from None
+        raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror or error}") from None
 
 
 def _said(value: object) -> str:
