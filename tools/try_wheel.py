@@ -1,6 +1,9 @@
-"""Try an installed wheel from a folder that is not the repository:   try_wheel.py FOLDER-OF-ITS-PYTHON WHEEL.
+"""Try an installed wheel from a folder that is not the repository.
 
-The README's programs run, the command says its version, the files that belong to it are in it. Exits 1 with the reason.
+    try_wheel.py FOLDER-OF-ITS-PYTHON WHEEL     README's programs run, the command says its version, its files are in it
+    try_wheel.py --plugin FOLDER-OF-ITS-PYTHON  the pytest beside it finds the plugin by itself, and a test passes
+
+Exits 1 with the reason.
 """
 
 from __future__ import annotations
@@ -17,6 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"gntalloc/py.typed", "gntalloc_pytest.py", "gntalloc/run/valgrind.supp"}
 PATIENCE = 120
+
+A_TEST = """
+def test_a_channel(gntalloc_channels):
+    gntalloc_channels.server.send(b"hello")
+    assert gntalloc_channels.client.recv() == b"hello"
+"""
 
 
 def main(folder: str, wheel: str) -> None:
@@ -44,6 +53,15 @@ def main(folder: str, wheel: str) -> None:
         say(call(elsewhere, f"{folder}/gntalloc", "demo", sys.executable).splitlines()[-1])
 
 
+def try_plugin(folder: str) -> None:
+    """Raise if pytest does not find the fixtures, or the test does not pass."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        (Path(elsewhere) / "test_it.py").write_text(A_TEST)
+        said = call(elsewhere, f"{folder}/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py")
+    assert "1 passed" in said, said
+    say(said.splitlines()[-1])
+
+
 def call(folder: str, *command: str) -> str:
     """Run a program, and return its output. It must end well."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -61,6 +79,9 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        if sys.argv[1] == "--plugin":
+            try_plugin(*sys.argv[2:])
+        else:
+            main(*sys.argv[1:])
     except AssertionError as reason:
         sys.exit(f"wheel: {reason}")
