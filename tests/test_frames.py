@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -11,14 +12,15 @@ import resource
 import signal
 import struct
 import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from limits import status_of
 from scarce import descriptors_left
 
-from gntalloc import clock, holders
+from gntalloc import clock, holders, rounds
 from gntalloc.errors import DeviceError
 from gntalloc.frames import Frames
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
@@ -502,6 +504,257 @@ def test_a_lock_that_goes_long_after_its_event_is_seen(bench: Bench, monkeypatch
     bench.look()
     assert bench.died == ["peer"]
     bench.give_back(extent)
+
+
+# Extents of which no event tells.
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let so many seconds pass, by a clock that stands still otherwise."""
+    moment = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: moment)
+
+    def pass_by(seconds: float) -> None:
+        nonlocal moment
+        moment += seconds
+
+    return pass_by
+
+
+def look_for(bench: Bench, seconds: float, wait: Callable[[float], None]) -> int:
+    """Look whenever the bench asks for it, for so long. How often that was."""
+    looks = 0
+    while (patience := bench.frames.patience()) is not None and patience <= seconds:
+        wait(patience)
+        seconds -= patience
+        bench.look()
+        looks += 1
+    wait(seconds)
+    return looks
+
+
+def no_watches(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> None:
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(holders.libc, "inotify_add_watch", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM, errno.EACCES])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_without_a_watch_the_end_is_seen_however_late_it_comes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None], code: int, hidden: bool
+) -> None:
+    extent = bench.allocate()
+    mine, theirs = bench.map(extent, "granter"), bench.lend(extent)
+    if hidden:
+        fcntl.fcntl(theirs.descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+    no_watches(monkeypatch, code)
+    mine.close()
+    bench.look()
+    assert look_for(bench, 1000, wait) < 1100
+    assert bench.frames.held(extent)
+    theirs.close()
+    look_for(bench, 1.1, wait)
+    assert sorted(bench.died) == ["granter", "peer"]
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+    assert bench.frames.patience() is None
+
+
+def test_a_watch_that_can_be_had_again_is_taken(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None]
+) -> None:
+    extent = bench.allocate()
+    mine, theirs = bench.map(extent, "granter"), bench.map(extent)
+    with monkeypatch.context() as meanwhile:
+        no_watches(meanwhile)
+        theirs.close()
+        bench.look()
+        look_for(bench, 100, wait)
+        assert extent.watch < 0
+    look_for(bench, 100, wait)
+    assert bench.frames.patience() is None  # an event will tell
+    mine.close()
+    assert bench.look() == ["granter"]
+    bench.give_back(extent)
+
+
+def test_very_many_without_a_watch_cost_little(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None]
+) -> None:
+    extents = [bench.allocate() for _ in range(400)]
+    loans = [bench.lend(extent, str(number)) for number, extent in enumerate(extents)]
+    spare = [bench.lend(extent, "spare") for extent in extents]
+    no_watches(monkeypatch)
+    for loan in spare:
+        loan.close()
+    bench.look()
+    look_for(bench, 100, wait)
+    for loan in loans:
+        loan.close()
+    bench.died.clear()
+    most = 0
+    deadline = 40
+    while len(bench.died) < len(loans):
+        patience = bench.frames.patience()
+        assert patience is not None
+        wait(patience)
+        most = max(most, len(bench.look()))
+        deadline -= 1
+        assert deadline, len(bench.died)
+    assert most <= 16
+    for extent in extents:
+        bench.give_back(extent)
+
+
+def test_looks_that_take_long_are_rare() -> None:
+    things = rounds.Rounds[int](1.0)
+    things.add(1)
+    things.took(0.25)
+    assert things.due is not None
+    assert things.due > clock.now() + 20
+
+
+def test_an_event_without_an_end_is_never_forgotten(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None]
+) -> None:
+    """The lock of a process that the computer lets run once an hour."""
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(holders, "_lives", lambda _loan: True)
+        meanwhile.setattr(holders, "_lease_is_free", lambda _master: False)
+        extent = bench.allocate()
+        bench.map(extent).close()
+        bench.look()
+        assert look_for(bench, 3600, wait) < 100
+    look_for(bench, 61, wait)
+    assert bench.died == ["peer"]
+    bench.give_back(extent)
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EACCES, errno.EINVAL])
+def test_a_lease_that_cannot_be_asked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None], code: int
+) -> None:
+    """For want of memory: it is asked again. Root gave the file away, or fs.leases-enable is 0: locks decide."""
+    real = fcntl.fcntl
+
+    def refuse(descriptor: int, command: int, argument: Any = 0) -> Any:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, command, argument)
+
+    extent = bench.allocate()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(fcntl, "fcntl", refuse)
+        bench.map(extent).close()
+        assert bench.look() == ["peer"]
+        look_for(bench, 100, wait)
+        assert bench.frames.held(extent) == (code == errno.ENOMEM)
+    look_for(bench, 61, wait)
+    assert not bench.frames.held(extent)
+    bench.give_back(extent)
+
+
+def test_no_lock_for_a_loan_is_enomem_and_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
+
+    def refuse(descriptor: int, command: int, argument: Any = 0) -> Any:
+        if command == fcntl.F_OFD_SETLK:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        return real(descriptor, command, argument)
+
+    extent = bench.allocate()
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(fcntl, "fcntl", refuse)
+        with pytest.raises(DeviceError, match="no more locks") as caught:
+            bench.lend(extent)
+    assert caught.value.errno == errno.ENOMEM
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (extent.loans, extent.live, extent.lent) == ({}, [0, 0], False)
+    bench.give_back(extent)
+
+
+def in_a_child(program: Callable[[], object]) -> int:
+    """Run in a process of its own, which may change its user. Returns its exit status."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            program()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(status_of(child))
+
+
+def test_a_peer_that_takes_the_rights_away_keeps_nothing() -> None:
+    """fchmod(0): the machine can neither open the memory nor watch it, if it is not root's."""
+
+    def program() -> None:
+        if os.getuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+            holders.libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or /proc/self would be root's
+        bench = Bench()
+        extent = bench.allocate()
+        mine, theirs = bench.map(extent, "granter"), bench.lend(extent)
+        os.fchmod(theirs.descriptor, 0)
+        mine.close()
+        assert bench.look() == ["granter"]
+        assert extent.watch >= 0
+        os.fchmod(theirs.descriptor, 0)
+        bench.map(extent, "granter").close()  # no peer can forbid that
+        theirs.close()
+        assert sorted(bench.look()) == ["granter", "peer"]
+        assert not bench.frames.held(extent)
+
+    assert in_a_child(program) == 0
+
+
+def test_pages_come_back_while_another_program_has_all_watches() -> None:
+    """In a user namespace of its own, where the number of watches can be chosen."""
+    apart = 77
+
+    def program() -> None:
+        most = Path("/proc/sys/user/max_inotify_watches")
+        try:
+            holders.check(holders.libc.unshare(0x10000000))  # CLONE_NEWUSER
+            most.write_text("1000")
+        except OSError:
+            os._exit(apart)
+        bench = Bench()
+        extent = bench.allocate()
+        mine, theirs = bench.map(extent, "granter"), bench.map(extent)
+        most.write_text("0")
+        mine.close()
+        until(bench, time.monotonic() + 2)  # more than an event's first looks
+        assert bench.died == ["granter"]
+        assert extent.watch < 0
+        with pytest.raises(DeviceError, match="max_user_watches"):
+            bench.map(extent)
+        theirs.close()
+        until(bench, time.monotonic() + 30, lambda: len(bench.died) == 2)
+        assert bench.died == ["granter", "peer"]
+        assert not bench.frames.held(extent)
+
+    status = in_a_child(program)
+    if status == apart:
+        pytest.skip("no user namespace can be made here")
+    assert status == 0
+
+
+def until(bench: Bench, deadline: float, done: Callable[[], bool] = lambda: False) -> None:
+    """Look whenever the bench asks for it."""
+    while time.monotonic() < deadline and not done():
+        patience = bench.frames.patience()
+        left = max(0.0, deadline - time.monotonic())
+        time.sleep(left if patience is None else min(left, patience))
+        bench.look()
 
 
 # News that was lost.

@@ -7,7 +7,8 @@ SIGKILL. The kernel tells of it in three ways:
 
 * An OFD lock on a byte of the loan's own says that the loan lives. The lock ends with the description.
 * inotify says when to look: a description is being closed. The event is queued before munmap(2) returns, but also a
-  moment before the lock goes. So after an event an extent is looked at several times, at growing intervals.
+  moment before the lock goes. So after an event an extent is looked at several times, at growing intervals. An extent
+  for which there is no watch, or whose event had no end, is looked at now and then for as long as it is lent.
 * A write lease on the machine's own description is granted only when no other description is left at all.
 
 A program can take its own lock off, or open the file a second time. So locks are bookkeeping and the lease is the
@@ -34,6 +35,7 @@ from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
 from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.rounds import Rounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,8 +56,12 @@ _FLOCK = struct.Struct("=hh4xqqi4x")
 # A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
 _INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before a look, after an event
-_USUAL = 6  # looks, if a loan has ended. An event without an end gets more: on a busy computer locks go late
+# Looks, if a loan has ended and no peer has another. Others get more: on a busy computer locks go late.
+_USUAL = 6
 _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
+_UNSOLVED = 60.0  # the same, if an event came and none of its looks has seen an end
+_NO_LEASES = {errno.EACCES, errno.EINVAL, errno.ENOLCK}  # root gave the file away; fs.leases-enable is 0
+_OWNER_MAY = 0o600  # the rights of a memory file without which its owner can neither open it nor watch it
 _EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 
 
@@ -143,6 +149,8 @@ class Loans(Generic[Holder]):
         self._eager: dict[Extent[Holder], None] = {}  # extents with few looks so far
         self._timetable: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
         self._number = count()
+        self._unheard: Rounds[Extent[Holder]] = Rounds(_UNHEARD)
+        self._unsolved: Rounds[Extent[Holder]] = Rounds(_UNSOLVED)
 
     def fileno(self) -> int:
         """Give the descriptor that is readable when `news` has something to tell."""
@@ -166,18 +174,19 @@ class Loans(Generic[Holder]):
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:
+            _see_to_rights(extent.master)
             descriptor = open_again(extent.master, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
             why = f"the machine could not open the page's memory again: {error.strerror}"
             raise DeviceError(errno.ENOMEM, why) from error
-        byte: int | None = extent.next_byte
-        extent.next_byte += 1
         exclusive = granters and writable
-        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
         try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
-        except BlockingIOError:
-            byte = None
+            byte = _lock(descriptor, extent.next_byte, exclusive=exclusive)
+        except OSError as error:
+            os.close(descriptor)
+            why = f"the computer gives no more locks for the page's memory: {error.strerror}"
+            raise DeviceError(errno.ENOMEM, why) from error
+        extent.next_byte += 1
         loan = Loan(extent, descriptor, byte, exclusive, granters, holder)
         extent.loans[loan] = None
         extent.live[granters] += 1
@@ -192,7 +201,7 @@ class Loans(Generic[Holder]):
     def held(self, extent: Extent[Holder]) -> bool:
         """Say whether the kernel knows of any description outside the machine, whatever the locks say."""
         if extent.lent and not extent.loans:
-            extent.lent = not _lease_is_free(extent.master)
+            extent.lent = _lease_is_free(extent.master) is False
         return extent.lent
 
     def forget(self, extent: Extent[Holder]) -> None:
@@ -209,7 +218,8 @@ class Loans(Generic[Holder]):
         Args:
             heard: whether `fileno` is readable, as far as is known. If it is not, only looks that are due are made.
         """
-        looks = self._due()
+        rare = dict.fromkeys([*self._unheard.take(), *self._unsolved.take()], len(_INTERVALS))
+        looks = {**rare, **self._due()}
         for watch, mask in self._events() if heard else ():
             if mask & _IN_Q_OVERFLOW:  # some events were lost: look everywhere
                 for extent in list(self._watches.values()):
@@ -220,47 +230,74 @@ class Loans(Generic[Holder]):
                 extent.watch = -1
                 extent.unsolved = True
                 looks[extent] = 0
+        began = clock.now() if rare else 0.0
         ended: list[Loan[Holder]] = []
         for extent, so_far in looks.items():
+            unheard = extent.watch < 0
             those = self._look(extent)
             if those:
                 extent.unsolved = False
                 ended += those
-            if extent.lent and (so_far < _USUAL or extent.watch < 0 or (extent.unsolved and so_far < len(_INTERVALS))):
-                self._look_again(extent, so_far)
-            else:
-                self._look_no_more(extent)
+            if unheard and extent.watch >= 0:  # an end may have come just before the watch, and its lock goes later
+                so_far = min(so_far, _EAGER)  # noqa: PLW2901
+            self._plan(extent, so_far)
+        if rare:
+            for rounds in self._unheard, self._unsolved:
+                rounds.took(clock.now() - began)
         return News(ended, list(looks))
+
+    def _plan(self, extent: Extent[Holder], so_far: int) -> None:
+        """See that an extent is looked at again, if that may bring anything."""
+        hidden = not extent.loans
+        uncertain = extent.unsolved or hidden or extent.live[False] > 0
+        if not extent.lent:
+            self._look_no_more(extent)
+        elif so_far < _USUAL or (uncertain and extent.watch >= 0 and so_far < len(_INTERVALS)):
+            self._look_again(extent, so_far)
+        else:
+            self._look_no_more(extent)
+            if extent.watch < 0:
+                self._unheard.add(extent)
+            elif extent.unsolved or hidden:
+                self._unsolved.add(extent)
 
     @property
     def restless(self) -> bool:
         """Whether `news` should be called before anything else is done, even if nothing has happened."""
         if self._eager:
             return True
-        return self._timetable[0][0] <= clock.now() if self._timetable else False
+        due = self._next()
+        return due is not None and due <= clock.now()
 
     def patience(self) -> float | None:
         """Give the seconds until `news` should be called even if nothing happens. None: there is no need."""
-        if not self._planned:
-            return None
-        return max(0.0, self._timetable[0][0] - clock.now())
+        due = self._next()
+        return None if due is None else max(0.0, due - clock.now())
+
+    def _next(self) -> float | None:
+        """Give the time of the next look that is planned."""
+        times = [due for due in (self._unheard.due, self._unsolved.due) if due is not None]
+        if self._planned:
+            times.append(self._timetable[0][0])
+        return min(times, default=None)
 
     def _look_again(self, extent: Extent[Holder], so_far: int) -> None:
         """Plan the next look at an extent that has had `so_far` looks since its last event."""
         if extent in self._planned and self._planned[extent][0] == so_far:
             return  # the time of its next look stands
-        due = clock.now() + (_INTERVALS[so_far] if so_far < len(_INTERVALS) else _UNHEARD)
+        self._look_no_more(extent)
+        due = clock.now() + _INTERVALS[so_far]
         self._planned[extent] = so_far, due
         heappush(self._timetable, (due, next(self._number), extent))
         if so_far < _EAGER:
             self._eager[extent] = None
-        else:
-            self._eager.pop(extent, None)
 
     def _look_no_more(self, extent: Extent[Holder]) -> None:
-        """Take the extent off the timetable, until its next event."""
+        """Take the extent off the timetable and the rounds, until its next event."""
         self._planned.pop(extent, None)
         self._eager.pop(extent, None)
+        self._unheard.discard(extent)
+        self._unsolved.discard(extent)
 
     def _due(self) -> dict[Extent[Holder], int]:
         """List the extents whose next look is due, or that are looked at eagerly, each with its looks so far."""
@@ -307,9 +344,11 @@ class Loans(Generic[Holder]):
     def _listen(self, extent: Extent[Holder]) -> None:
         path = f"/proc/self/fd/{extent.master}".encode()
         try:
+            _see_to_rights(extent.master)
             extent.watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
         except OSError as error:
-            why = f"the computer gives no more inotify watches ({error.strerror}); raise fs.inotify.max_user_watches"
+            why = f"the computer gives no inotify watch for the page's memory ({error.strerror})"
+            why += "; raise fs.inotify.max_user_watches" * (error.errno == errno.ENOSPC)
             raise DeviceError(errno.ENOMEM, why) from error
         self._watches[extent.watch] = extent
 
@@ -326,6 +365,31 @@ def open_again(descriptor: int, flags: int) -> int:
         OSError: what open(2) answered.
     """
     return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
+
+
+def _see_to_rights(master: int) -> None:
+    """See that the machine may open and watch a memory file. Each program that has it open may take that away.
+
+    Raises:
+        OSError: another user owns the file by now.
+    """
+    mode = os.fstat(master).st_mode
+    if mode & _OWNER_MAY != _OWNER_MAY:
+        os.fchmod(master, mode | _OWNER_MAY)
+
+
+def _lock(descriptor: int, byte: int, *, exclusive: bool) -> int | None:
+    """Lock a byte, and return it. None: a hostile lock is in the way.
+
+    Raises:
+        OSError: what fcntl(2) answered.
+    """
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    except BlockingIOError:
+        return None
+    return byte
 
 
 def _drop_ended(extent: Extent[Holder]) -> list[Loan[Holder]]:
@@ -347,10 +411,11 @@ def _lives(loan: Loan[Holder]) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _lease_is_free(master: int) -> bool:
+def _lease_is_free(master: int) -> bool | None:
+    """Say whether no other description is left. None: this computer, or root, lets nobody ask; then locks decide."""
     try:
         fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
-        return False
+    except OSError as error:
+        return None if error.errno in _NO_LEASES else False  # False: it is held, or there is no memory to find out
     fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return True
