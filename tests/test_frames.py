@@ -23,6 +23,7 @@ from scarce import descriptors_left
 from gntalloc import clock, holders, rounds
 from gntalloc.errors import DeviceError
 from gntalloc.frames import Frames
+from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
 from gntalloc.testing import Snapshot, assert_cleaned_up
 
@@ -539,7 +540,7 @@ def no_watches(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> Non
         ctypes.set_errno(code)
         return -1
 
-    monkeypatch.setattr(holders.libc, "inotify_add_watch", refuse)
+    monkeypatch.setattr(libc, "inotify_add_watch", refuse)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM, errno.EACCES])
@@ -699,7 +700,7 @@ def test_a_peer_that_takes_the_rights_away_keeps_nothing() -> None:
     def program() -> None:
         if os.getuid() == 0:
             os.setresuid(65534, 65534, 65534)
-            holders.libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or /proc/self would be root's
+            libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or /proc/self would be root's
         bench = Bench()
         extent = bench.allocate()
         mine, theirs = bench.map(extent, "granter"), bench.lend(extent)
@@ -723,7 +724,7 @@ def test_pages_come_back_while_another_program_has_all_watches() -> None:
     def program() -> None:
         most = Path("/proc/sys/user/max_inotify_watches")
         try:
-            holders.check(holders.libc.unshare(0x10000000))  # CLONE_NEWUSER
+            check(libc.unshare(0x10000000))  # CLONE_NEWUSER
             most.write_text("1000")
         except OSError:
             os._exit(apart)

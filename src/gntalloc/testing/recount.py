@@ -53,7 +53,7 @@ class _Census:
         # A domain that is gone has left its pages to those who map them: they are found by what the kernel is asked.
         frames = machine.frames
         listened_to = [*frames._watches.values(), *frames._planned, *frames._unheard, *frames._unsolved]
-        owners = [extent.changed.__self__ for extent in listened_to]  # type: ignore[attr-defined]
+        owners = [extent.changed.__self__ for extent in listened_to]
         there = [guest.gntalloc._pages for guest in machine.guests.values()] + owners
         self.domains: list[GrantedPages] = list(dict.fromkeys(there))
         self.grefs: list[Gref] = [gref for pages in self.domains for gref in pages.grefs]
