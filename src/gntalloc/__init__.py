@@ -29,6 +29,7 @@ from gntalloc.errors import (
     PeerClosed,
     PeerDied,
     PeerGone,
+    PeerQuotaReached,
     TimedOut,
     ViewsStillExported,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "PeerClosed",
     "PeerDied",
     "PeerGone",
+    "PeerQuotaReached",
     "Port",
     "SharedPages",
     "StoreError",

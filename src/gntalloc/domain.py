@@ -39,6 +39,7 @@ class Domain(BareDomain):
         size: int | tuple[int, int] = 65536,
         extensions: bool | None = None,
         spin: float | None = None,
+        most_per_peer: int | None = None,
     ) -> Listener:
         """Wait for clients in `peer`: `with domain.listen(2, "echo") as listener: channel = listener.accept()`.
 
@@ -52,15 +53,19 @@ class Domain(BareDomain):
             extensions: between two ends of this package there is more (see docs/vchan.md). False does without; True
                 takes no client that cannot.
             spin: seconds to look before sleeping; 0 sleeps at once.
+            most_per_peer: pages that `peer` may have of this Domain object, in all channels and shares; a channel that
+                was closed here counts until `peer` has let go. 512 if not given, and always enough for two channels.
 
         Raises:
+            PeerQuotaReached: EDQUOT `peer` has so many already; `accept` raises it too. Others are served as before.
             DeviceError: ENOSPC there are not enough pages, or no port; ENOSYS this processor needs libatomic.
             StoreError: xenstore refused.
             ValueError: the path is too long, or the size.
         """
         from gntalloc.vchan.server import Listener
 
-        return Listener(self, domid_of(peer), path, size=size, extensions=extensions, spin=spin)
+        how: dict[str, Any] = {"size": size, "extensions": extensions, "spin": spin, "most_per_peer": most_per_peer}
+        return Listener(self, domid_of(peer), path, **how)
 
     def connect(
         self,

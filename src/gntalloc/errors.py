@@ -2,6 +2,7 @@
 
     GntallocError (an OSError)
     ├── DeviceError          a driver answered with an errno; the text says why
+    │   └── PeerQuotaReached a peer has as much of this program as it may have at once (EDQUOT)
     ├── Closed               you closed it (EBADF)
     ├── Busy                 another thread or process is using it just now (EBUSY)
     ├── ViewsStillExported   a view of the pages is still alive (EBUSY, also a BufferError)
@@ -43,6 +44,7 @@ __all__ = [
     "PeerClosed",
     "PeerDied",
     "PeerGone",
+    "PeerQuotaReached",
     "TimedOut",
     "ViewsStillExported",
 ]
@@ -69,6 +71,12 @@ class GntallocError(OSError):
 
 class DeviceError(GntallocError):
     """A device file refused: `errno` is the driver's, the text says which of its reasons it was."""
+
+
+class PeerQuotaReached(DeviceError):
+    """A peer has as many of this program's pages as it may have at once. Other peers are not concerned."""
+
+    code = _errno.EDQUOT
 
 
 class Closed(GntallocError):

@@ -3,6 +3,7 @@
 domain      BareDomain: share, map
 peers       what every call that takes a domain or a count accepts
 pages       shared and mapped pages
+quotas      how much of a program each peer has
 grant       Grant: what to tell a peer, as a value and as text
 events      event channels
 devices/    the two providers of /dev/xen: the machine, and a real kernel

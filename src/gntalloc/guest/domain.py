@@ -17,6 +17,7 @@ from gntalloc.guest.events import Events
 from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.guest.peers import count_of, domid_of
+from gntalloc.guest.quotas import Quotas
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from gntalloc.guest.devices import DeviceFile
     from gntalloc.guest.devices.kernel import KernelDevices
+    from gntalloc.guest.quotas import Charge
     from gntalloc.maps import Mapping
     from gntalloc.xenstore.client import Store
 
@@ -41,6 +43,7 @@ class BareDomain:
         self.events = Events(devices)
         self._files: dict[tuple[int, str], DeviceFile] = {}
         self._stores: dict[int, Store] = {}
+        self._quotas_of: dict[int, Quotas] = {}
 
     @property
     def domid(self) -> int:
@@ -90,6 +93,7 @@ class BareDomain:
         writable: bool = False,
         mirrored: bool = False,
         file: DeviceFile | None = None,
+        most_per_peer: int | None = None,
     ) -> SharedPages:
         """Allocate zeroed pages and grant them to `peer`.
 
@@ -100,12 +104,27 @@ class BareDomain:
             writable: whether the peer may write. This side always may.
             mirrored: have them in `memory` twice in a row, so that what lies in a ring never wraps.
             file: of gntalloc, to do it with; they end with it. If not given: one that this process has for all.
+            most_per_peer: pages that `peer` may have of this Domain object then, channels included. Those that were
+                shared with such a bound count until `peer` has let go of them; others until they are closed here.
 
         Raises:
+            PeerQuotaReached: EDQUOT `peer` would have more than `most_per_peer`. Other peers are not concerned.
             DeviceError: ENOSPC the limit or the grant table is exhausted (the text says which), ENOMEM no memory.
         """
         count = _pages(pages, size)
         domid = domid_of(peer)
+        if most_per_peer is not None:
+            count_of(most_per_peer, "most_per_peer, a number of pages")
+        charge = self._quotas.charge(domid, count, most_per_peer)
+        try:
+            return self._share(domid, count, charge, writable=writable, mirrored=mirrored, file=file)
+        except BaseException:
+            charge.end()
+            raise
+
+    def _share(
+        self, domid: int, count: int, charge: Charge, *, writable: bool, mirrored: bool, file: DeviceFile | None
+    ) -> SharedPages:
         flags = FLAG_WRITABLE if writable else 0
         head = AllocGref(domid, flags, count, 0).pack()
         argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
@@ -121,7 +140,16 @@ class BareDomain:
         array = memoryview(argument)[AllocGref.REFS_OFFSET : AllocGref.REFS_OFFSET + 4 * count].cast("I")
         grant = Grant(self.domid, tuple(array), writable)
         mapping.name = "grant", grant
-        return SharedPages(file, index, grant, mapping)
+        return SharedPages(file, index, grant, mapping, charge)
+
+    def see_to_quota(self, peer: int, pages: int, most_per_peer: int) -> None:
+        """See that `peer` may have so many pages more, which are shared in several pieces then.
+
+        Raises:
+            PeerQuotaReached: as `share`.
+        """
+        count_of(most_per_peer, "most_per_peer, a number of pages")
+        self._quotas.charge(peer, pages, most_per_peer).end()
 
     def map(
         self,
@@ -174,6 +202,7 @@ class BareDomain:
 
     def close(self) -> None:
         """Close this object's device files and store: what was shared through it and is not mapped any more goes."""
+        self._quotas.close()
         stores, self._stores = self._stores, {}
         for store in stores.values():
             store.close()
@@ -218,6 +247,14 @@ class BareDomain:
         del self._files[os.getpid(), which]  # and not closed: what was made with it says that it is gone
         file = self._file(which)
         return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
+
+    @property
+    def _quotas(self) -> Quotas:
+        # One a process, as of the files: a child made by fork has shared nothing.
+        quotas = self._quotas_of.get(os.getpid())
+        if quotas is None:
+            quotas = self._quotas_of.setdefault(os.getpid(), Quotas())
+        return quotas
 
     def _file(self, name: str) -> DeviceFile:
         # A file a process: pages granted after a fork must end with the process that granted them.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from gntalloc.guest.devices import DeviceFile
     from gntalloc.guest.grant import Grant
+    from gntalloc.guest.quotas import Charge
     from gntalloc.maps import Mapping
 
 __all__ = ["MappedPages", "SharedPages"]
@@ -83,6 +84,7 @@ class _Pages:
         self._mapping.close()
         self._closed = True
         self._give_back()
+        self._count_no_more()
 
     @property
     def index(self) -> int:
@@ -98,6 +100,7 @@ class _Pages:
         self._pid = -1
         self._mapping.close()
         self._closed = True
+        self._count_no_more()
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +121,7 @@ class _Pages:
         self._closed = True
         if _warn(self, self._pid):
             self._give_back()  # a view may still be alive. The map goes with it; the grant goes now
+            self._count_no_more(ask=False)  # a question has no place in whatever this thread does just now
 
     def _give_back(self) -> None:
         if os.getpid() == self._pid:
@@ -133,12 +137,21 @@ class _Pages:
     def _undo(self) -> None:
         raise AssertionError  # each kind has its own
 
+    def _count_no_more(self, *, ask: bool = True) -> None:
+        """Only what this side has granted counts for a peer. Without `ask` the machine is not asked about the peer."""
+
 
 class SharedPages(_Pages):
     """Pages of this domain that a peer may map, mapped here, writable here.
 
     Made by `Domain.share`. Closing takes them back: at once if no peer maps them, else when it lets go.
     """
+
+    def __init__(
+        self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, charge: Charge | None = None
+    ) -> None:
+        super().__init__(file, index, grant, mapping)
+        self._charge = charge
 
     @property
     def refs(self) -> tuple[int, ...]:
@@ -199,6 +212,10 @@ class SharedPages(_Pages):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<{state} SharedPages {self.grant} index {self._index:#x}>"
+
+    def _count_no_more(self, *, ask: bool = True) -> None:
+        if self._charge is not None:
+            self._charge.end(self.released_descriptor if ask else None)
 
     def _undo(self) -> None:
         self._file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(self._index, len(self.refs)).pack())

@@ -229,9 +229,11 @@ class Listener(AsyncOnly):
         size: int | tuple[int, int],
         extensions: bool | None,
         spin: float | None,
+        most_per_peer: int | None,
     ) -> None:
         self.peer = peer
-        self._make = lambda: Offers(domain, peer, path, size=size, extensions=extensions, spin=spin)
+        how: dict[str, Any] = {"size": size, "extensions": extensions, "spin": spin, "most_per_peer": most_per_peer}
+        self._make = lambda: Offers(domain, peer, path, **how)
         self._made: Offers | None = None
         self._offered: Channel | None = None  # that a task waits with
         self._accepting = asyncio.Lock()  # the tasks that accept take turns
@@ -314,12 +316,21 @@ def listen(
     size: int | tuple[int, int] = SIZE,
     extensions: bool | None = None,
     spin: float | None = None,
+    most_per_peer: int | None = None,
 ) -> Listener:
     """Wait for clients: `async with aio.listen(domain, 2, "echo") as listener`.
 
     See `Domain.listen`, whose arguments and errors these are; it is `async with` that raises them.
     """
-    return Listener(domain, domid_of(peer), path, size=size, extensions=extensions, spin=spin)
+    return Listener(
+        domain,
+        domid_of(peer),
+        path,
+        size=size,
+        extensions=extensions,
+        spin=spin,
+        most_per_peer=most_per_peer,
+    )
 
 
 async def connect(

@@ -10,11 +10,12 @@ import contextlib
 import os
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gntalloc.atomics import atomics
 from gntalloc.errors import Closed, GntallocError, MachineGone, PeerBroke
 from gntalloc.guest.peers import count_of
+from gntalloc.maps import PAGE_SIZE
 from gntalloc.vchan import extension, layout
 from gntalloc.vchan.bells import Bells
 from gntalloc.vchan.channel import Channel
@@ -36,6 +37,7 @@ __all__ = ["SIZE", "Offers"]
 
 SIZE = 65536
 """Bytes of each ring, if not told otherwise."""
+_MOST = 512  # pages that a peer may have, if not told otherwise: half of a domain's usual limit
 
 
 class Offers:
@@ -54,6 +56,7 @@ class Offers:
         size: int | tuple[int, int] = SIZE,
         extensions: bool | None = None,
         spin: float | None = None,
+        most_per_peer: int | None = None,
         store: Tree | None = None,
     ) -> None:
         domid = domain.domid
@@ -66,6 +69,9 @@ class Offers:
         self._extensions = extensions
         self._spin = SPIN if spin is None else spin
         self._sizes = _sizes(size, extensions)
+        self._pages = _pages_of_a_channel(*self._sizes)
+        # Two channels are always possible: the one that is served, and the next.
+        self._most = max(_MOST, 2 * self._pages) if most_per_peer is None else most_per_peer
         self._nodes = Nodes(lambda: store or domain.store, self.path)
         self._making = threading.Lock()  # held while the next offer is made, or taken
         self._offer: Channel | None = None
@@ -146,22 +152,21 @@ class Offers:
         barriers = atomics()  # first: it may refuse
         domain, peer = self._domain, self.peer
         orders, large = self._sizes
+        domain.see_to_quota(peer, self._pages, self._most)
         with contextlib.ExitStack() as undo:
             port = self._port = undo.enter_context(domain.events.bind(peer))
             bells = Bells(port)
             undo.callback(bells.close)
             file = domain.devices.open("gntalloc")
             undo.callback(file.close)
-            header = undo.enter_context(domain.share(peer, pages=1, writable=True, file=file))
+            header = undo.enter_context(self._share(file, pages=1))
             header.notify_when_unmapped(clear=layout.SRV_LIVE, port=port.number)
             page = header.memory
             orders.write(page)
             page[layout.CLI_LIVE], page[layout.SRV_LIVE] = layout.NOT_YET, layout.CONNECTED
             page[layout.CLI_NOTIFY] = layout.NOTIFY_WRITE
             left, right = rings = [
-                undo.enter_context(domain.share(peer, pages=count, writable=True, mirrored=True, file=file))
-                if count
-                else None
+                undo.enter_context(self._share(file, pages=count, mirrored=True)) if count else None
                 for count in map(pages_of, large)
             ]
             at = layout.REFERENCES
@@ -181,9 +186,12 @@ class Offers:
             undo.pop_all()
         return Channel(Core(end, domain.address)), Address(header.refs[0], port.number)
 
+    def _share(self, file: DeviceFile, **how: Any) -> SharedPages:
+        return self._domain.share(self.peer, writable=True, file=file, most_per_peer=self._most, **how)
+
     def _directory(self, rings: list[SharedPages | None], file: DeviceFile) -> SharedPages:
         refs = [ref for ring in rings if ring is not None for ref in ring.refs]
-        directory = self._domain.share(self.peer, size=4 * len(refs), writable=True, file=file)
+        directory = self._share(file, size=4 * len(refs))
         struct.pack_into(f"={len(refs)}I", directory.memory, 0, *refs)
         return directory
 
@@ -227,3 +235,9 @@ def _sizes(size: int | tuple[int, int], extensions: bool | None) -> tuple[Orders
         )
     )
     return orders, large
+
+
+def _pages_of_a_channel(orders: Orders, large: Orders) -> int:
+    """Count the pages that both ends share: the header, the rings, and their directory if libxenvchan knows none."""
+    rings = sum(map(pages_of, large))
+    return 1 + rings + (-(-4 * rings // PAGE_SIZE) if large != orders else 0)

@@ -36,9 +36,19 @@ class Listener:
         size: int | tuple[int, int] = SIZE,
         extensions: bool | None = None,
         spin: float | None = None,
+        most_per_peer: int | None = None,
         store: Tree | None = None,
     ) -> None:
-        self._offers = Offers(domain, peer, path, size=size, extensions=extensions, spin=spin, store=store)
+        self._offers = Offers(
+            domain,
+            peer,
+            path,
+            size=size,
+            extensions=extensions,
+            spin=spin,
+            most_per_peer=most_per_peer,
+            store=store,
+        )
         self._accepting = threading.Lock()  # held while a client is waited for
         self.peer = peer
         self.path = self._offers.path
@@ -67,6 +77,7 @@ class Listener:
         Raises:
             TimedOut: nobody came. The next call goes on waiting.
             Closed: this was closed.
+            PeerQuotaReached: EDQUOT the peer has as many pages as it may have. The next call tries again.
             DeviceError: ENOSPC there are not enough pages for another channel, or no port.
             MachineGone: nobody answers at the domain's address. This listener serves again once somebody does: accept
                 again.
