@@ -376,3 +376,31 @@ def test_who_needs_one_answer_is_not_held_up_by_who_sleeps_until_there_are_many(
         finally:
             backend.stop()
             server.result()
+
+
+def test_a_frontend_that_makes_ever_new_nodes(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the node that the backend watches: many changes are one look, and nothing is kept of them."""
+    setting.attach()
+    looks: list[State] = []
+    follow = Backend._follow
+
+    def slow(backend: Backend, state: State) -> None:
+        looks.append(state)
+        time.sleep(0.02)
+        follow(backend, state)
+
+    monkeypatch.setattr(Backend, "_follow", slow)
+    changes = 3000
+    with Backend(setting.dom0, DEVICE, str(setting.path)) as backend:
+        server = threading.Thread(target=backend.serve)
+        server.start()
+        try:
+            for number in range(changes // 2):
+                setting.guest.store.write(f"{DEVICE.front}/state/{number}", "")
+                setting.guest.store.remove(f"{DEVICE.front}/state/{number}")
+            with setting.open() as disk:
+                assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
+        finally:
+            backend.stop()
+            server.join(PATIENCE)
+    assert len(looks) < changes // 6

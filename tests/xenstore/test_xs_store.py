@@ -274,6 +274,25 @@ def test_events_of_one_path_are_one(store: Store) -> None:
         assert [watch.poll(), watch.poll(), watch.poll()] == ["data/a", "data/b", None]
 
 
+def test_very_many_changes_that_nobody_takes_are_one(store: Store) -> None:
+    with store.watch("data") as watch, store.watch("data") as other:
+        for number in range(1500):
+            store.write(f"data/{number}", "")
+        assert store.domid == 7  # all events have been read by now
+        assert len(watch._paths) <= 1024
+        taken = []
+        while (path := watch.poll()) is not None:
+            taken.append(path)
+        assert "data" in taken
+        assert taken[-1] == "data/1499"
+        assert other.drain()
+        assert not other.drain()
+        assert other.poll() is None
+        assert select.select([other], [], [], 0) == ([], [], [])
+        store.write("data", "")
+        assert other.wait(timeout=5) == "data"
+
+
 def test_watches_do_not_mix(store: Store) -> None:
     with store.watch("a") as one, store.watch("a") as two, store.watch("b") as other:
         assert len({one.token, two.token, other.token}) == 3

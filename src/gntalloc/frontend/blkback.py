@@ -130,8 +130,8 @@ class Backend:
                 if end.state not in {State.INITIALISING, State.CLOSED}:
                     end.go(State.CLOSED)  # what a backend that was killed has left
                 while True:
-                    watch.poll()  # before looking: what comes after that is news
-                    detached.poll()
+                    watch.drain()  # before looking: what comes after that is news
+                    detached.drain()
                     if end.state == State.UNKNOWN:
                         break
                     self._follow(end.peer)

@@ -149,7 +149,7 @@ class Link:
 
     def verdict(self) -> GntallocError | None:
         """Say what has become of the backend. None: it is there, as far as is known."""
-        self._watch.poll()
+        self._watch.drain()
         held = self._held()  # first: who closes in order says so before it lets go
         state = self._end.peer
         if state in _GONE:
@@ -161,7 +161,7 @@ class Link:
     def has_news(self) -> bool:
         """Whether the backend has written its state since somebody looked last. Who sleeps is told of it as well."""
         with contextlib.suppress(GntallocError):  # closed: there will be none
-            if self._watch.poll() is not None:
+            if self._watch.drain():
                 self._unjudged = True
                 self.wake()
                 return True

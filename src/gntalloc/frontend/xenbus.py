@@ -189,6 +189,7 @@ class End:
         deadline = Deadline(timeout)
         with self.store.watch(f"{self.other}/state") as watch:
             while True:
+                watch.drain()  # before looking: what comes after that is news
                 state = self.peer
                 if state in wanted:
                     return state

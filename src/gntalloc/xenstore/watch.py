@@ -1,7 +1,8 @@
 """Watch: be told when a node, or anything below it, changes.
 
 An event says where something happened, not what: read the node. One comes when the watch is set, some come
-for nothing, and two for the same path that nobody has taken yet are one.
+for nothing, and two for the same path that nobody has taken yet are one. So are all of them, at the watch's own path,
+once 1024 wait: whoever may write below a node can then not fill the memory of those who watch it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from gntalloc.xenstore.connection import Connection
 
 __all__ = ["Watch"]
+
+_MOST = 1024  # paths that wait to be taken
 
 
 class Watch:
@@ -60,6 +63,10 @@ class Watch:
     def poll(self) -> str | None:
         """Return the path of a change that is here already, or None. For use after select."""
         return self._connection.wait(self._take, Deadline(0))
+
+    def drain(self) -> bool:
+        """Take every change that is here already, and say whether there was any. For those who look at all anyway."""
+        return bool(self._connection.wait(self._take_all, Deadline(0)))
 
     def fileno(self) -> int:
         """Give a descriptor that select and the like find readable when `poll` is worth calling.
@@ -110,7 +117,10 @@ class Watch:
 
     def deliver(self, path: str) -> None:
         """Part of Watcher: remember a change."""
-        self._paths[path] = None
+        if len(self._paths) >= _MOST:
+            self._paths = {self.path: None}
+        else:
+            self._paths[path] = None
         self.end()
 
     def end(self) -> None:
@@ -124,10 +134,21 @@ class Watch:
             return None
         path = next(iter(self._paths))
         del self._paths[path]
+        self._see_to_bell()
+        return path
+
+    def _take_all(self) -> bool | None:
+        self._check_open()
+        if not self._paths:
+            return None
+        self._paths.clear()
+        self._see_to_bell()
+        return True
+
+    def _see_to_bell(self) -> None:
         if not self._paths and self._bell >= 0:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
-        return path
 
     def _check_open(self) -> None:
         if not self._open:
