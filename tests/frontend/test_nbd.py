@@ -13,6 +13,8 @@ from tests.frontend.conftest import PATIENCE
 from tests.frontend.kit import SIZE, run
 
 from gntalloc import aio
+from gntalloc.clock import Deadline
+from gntalloc.frontend import nbdpace
 from gntalloc.frontend.nbd import LARGEST, NbdServer
 
 if TYPE_CHECKING:
@@ -309,3 +311,110 @@ def test_a_server_closes_though_nobody_takes_its_answers(setting: Setting, monke
             await close(writers)
 
     run(serve)
+
+
+# Clients that stand still.
+
+
+def beside_a_server(
+    setting: Setting, main: Callable[[NbdServer, Callable[[], Awaitable[Client]]], Awaitable[None]]
+) -> None:
+    """Runs `main` with a server and something that connects to it, and reads no more than is asked for."""
+    setting.attach()
+    setting.backend()
+
+    async def serve() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        writers: list[asyncio.StreamWriter] = []
+
+        async def connect() -> Client:
+            reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1)
+            writers.append(writer)
+            return Client(reader, writer)
+
+        async with await aio.disk(setting.guest, timeout=PATIENCE) as disk:
+            async with NbdServer(disk) as server:
+                await server.listen(listener)
+                await main(server, connect)
+            await close(writers)
+
+    run(serve)
+
+
+async def until(done: Callable[[], bool], what: Callable[[], object]) -> None:
+    deadline = Deadline(PATIENCE)
+    while not done():
+        assert not deadline.expired, what()
+        await asyncio.sleep(0.01)
+
+
+async def greedy(connect: Callable[[], Awaitable[Client]], mebibytes: int = 40) -> Client:
+    """Asks for more than sockets hold, and takes nothing."""
+    client = await connect()
+    client.send(AGREED)
+    for _ in range(mebibytes):
+        client.ask(READ, 0, 1 << 20)
+    return client
+
+
+async def see_served(connect: Callable[[], Awaitable[Client]], length: int) -> None:
+    client = await connect()
+    await client.agree()
+    client.ask(READ, 0, length)
+    assert (await asyncio.wait_for(client.answer(length), PATIENCE))[0] == 0
+    client.ask(DISC, 0, 0)
+
+
+def test_little_waits_for_each_client_that_does_not_read(setting: Setting) -> None:
+    async def main(server: NbdServer, connect: Callable[[], Awaitable[Client]]) -> None:
+        for _ in range(8):
+            await greedy(connect, 80)
+        pool = server._pool
+        full = nbdpace.POOL // 8
+
+        def held() -> list[int]:
+            return [pace.used for pace in pool.clients]
+
+        await until(lambda: len(held()) == 8 and min(held()) > full // 2, held)
+        assert max(held()) <= LARGEST
+        buffered = [pace._writer.transport.get_write_buffer_size() for pace in pool.clients]
+        assert max(buffered) < 300 << 10, buffered
+        await see_served(connect, 1 << 20)
+
+    beside_a_server(setting, main)
+
+
+@pytest.mark.parametrize("how", ["takes no answer", "gives half a write", "leaves, and takes no answer"])
+def test_a_client_that_stands_still_is_dropped(setting: Setting, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(nbdpace, "STILL", 0.5)
+
+    async def main(server: NbdServer, connect: Callable[[], Awaitable[Client]]) -> None:
+        if how == "gives half a write":
+            client = await connect()
+            client.send(AGREED)
+            client.ask(WRITE, 0, 1 << 20, b"x" * 1000)
+        else:
+            client = await greedy(connect)
+            if how == "leaves, and takes no answer":
+                client.ask(DISC, 0, 0)
+        await until(lambda: len(server._clients) == 1, lambda: server._clients)
+        await until(lambda: not server._clients, lambda: server._clients)
+        assert await client.left()
+        assert setting.now() == setting.content
+        await see_served(connect, 4096)
+
+    beside_a_server(setting, main)
+
+
+def test_a_client_that_stands_still_is_not_in_the_way(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nbdpace, "POOL", 24 << 20)
+    monkeypatch.setattr(nbdpace, "IN_THE_WAY", 0.1)
+
+    async def main(server: NbdServer, connect: Callable[[], Awaitable[Client]]) -> None:
+        for _ in range(2):
+            await greedy(connect)
+        await until(lambda: server._pool._left < 1 << 20, lambda: server._pool._left)
+        for _ in range(3):
+            await see_served(connect, SIZE)
+
+    beside_a_server(setting, main)

@@ -8,7 +8,8 @@ The handshake is `gntalloc.frontend.handshake`'s. Then READ, WRITE, FLUSH, TRIM,
 FUA; with structured replies for those who ask for them. No TLS: this is for a Unix socket, or a port of this computer.
 
 A client is not believed. What it asks that cannot be gets an error; what breaks the protocol ends its connection. It
-has so many bytes and requests in flight at most, and then it is not read from before an answer has gone.
+has so many bytes and requests in flight at most, and then it is not read from before an answer has gone. If it takes no
+answers it is dropped (see `nbdpace`).
 
 Source: the NBD project's doc/proto.md.
 """
@@ -44,6 +45,7 @@ from gntalloc.frontend.nbdif import (
     Transmission,
     error_of,
 )
+from gntalloc.frontend.nbdpace import Pace, Pool
 
 if TYPE_CHECKING:
     import socket
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST", "NbdServer"]
 
-_BYTES, _REQUESTS = 64 << 20, 128  # of one connection, in flight
+_BYTES, _REQUESTS = LARGEST, 128  # of one connection, in flight
 _CLIENTS = 64
 _PATIENCE = 30.0  # seconds for a handshake
 _ZEROS = 1 << 20  # bytes that are written at a time where the backend cannot make zeros itself
@@ -66,7 +68,7 @@ class _Request(NamedTuple):
     cookie: int
     offset: int
     length: int
-    data: bytes
+    data: bytes | bytearray
 
     @property
     def weight(self) -> int:
@@ -102,6 +104,7 @@ class NbdServer:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._servers: list[asyncio.Server] = []
         self._clients: set[asyncio.Task[None]] = set()
+        self._pool = Pool()
 
     async def listen(self, listener: socket.socket) -> None:
         """Serve whoever connects to this socket, which is bound, from now on. It is closed with the server."""
@@ -135,18 +138,19 @@ class NbdServer:
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         """One client, from its first byte to its last."""
+        pace = Pace(reader, writer, self._pool)
+        self._pool.clients.add(pace)
         try:
             with contextlib.suppress(Broken, asyncio.IncompleteReadError, OSError, TimeoutError):
                 async with asyncio.timeout(_PATIENCE):
                     agreed = await agree(reader, writer, self._describe())
                 if agreed is not None:
-                    await self._transmit(reader, writer, agreed)
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()  # for as long as the client takes its answers
+                    await self._transmit(reader, pace, agreed)
+            await pace.finish()
         except asyncio.CancelledError:
             pass  # the server closes
         finally:
+            self._pool.clients.discard(pace)
             writer.transport.abort()
 
     def _describe(self) -> Description:
@@ -161,19 +165,26 @@ class NbdServer:
             flags |= Transmission.TRIM if disk.features.discard else 0
         return Description(self._name, disk.size, flags, disk.sector_size, max(4096, disk.physical_sector_size))
 
-    async def _transmit(self, reader: StreamReader, writer: StreamWriter, agreed: Agreed) -> None:
+    async def _transmit(self, reader: StreamReader, pace: Pace, agreed: Agreed) -> None:
         """Serve requests as they come, and send answers as they are ready."""
-        tasks: dict[asyncio.Task[None], int] = {}  # and how many bytes each carries
+        tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
                 request = await _receive(reader)
                 if request.command == Command.DISC:
                     break
-                while len(tasks) >= _REQUESTS or (tasks and sum(tasks.values()) + request.weight > _BYTES):
+                while len(tasks) >= _REQUESTS or (tasks and pace.used + request.weight > _BYTES):
                     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                task = asyncio.get_running_loop().create_task(self._answer(request, writer, agreed))
-                tasks[task] = request.weight
-                task.add_done_callback(tasks.pop)
+                await pace.take(request.weight)
+                try:
+                    if request.command == Command.WRITE:
+                        request = request._replace(data=await pace.receive(request.length))
+                except BaseException:
+                    pace.give_back(request.weight)
+                    raise
+                task = asyncio.get_running_loop().create_task(self._answer(request, pace, agreed))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
         except asyncio.CancelledError:
             for task in tasks:
                 task.cancel()
@@ -182,15 +193,16 @@ class NbdServer:
             if tasks:
                 await asyncio.wait(list(tasks))
 
-    async def _answer(self, request: _Request, writer: StreamWriter, agreed: Agreed) -> None:
+    async def _answer(self, request: _Request, pace: Pace, agreed: Agreed) -> None:
         try:
-            parts = _reply(request, await self._carry_out(request, agreed), agreed)
-        except _Refused as refused:
-            parts = _refusal(request, refused, agreed)
-        with contextlib.suppress(OSError):  # the client has left
-            for part in parts:
-                writer.write(part)
-            await writer.drain()
+            try:
+                parts = _reply(request, await self._carry_out(request, agreed), agreed)
+            except _Refused as refused:
+                parts = _refusal(request, refused, agreed)
+            with contextlib.suppress(OSError):  # the client has left
+                await pace.send(parts)
+        finally:
+            pace.give_back(request.weight)
 
     async def _carry_out(self, request: _Request, agreed: Agreed) -> bytes | bytearray:
         """Do what was asked. What a reply has for it: data, or the extents of BLOCK_STATUS.
@@ -302,7 +314,7 @@ def _is_zero(data: bytes | bytearray) -> bool:
 
 
 async def _receive(reader: StreamReader) -> _Request:
-    """Receive the next request, with its data.
+    """Receive the next request, without its data.
 
     Raises:
         Broken: it is none, or has more data than may be.
@@ -311,9 +323,6 @@ async def _receive(reader: StreamReader) -> _Request:
     magic, flags, command, cookie, offset, length = REQUEST.unpack(await reader.readexactly(REQUEST.size))
     if magic != REQUEST_MAGIC:
         raise Broken(f"a request with the magic number {magic:#x}")
-    data = b""
-    if command == Command.WRITE:
-        if length > LARGEST:
-            raise Broken(f"a write of {length} bytes")
-        data = await reader.readexactly(length)
-    return _Request(command, flags, cookie, offset, length, data)
+    if command == Command.WRITE and length > LARGEST:
+        raise Broken(f"a write of {length} bytes")
+    return _Request(command, flags, cookie, offset, length, b"")
