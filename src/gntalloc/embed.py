@@ -10,13 +10,14 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc import waits
+from gntalloc.claims import claim, sweep, take_away, take_away_lock
 from gntalloc.domain import Domain
 from gntalloc.errors import GntallocError, MachineGone
 from gntalloc.guest.books import GrantedPage, OpenFile, Statistics
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
 from gntalloc.guest.peers import count_of, domid_of
-from gntalloc.places import clear_folder, domain_path, lock_path, machine_folder, make_top_folder, store_path
+from gntalloc.places import domain_path, lock_path, machine_folder, make_top_folder, store_path
 from gntalloc.unclosed import warn_unclosed
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ class Machine:
         if limit < 0 or not 0 < table_frames <= 1 << 16:
             raise ValueError(f"limit={limit}, table_frames={table_frames}: a limit is 0 or more, a table has a frame")
         make_top_folder()
-        self.folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
-        _remove(self.folder)  # of a process that had our pid, and was killed
-        os.mkdir(self.folder, 0o700)
+        sweep()
+        self.folder, claimed = _own_folder()
         settings = {
             "limit": limit,
             "behaviour": behaviour,
@@ -73,7 +73,11 @@ class Machine:
             "table_frames": table_frames,
             "verbose": verbose,
         }
-        self._process, sock = start_machine(self.folder, settings)
+        try:
+            self._process, sock = start_machine(self.folder, claimed, settings)
+        except BaseException:
+            _remove(self.folder)
+            raise
         self._control = ControlClient(self.folder, sock=sock)
         self._owner = os.getpid()
         self._closed = False
@@ -204,13 +208,24 @@ class Machine:
         self._process.returncode = 0  # it is no child of ours to wait for
 
 
+def _own_folder() -> tuple[str, int]:
+    """Make a folder that no other machine has, and give the descriptor of its lock too."""
+    while True:
+        folder = machine_folder(f"of-{os.getpid()}-{next(_numbers)}")
+        try:
+            return folder, claim(folder)
+        except FileExistsError:
+            pass  # of a process that has our number in another namespace
+
+
 def start_machine(
-    folder: str, settings: dict[str, Any], *, quiet: bool = False
+    folder: str, claimed: int, settings: dict[str, Any], *, quiet: bool = False
 ) -> tuple[subprocess.Popen[bytes], waits.Socket]:
     """Start a machine's process in `folder`, which is there and empty. Gives it, and its control channel.
 
     Args:
         folder: for its sockets.
+        claimed: the descriptor of its lock, which is the process's from then on. It is closed here.
         settings: see `child_main` of the machine's process.
         quiet: what it has to say about itself goes nowhere, since it may outlive whoever reads our standard error.
     """
@@ -220,27 +235,30 @@ def start_machine(
     ours, theirs = waits.socketpair()
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     arguments = [package, str(theirs.fileno()), folder, json.dumps(settings)]
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CHILD, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if quiet else None,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _CHILD, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL if quiet else None,
+                pass_fds=[theirs.fileno(), claimed],
+                start_new_session=True,
+            )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        os.close(claimed)
     return process, ours
 
 
 def _remove(folder: str) -> None:
     try:
-        clear_folder(folder)
+        take_away(folder)
     except GntallocError:
         pass
-    try:
-        os.unlink(lock_path(folder))  # of a `gntalloc run` that joined
-    except FileNotFoundError:
-        pass
+    take_away_lock(lock_path(folder))  # of a `gntalloc run` that joined
 
 
 _machines: weakref.WeakSet[Machine] = weakref.WeakSet()

@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 
 import click
 
+from gntalloc.claims import claim, sweep, take_away
 from gntalloc.cli import explain
 from gntalloc.cli.types import MACHINE, MOST_PAGES, SECONDS, Number
 from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
 from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
-from gntalloc.places import clear_folder, domain_path, machine_folder, make_top_folder
+from gntalloc.places import domain_path, machine_folder, make_top_folder
 
 __all__ = ["command"]
 
@@ -112,12 +113,13 @@ def command(
         raise click.UsageError("--timeout is for COMMAND; a machine without one runs until Ctrl-C")
     name = name or "default"
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
-    folder = _fresh_folder(name)
+    folder, claimed = _fresh_folder(name)
     try:
         came = _run(folder, name, made, {"limit": limit, "behaviour": behaviour, "strict": strict})
     finally:
+        os.close(claimed)
         with contextlib.suppress(GntallocError):
-            clear_folder(folder)
+            take_away(folder)
     if signal.SIGINT in came:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -155,21 +157,23 @@ def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, An
     return came
 
 
-def _fresh_folder(name: str) -> str:
+def _fresh_folder(name: str) -> tuple[str, int]:
+    """Make the folder of a machine, and give the descriptor of its lock too."""
     folder = machine_folder(name)
     if "/" not in name:
         make_top_folder()
     try:
         if os.path.lexists(folder):
             _see_that_nobody_is_there(folder, name)
-            clear_folder(folder)  # a killed machine may have left it
-        os.makedirs(folder, mode=0o700)
+            take_away(folder)  # a killed machine may have left it
+        sweep()
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        return folder, claim(folder)
     except GntallocError:
         raise
     except OSError as error:
         why = f"{folder} cannot be made, for the machine's sockets: {error.strerror}; choose another --name"
         raise GntallocError(error.errno or errno.EIO, why) from None
-    return folder
 
 
 def _see_that_nobody_is_there(folder: str, name: str) -> None:

@@ -17,6 +17,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gntalloc.claims import sweep
 from gntalloc.cli.probe import Lacking, Probe, probe, setting
 from gntalloc.errors import GntallocError
 from gntalloc.libc import check, libc
@@ -96,7 +97,8 @@ def folder() -> str:
         raise Lacking(str(error)) from None
     if not os.access(top_folder(), os.W_OK | os.X_OK):
         raise Lacking(f"{top_folder()} cannot be written")
-    return top_folder()
+    gone = sweep()
+    return f"{top_folder()}{f'; killed machines had left {len(gone)} names there, which are gone now' * bool(gone)}"
 
 
 @_probe(

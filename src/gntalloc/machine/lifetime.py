@@ -7,10 +7,12 @@ visitors ends when none is left.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
 
+from gntalloc.claims import open_lock
 from gntalloc.places import lock_path
 
 if TYPE_CHECKING:
@@ -85,7 +87,10 @@ class Visits:
     def may_end(self) -> bool:
         """Say whether no visitor is coming in: it would have the lock. Then the lock is held here until the end."""
         if self._lock < 0:
-            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._lock = open_lock(self._lock_path)
+            except OSError as error:  # a run cannot open it either, unless it is only this process that lacks something
+                return error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,10 +13,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from gntalloc.claims import take_away_lock
 from gntalloc.errors import GntallocError
 from gntalloc.libc import PR_SET_DUMPABLE, give_memory_back, libc
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
+from gntalloc.places import lock_path
 
 __all__ = ["child_main", "make_server", "protect_and_provide", "stop_on_signals"]
 
@@ -90,3 +92,4 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
         except OSError:
             pass  # our parent does it
         server.visits.close()
+        take_away_lock(lock_path(folder))  # of a `gntalloc run` that joined

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gntalloc.clock import Deadline
 from gntalloc.embed import Machine
 from gntalloc.errors import GntallocError
-from gntalloc.places import MACHINE_VARIABLE, lock_path
+from gntalloc.places import MACHINE_VARIABLE
 from gntalloc.run.children import adopt_orphans, children, send
 from gntalloc.run.program import signal_descriptor
 
@@ -172,8 +172,6 @@ class Household:
             return
         self.end()
         self.machine.close()
-        with suppress(FileNotFoundError):
-            os.unlink(lock_path(self.machine.folder))  # the runs that joined have made it
         os.close(self._signals)
         self._signals = -1
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)

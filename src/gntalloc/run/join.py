@@ -11,19 +11,23 @@ import fcntl
 import os
 import resource
 import socket
+import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from gntalloc.claims import claim, open_lock, stays, sweep, take_away
+from gntalloc.clock import Deadline
 from gntalloc.embed import start_machine
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.control import ControlClient
-from gntalloc.places import clear_folder, control_path, domain_path, lock_path, machine_folder, make_top_folder
+from gntalloc.places import control_path, domain_path, lock_path, machine_folder, make_top_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["join", "tidy"]
 
+_STARTING, _NAP = 10.0, 0.01  # seconds for another machine that starts or ends there, and between two looks
 _LEAST = (  # hard limits
     (resource.RLIMIT_NOFILE, 64, "open files (ulimit -Hn)"),
     (resource.RLIMIT_FSIZE, 1 << 20, "bytes in a file (ulimit -Hf)"),
@@ -47,19 +51,36 @@ def join(name: str, domid: int) -> tuple[ControlClient | None, str]:
     if "/" not in name:
         make_top_folder()
     with _alone(folder):
-        control = _enter(ControlClient(folder), domid) if os.path.exists(control_path(folder)) else None
-        if control is None:
-            control = _start(name, folder, domid)
-    return control, path
+        deadline = Deadline(_STARTING)
+        while True:
+            control = _enter(ControlClient(folder), domid) if os.path.exists(control_path(folder)) else None
+            if control is not None:
+                return control, path
+            with suppress(FileExistsError):  # a machine is starting there, or ending
+                return _start(name, folder, domid), path
+            if deadline.expired:
+                raise GntallocError(
+                    errno.EBUSY, f"a machine has {folder} and does not answer; end it, or choose another --machine"
+                )
+            time.sleep(_NAP)
 
 
 def _start(name: str, folder: str, domid: int) -> ControlClient:
-    """Start a machine in `folder`, and enter the domain. If that fails, nothing of the machine is left."""
+    """Start a machine in `folder`, and enter the domain. If that fails, nothing of the machine is left.
+
+    Raises:
+        FileExistsError: another machine has the folder.
+        GntallocError: it cannot be started.
+    """
     try:
         _see_to_limits()
-        clear_folder(folder)  # a killed machine may have left it
-        os.makedirs(folder, mode=0o700)
-        _, sock = start_machine(folder, {"until_left": True}, quiet=True)
+        sweep()
+        take_away(folder)  # a killed machine may have left it
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        claimed = claim(folder)
+        _, sock = start_machine(folder, claimed, {"until_left": True}, quiet=True)
+    except FileExistsError:
+        raise
     except OSError as error:
         _take_away(folder)
         if isinstance(error, GntallocError):
@@ -96,7 +117,7 @@ def tidy(folder: str) -> None:
 def _take_away(folder: str) -> None:
     """Remove the files of a machine that is not there any more. The caller has its lock."""
     with suppress(GntallocError):
-        clear_folder(folder)
+        take_away(folder)
     os.unlink(lock_path(folder))
 
 
@@ -126,21 +147,16 @@ def _alone(folder: str) -> Iterator[None]:
     path = lock_path(folder)
     while True:
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = open_lock(path)
+        except GntallocError:
+            raise
         except OSError as error:
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be locked: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_there(lock, path):  # a machine that ended has removed it while we waited
+            if not stays(lock, path):  # a machine that ended has removed it while we waited
                 continue
             yield
             return
         finally:
             os.close(lock)
-
-
-def _is_there(lock: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), os.stat(path))
-    except FileNotFoundError:
-        return False
