@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gntalloc import waits
 from gntalloc.claims import claim, sweep, take_away, take_away_lock
 from gntalloc.domain import Domain
-from gntalloc.errors import GntallocError, MachineGone
+from gntalloc.errors import GntallocError, MachineBroke, MachineGone
 from gntalloc.guest.books import GrantedPage, OpenFile, Statistics
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices.machine import MachineDevices
@@ -168,7 +168,9 @@ class Machine:
         A watch is a path and a token; a transaction is a number and the first path that it has seen, or "". A path of
         more than 200 characters is cut, and after 1,000 watches and transactions there are no more.
         """
-        connections: list[dict[str, Any]] = self._control.order("store_connections")
+        connections = self._control.order("store_connections")
+        if type(connections) is not list or not all(type(each) is dict for each in connections):
+            raise MachineBroke("the machine's list of connections to xenstore is none; use one gntalloc for both")
         return connections
 
     def close(self) -> None:

@@ -29,10 +29,12 @@ def command(name: str | None, as_json: bool) -> None:
     A machine that a program made for itself with gntalloc.Machine() is called of-PID-NUMBER.
     """
     found: dict[str, dict[str, Any]] = {}
+    read: dict[str, tuple[Statistics, list[GrantedPage]]] = {}
     for each in [name] if name else machines():
         control = ControlClient(machine_folder(each))
         try:
             found[each] = {"statistics": control.order("statistics"), "grants": control.order("grants")}
+            read[each] = Statistics.of(found[each]["statistics"]), list(map(GrantedPage.of, found[each]["grants"]))
         except (NoMachine, MachineGone):
             if name:
                 raise
@@ -45,8 +47,8 @@ def command(name: str | None, as_json: bool) -> None:
         print(
             "no machine runs; start one with `gntalloc machine`, or in Python with gntalloc.Machine()", file=sys.stderr
         )
-    for each, what in found.items():
-        _show(each, Statistics.of(what["statistics"]), [GrantedPage.of(grant) for grant in what["grants"]])
+    for each, (statistics, grants) in read.items():
+        _show(each, statistics, grants)
 
 
 def _show(name: str, statistics: Statistics, grants: list[GrantedPage]) -> None:

@@ -18,6 +18,7 @@ from gntalloc.cli import explain
 from gntalloc.cli.types import MACHINE, MOST_PAGES, SECONDS, Number
 from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
+from gntalloc.guest.books import Statistics
 from gntalloc.guest.control import ControlClient
 from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
 from gntalloc.places import domain_path, machine_folder, make_top_folder
@@ -179,7 +180,7 @@ def _fresh_folder(name: str) -> tuple[str, int]:
 def _see_that_nobody_is_there(folder: str, name: str) -> None:
     control = ControlClient(folder)
     try:
-        pid = control.order("statistics")["pid"]
+        pid = Statistics.of(control.order("statistics")).pid
     except NoMachine as error:
         if error.errno in {errno.EACCES, errno.EPERM}:
             raise

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from gntalloc.errors import MachineBroke
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["DomainStatistics", "GrantedPage", "OpenFile", "Statistics"]
 
@@ -26,9 +32,14 @@ class GrantedPage(NamedTuple):
     """Seconds."""
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> GrantedPage:
-        """Make one of the machine's answer."""
-        return cls(**{**fields, "mapped_by": tuple(fields["mapped_by"])})
+    def of(cls, fields: object) -> Self:
+        """Make one of the machine's answer.
+
+        Raises:
+            MachineBroke: it is none.
+        """
+        made: Self = _made(cls, fields)
+        return made
 
 
 class OpenFile(NamedTuple):
@@ -44,9 +55,14 @@ class OpenFile(NamedTuple):
     """Bytes of it that are mapped."""
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> OpenFile:
-        """Make one of the machine's answer."""
-        return cls(**{**fields, "ports": tuple(fields["ports"])})
+    def of(cls, fields: object) -> Self:
+        """Make one of the machine's answer.
+
+        Raises:
+            MachineBroke: it is none.
+        """
+        made: Self = _made(cls, fields)
+        return made
 
 
 class DomainStatistics(NamedTuple):
@@ -82,6 +98,74 @@ class Statistics(NamedTuple):
     domains: tuple[DomainStatistics, ...]
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> Statistics:
-        """Make one of the machine's answer."""
-        return cls(**{**fields, "domains": tuple(DomainStatistics(**domain) for domain in fields["domains"])})
+    def of(cls, fields: object) -> Self:
+        """Make one of the machine's answer.
+
+        Raises:
+            MachineBroke: it is none.
+        """
+        made: Self = _made(cls, fields)
+        return made
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    return tuple([_number(each) for each in _list(value)])
+
+
+def _domains(value: object) -> tuple[DomainStatistics, ...]:
+    return tuple([_made(DomainStatistics, each) for each in _list(value)])
+
+
+def _list(value: object) -> list[object]:
+    if type(value) is not list:
+        raise TypeError("no list")
+    return value
+
+
+def _number(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("no whole number")
+    return value
+
+
+def _seconds(value: object) -> float:
+    if type(value) is int:
+        return float(value)
+    if type(value) is not float or not isfinite(value):
+        raise TypeError("no number")
+    return value
+
+
+def _truth(value: object) -> bool:
+    if type(value) is not bool:
+        raise TypeError("neither true nor false")
+    return value
+
+
+def _word(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError("no text")
+    return value
+
+
+# How the fields that are no whole numbers are read.
+_READERS: dict[str, Callable[[object], Any]] = {
+    "writable": _truth,
+    "held": _truth,
+    "age": _seconds,
+    "mapped_by": _numbers,
+    "device": _word,
+    "ports of OpenFile": _numbers,
+    "domains": _domains,
+}
+
+
+def _made(cls: Any, fields: object) -> Any:
+    """Make a named tuple of an object in JSON that has its fields, each of its type."""
+    try:
+        if type(fields) is not dict or len(fields) != len(cls._fields):
+            raise TypeError(f"{fields!r:.80} is no {cls.__name__}")
+        readers = [_READERS.get(name, _READERS.get(f"{name} of {cls.__name__}", _number)) for name in cls._fields]
+        return cls(*(read(fields[name]) for name, read in zip(cls._fields, readers, strict=True)))
+    except (TypeError, KeyError, OverflowError) as error:
+        raise MachineBroke(f"the machine's books cannot be read: {error}; use one gntalloc for both") from None

@@ -33,6 +33,8 @@ M = TypeVar("M")
 
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
+_LARGEST_DOMID = 0xFFFF
+_MOST_UNASKED = 4096  # messages that are kept, or that come before an answer
 _TIMEVAL = struct.Struct("@ll")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # as numbers: flag by flag they cost as much as the call
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
@@ -96,6 +98,16 @@ class Answer:
             return decode(kind, self.body)
         except Garbage as error:
             raise MachineBroke(f"the machine's answer cannot be read: {error}; use one gntalloc for both") from None
+
+    def number(self, most: int = 0x7FFFFFFF) -> int:
+        """Give the result, which is from 0 to `most`.
+
+        Raises:
+            MachineBroke: it is not.
+        """
+        if not 0 <= self.result <= most:
+            raise MachineBroke(f"the machine's answer has the result {self.result}; use one gntalloc for both")
+        return self.result
 
     def descriptor(self) -> Descriptor:
         """Give the one descriptor that came along.
@@ -255,7 +267,7 @@ class MachineConnection:
         self._begin()
         if self._hello:
             try:
-                self.domid = self.call(Hello(VERSION)).result
+                self.domid = self.call(Hello(VERSION)).number(_LARGEST_DOMID)
             except BaseException:
                 self.close()
                 raise
@@ -294,13 +306,14 @@ class MachineConnection:
     def _receive(self, number: int) -> tuple[Message, list[Descriptor]]:
         """Receive the answer to this call."""
         assert self._sock is not None
-        while True:
+        for _ in range(_MOST_UNASKED):
             while not self._messages:
                 self._fill()
             message, descriptors = self._next()
             if message.kind & REPLY and message.id in (number, NOBODY):
                 return message, descriptors
             self._keep(message, descriptors)
+        raise Garbage(f"{_MOST_UNASKED} messages came instead of an answer")
 
     def _next(self) -> tuple[Message, list[Descriptor]]:
         """Take the first message that is whole, with its descriptors."""
@@ -313,6 +326,8 @@ class MachineConnection:
     def _keep(self, message: Message, descriptors: list[Descriptor]) -> None:
         """Keep a message that is not the answer to a waiting call."""
         if self.hears and not message.kind & REPLY:
+            if len(self._unasked) >= _MOST_UNASKED:
+                raise Garbage(f"more than {_MOST_UNASKED} messages came unasked")
             self._unasked.append((message, descriptors))
 
     def _fill(self, how: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gntalloc.errors import MachineBroke
 from gntalloc.guest.connection import MachineConnection
 from gntalloc.places import control_path
 from gntalloc.wire.messages import Control
@@ -27,11 +28,18 @@ class ControlClient:
             DeviceError: it was refused; the text says why.
             MachineGone: there is nobody to ask any more.
             NoMachine: there never was.
+            MachineBroke: the answer is none.
         """
         import json  # a program in a domain that gives no orders need not wait for it
 
         order = {"do": name} | {key: value for key, value in arguments.items() if value is not None}
-        return json.loads(self._channel.call(Control(json.dumps(order).encode())).body)
+        body = self._channel.call(Control(json.dumps(order).encode())).body
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise MachineBroke(
+                f"the machine's answer to {name} is no JSON ({error}); use one gntalloc for both"
+            ) from None
 
     def close(self) -> None:
         """Hang up."""

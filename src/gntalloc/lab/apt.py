@@ -7,6 +7,7 @@ and cache, and an empty list of installed packages, so it resolves everything fr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ __all__ = ["DEFAULT_KEYRING", "Apt", "Mirrors", "Package", "machine_mirrors", "p
 
 DEFAULT_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>\d+)")
+_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>(?P<name>[^_ ]+)_(?P<version>[^_ ]+)_[^_ ]+\.deb) (?P<size>[0-9]{1,15})")
 
 # The last folder of any Debian mirror, but for a snapshot's date.
 _DEBIAN = re.compile(r"/debian(?P<security>-security)?(/\d{8}T\d{6}Z)?/?$")
@@ -146,7 +147,8 @@ class Apt:
                 for line in lines:
                     kind, _, rest = line.partition(":")
                     if kind == "dlstatus":
-                        report(float(rest.split(":")[1]) / 100)
+                        with contextlib.suppress(ValueError, IndexError):  # it only shows how far this is
+                            report(float(rest.split(":")[1]) / 100)
             assert apt.stderr is not None
             problems = apt.stderr.read()
         if apt.returncode:

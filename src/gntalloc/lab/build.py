@@ -18,7 +18,7 @@ from gntalloc.lab.apt import DEFAULT_KEYRING, Apt, Mirrors, Package
 from gntalloc.lab.cpio import Archive
 from gntalloc.lab.errors import BuildFailed, explain
 from gntalloc.lab.images import FORMAT, Images, Manifest, build_lock, cache_folder, make_current
-from gntalloc.lab.kernel import unwrapped
+from gntalloc.lab.kernel import gunzipped, unwrapped
 
 __all__ = ["RELEASE", "Report", "build", "choose_packages"]
 
@@ -27,7 +27,7 @@ RELEASE = "bookworm"
 # Called with the name of a step, and with the part of it that is done, from 0 to 1, or None where that is unknown.
 Report = Callable[[str, float | None], None]
 
-_HYPERVISOR = re.compile(r"xen-hypervisor-(\d+\.\d+)-amd64$")
+_HYPERVISOR = re.compile(r"xen-hypervisor-([0-9]{1,4}\.[0-9]{1,4})-amd64$")
 
 # The packages whose names carry no version of Xen. click and rich are for this project's command line.
 _PACKAGES = (
@@ -257,7 +257,7 @@ def _foreign(root: Path, program: Path) -> list[str]:
 def _boot_files(unpacked: _Unpacked, manifest: Manifest, made: Path) -> None:
     hypervisor = next((unpacked.hypervisor / "boot").glob("xen-*.gz"))
     # QEMU's loader takes the ELF file that is inside.
-    (made / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+    (made / "xen").write_bytes(gunzipped(hypervisor.read_bytes(), "hypervisor"))
     kernel = unwrapped((unpacked.kernel / "boot" / f"vmlinuz-{manifest.kernel}").read_bytes())
     (made / "vmlinux").write_bytes(kernel)
     files = modules.load_order(unpacked.kernel / "lib/modules" / manifest.kernel)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 from gntalloc.errors import GntallocError, NoMachine, TimedOut
 
-__all__ = ["BuildFailed", "Crashed", "LabError", "LabTimedOut", "NothingToRunOn", "explain"]
+__all__ = ["BuildFailed", "Crashed", "LabBroke", "LabError", "LabTimedOut", "NothingToRunOn", "explain"]
 
 
 class LabError(GntallocError):
@@ -23,6 +25,12 @@ class BuildFailed(LabError):
 
 class Crashed(LabError):
     """Xen, dom0 or a guest went down under the command. The text ends with the tail of its console."""
+
+
+class LabBroke(LabError):
+    """An agent in the lab sent what its protocol forbids. Boot the lab anew."""
+
+    code = errno.EPROTO
 
 
 class LabTimedOut(LabError, TimedOut):

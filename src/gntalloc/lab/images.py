@@ -46,9 +46,17 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read a manifest back."""
+        """Read a manifest back.
+
+        Raises:
+            ValueError, TypeError, AttributeError, RecursionError: it is none.
+        """
         known: dict[str, Any] = json.loads(path.read_text())
-        return cls(**known)
+        manifest = cls(**known)
+        words = [manifest.release, manifest.xen, manifest.linux, manifest.kernel, *manifest.packages.values()]
+        if not all(isinstance(word, str) for word in [*words, *manifest.extra]):
+            raise TypeError("a version that is no text")
+        return manifest
 
     @property
     def versions(self) -> dict[str, str]:
@@ -86,7 +94,7 @@ class Images:
                     "Make them once with: gntalloc lab build",
                 )
             ) from None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError, RecursionError):
             manifest = None
         if manifest is None or manifest.format != FORMAT:
             raise NothingToRunOn(

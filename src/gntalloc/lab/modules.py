@@ -41,13 +41,18 @@ def load_order(folder: Path, wanted: tuple[str, ...] = WANTED) -> list[Path]:
         wanted: Names of modules. A module that is built into the kernel has no file, and is left out.
     """
     files = {_key(path.name.removesuffix(".ko")): path for path in folder.rglob("*.ko")}
-    built_in = {_key(Path(line).name.removesuffix(".ko")) for line in (folder / "modules.builtin").read_text().split()}
+    built_in = {
+        _key(Path(line).name.removesuffix(".ko"))
+        for line in (folder / "modules.builtin").read_text(errors="replace").split()
+    }
     order: dict[str, Path] = {}
+    seen: set[str] = set()
 
     def visit(name: str) -> None:
         key = _key(name)
-        if key in order or key in built_in:
+        if key in seen or key in built_in:
             return
+        seen.add(key)
         if key not in files:
             raise BuildFailed(
                 explain(
@@ -57,7 +62,7 @@ def load_order(folder: Path, wanted: tuple[str, ...] = WANTED) -> list[Path]:
                 )
             )
         match = _DEPENDS.search(files[key].read_bytes())
-        for dependency in match[1].decode().split(",") if match and match[1] else []:
+        for dependency in match[1].decode(errors="replace").split(",") if match and match[1] else []:
             visit(dependency)
         order[key] = files[key]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gntalloc.clock import Deadline, now
-from gntalloc.lab.errors import Crashed, LabError, LabTimedOut, explain
-from gntalloc.lab.inside.messages import CHUNK, Message, StreamDecoder, to_stream
+from gntalloc.lab.errors import Crashed, LabBroke, LabError, LabTimedOut, explain
+from gntalloc.lab.inside.messages import CHUNK, Message, Nonsense, StreamDecoder, to_stream
 from gntalloc.lab.payload import files_below
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class Session:
 
     def domid(self, domain: str) -> int:
         """Give the number that Xen has given a domain."""
-        return int(self._up[domain].get("domid", 0))
+        domid: int = self._up[domain].get("domid", 0)
+        return domid
 
     def console(self, domain: str) -> str:
         """Give all that a domain's kernel has written so far (dom0's with the hypervisor's)."""
@@ -320,7 +321,11 @@ class Session:
                 data = self._qemu.socket.recv(_READ)
                 if not data:
                     raise self._crashed(asked)
-                for message in self._decoder.feed(data):
+                try:
+                    messages = list(self._decoder.feed(data))
+                except Nonsense as nonsense:
+                    raise _broke(asked, str(nonsense)) from None
+                for message in messages:
                     self._take(message)
             for descriptor, job in typing.items():
                 self._type(job, descriptor in ready)
@@ -335,30 +340,46 @@ class Session:
             self._send({"to": job.domain, "do": "resize", "id": job.number, "terminal": list(size)})
 
     def _take(self, message: Message) -> None:
-        head, domain = message.head, message.head["from"]
-        match head["is"]:
+        """Take in a message. What belongs to no job of this session is nobody's any more.
+
+        Raises:
+            LabBroke: a field is not there, or is of another kind.
+            LabError: the domain could not do what it was asked.
+        """
+        head, domain = message.head, _field(message.head, "from", str)
+        match head.get("is"):
             case "up":
-                self._up[domain] = head
+                self._up[domain] = _checked_report(head)
             case "log":
                 self._logs.setdefault(domain, bytearray()).extend(message.body)
             case "lost":
-                self._lost[domain] = head["why"]
+                self._lost[domain] = _field(head, "why", str)
             case "failed":
-                raise LabError(
-                    explain(f"{head['asked']} in {domain}", head["why"], "Check the path, and the room in its memory")
-                )
-            case "output":
-                job = self._jobs[head["id"]]
-                job.streams[head["stream"]] += message.body
-                job.on_output(domain, head["stream"], message.body)
-            case "file":
-                content = self._jobs[head["id"]].files.setdefault(head["path"], bytearray())
-                content += message.body
-            case "ended" | "got":
-                job = self._jobs[head["id"]]
-                job.status = head.get("status", 0)
-                job.missing = head.get("missing", [])
-                job.ended = now()
+                asked, why = _field(head, "asked", str), _field(head, "why", str)
+                raise LabError(explain(f"{asked} in {domain}", why, "Check the path, and the room in its memory"))
+            case "output" | "file" | "ended" | "got" as what:
+                job = self._jobs.get(_field(head, "id", int))
+                if job is not None:
+                    self._take_for(job, what, message)
+            case other:
+                raise _broke("hear from the lab", f"there is no message {str(other)[:40]!r}")
+
+    def _take_for(self, job: _Job, what: str, message: Message) -> None:
+        head = message.head
+        if what == "output":
+            stream = _field(head, "stream", int)
+            if stream not in job.streams:
+                raise _broke("hear from the lab", f"there is no stream {stream}")
+            job.streams[stream] += message.body
+            job.on_output(job.domain, stream, message.body)
+        elif what == "file":
+            content = job.files.setdefault(_field(head, "path", str), bytearray())
+            content += message.body
+        else:
+            missing = _field(head, "missing", list, [])
+            if not all(isinstance(name, str) for name in missing):
+                raise _broke("hear from the lab", "names of files that are none")
+            job.status, job.missing, job.ended = _field(head, "status", int, 0), missing, now()
 
     def _crashed(self, asked: str) -> Crashed:
         return Crashed(
@@ -392,6 +413,30 @@ class Session:
                 log=logs,
             )
         )
+
+
+def _field(head: Mapping[str, Any], name: str, kind: type, default: object = None) -> Any:
+    """Take a value out of a message's head.
+
+    Raises:
+        LabBroke: it is not there, or is of another kind.
+    """
+    value = head.get(name, default)
+    if type(value) is not kind:
+        raise _broke("hear from the lab", f"{name!r} is {str(value)[:40]!r} in a message")
+    return value
+
+
+def _checked_report(head: dict[str, Any]) -> dict[str, Any]:
+    versions = _field(head, "versions", dict)
+    if not all(isinstance(version, str) for version in versions.values()):
+        raise _broke("hear from the lab", "versions that are none")
+    _field(head, "domid", int, 0)
+    return head
+
+
+def _broke(asked: str, why: str) -> LabBroke:
+    return LabBroke(explain(asked, f"an agent in the lab sent what cannot be: {why}", "Boot the lab anew"))
 
 
 def _tail(log: str) -> str:

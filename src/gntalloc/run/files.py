@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
+_LARGEST_HANDLE, _LARGEST_RECORD = 0xFFFFFFFF, (1 << 63) - 1
 _MOST_KNOWN = 4096  # files remembered; the home of a forgotten one is shown to the machine again
 
 
@@ -129,7 +130,7 @@ class Files:
         answer = self.channel.call(Open(flags, name))
         home = answer.descriptor()
         inode = os.fstat(home.fileno()).st_ino
-        self._remember(OpenFile(answer.result, name, self.channel.generation, inode))
+        self._remember(OpenFile(answer.number(_LARGEST_HANDLE), name, self.channel.generation, inode))
         return home
 
     def open_store(self, process: int) -> socket.socket | None:
@@ -181,7 +182,7 @@ class Files:
             answer = self.channel.call(Show(), [home])
         except DeviceError:
             return None
-        file = OpenFile(answer.result, answer.read(ShowAnswer).name, self.channel.generation, inode)
+        file = OpenFile(answer.number(_LARGEST_HANDLE), answer.read(ShowAnswer).name, self.channel.generation, inode)
         self._remember(file)
         return file
 
@@ -230,7 +231,9 @@ class Files:
         ):
             raise DeviceError(errno.EIO, "the machine answers with another map than was asked for")
         generation = self.channel.generation
-        self._place(call, Plan(pieces, answer.descriptors, answer.result, bool(confirm), generation, file))
+        self._place(
+            call, Plan(pieces, answer.descriptors, answer.number(_LARGEST_RECORD), bool(confirm), generation, file)
+        )
 
     def placed(self, plan: Plan, address: int) -> None:
         """Note that the program has the pages of `plan` at `address`."""

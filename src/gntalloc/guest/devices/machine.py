@@ -53,6 +53,7 @@ _INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
 _LONGEST_ARGUMENT = MAX_PAYLOAD - 4096 - 16 * MAX_REGIONS
+_LARGEST_HANDLE, _LARGEST_RECORD = 0xFFFFFFFF, (1 << 63) - 1
 _MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
@@ -73,7 +74,9 @@ class MachineDevices:
     @property
     def limit(self) -> int:
         """Pages the domain may have in use at once. Only the machine's owner may ask."""
-        limit: int = self._control().order("get_limit", domid=self.domid)
+        limit = self._control().order("get_limit", domid=self.domid)
+        if type(limit) is not int:
+            raise MachineBroke(f"the machine says that the limit is {limit!r:.40}; use one gntalloc for both")
         return limit
 
     @limit.setter
@@ -145,7 +148,7 @@ class MachineFile:
         with channel.lock:
             answer = channel.call(Open(flags, name))
             self._home = answer.descriptor()
-            self._handle = answer.result
+            self._handle = answer.number(_LARGEST_HANDLE)
             self._generation = channel.generation
 
     def ioctl(
@@ -167,7 +170,7 @@ class MachineFile:
             _write_back(there, answer.read(IoctlAnswer).written)
         if answer.error:
             raise DeviceError(answer.error, answer.why)
-        return answer.result
+        return answer.number()
 
     def ioctl_mmap(
         self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
@@ -213,7 +216,7 @@ class MachineFile:
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""
         answer = self._call(Mmap, prot, shared, offset & _MASK, length & _MASK)
-        made = answer.read(MmapAnswer)
+        made, record = answer.read(MmapAnswer), answer.number(_LARGEST_RECORD)
         name = f"the map of {self.name} at index {offset:#x}"
         try:
             mapping = Mapping(length * times, prot=prot, name=name)
@@ -223,7 +226,7 @@ class MachineFile:
         if refusal is not None:
             raise refusal
         if made.confirm:
-            self._channel.tell(Placed(answer.result, mapping.address), self._generation)
+            self._channel.tell(Placed(record, mapping.address), self._generation)
         return mapping
 
     def _place(
@@ -237,10 +240,12 @@ class MachineFile:
         at = 0
         try:
             for place, start, size in pieces:
-                if place >= len(descriptors) or at + size > mapping.length:
+                if place >= len(descriptors) or not size or size % PAGE_SIZE or at + size > mapping.length:
                     raise MachineBroke(f"the machine's pieces do not fit {mapping}; use one gntalloc for both")
                 mapping.place(at, size, descriptors[place].fileno(), start, shared=shared)
                 at += size
+            if at != mapping.length:
+                raise MachineBroke(f"the machine's pieces do not fill {mapping}; use one gntalloc for both")
         except MachineBroke:
             raise
         except OSError as error:
@@ -257,7 +262,7 @@ class MachineFile:
 
     def write(self, data: bytes) -> int:
         """See `DeviceFile`."""
-        return self._call(Write, bytes(data)).result
+        return self._call(Write, bytes(data)).number(len(data))
 
     def holders(self, index: int, count: int, *, wait: bool = False) -> Holders:
         """See `DeviceFile`."""
@@ -315,7 +320,7 @@ class MachineFile:
     def _show(self, home: Descriptor) -> None:
         channel = self._channel
         try:
-            self._handle = channel.call(Show(), [home.fileno()]).result
+            self._handle = channel.call(Show(), [home.fileno()]).number(_LARGEST_HANDLE)
         except DeviceError as refusal:
             if refusal.errno == errno.EBADF:  # that machine, or that domain, is not the one that opened it
                 raise self._gone() from None
@@ -361,7 +366,7 @@ class EvtchnFile(MachineFile):
         try:
             return os.write(self.fileno(), ports)
         except BlockingIOError:  # the real device never says so: the machine has not looked for long, so wait for it
-            return self._call(Write, ports).result
+            return self._call(Write, ports).number(len(ports))
         except OSError as error:
             raise self._error("written", error) from error
 

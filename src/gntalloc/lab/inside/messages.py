@@ -20,13 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["CHUNK", "LineDecoder", "Message", "StreamDecoder", "to_line", "to_stream"]
+__all__ = ["CHUNK", "LineDecoder", "Message", "Nonsense", "StreamDecoder", "to_line", "to_stream"]
 
 # Bodies longer than this are sent in pieces, so that one big file does not hold up another program's output.
 CHUNK = 64 * 1024
 
+# No head, no body and no line of a console is longer.
+_LONGEST = 4 * 1024 * 1024
+
 _LENGTHS = struct.Struct(">II")
 _MARK = b"\x02lab:"
+
+
+class Nonsense(ValueError):
+    """What came is no message. There is no way to go on with its sender."""
 
 
 class Message:
@@ -47,11 +54,19 @@ def _from_stream(data: bytes) -> tuple[Message, bytes] | None:
     if len(data) < _LENGTHS.size:
         return None
     head, body = _LENGTHS.unpack_from(data)
+    if max(head, body) > _LONGEST:
+        raise Nonsense(f"a head of {head} bytes and a body of {body} were announced; {_LONGEST} is the most")
     middle = _LENGTHS.size + head
     end = middle + body
     if len(data) < end:
         return None
-    return Message(json.loads(data[_LENGTHS.size : middle]), data[middle:end]), data[end:]
+    try:
+        values = json.loads(data[_LENGTHS.size : middle])
+    except (ValueError, RecursionError) as error:
+        raise Nonsense(f"a head that is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise Nonsense(f"a head without names: {str(values)[:40]}")
+    return Message(values, data[middle:end]), data[end:]
 
 
 class StreamDecoder:
@@ -61,7 +76,11 @@ class StreamDecoder:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield the messages that are complete now."""
+        """Yield the messages that are complete now.
+
+        Raises:
+            Nonsense: what came is none.
+        """
         self._rest += data
         while found := _from_stream(self._rest):
             message, self._rest = found
@@ -84,6 +103,9 @@ class LineDecoder:
         """Yield the messages and other lines that are complete now."""
         self._rest += data
         if b"\n" not in data:
+            if len(self._rest) > _LONGEST:  # no message of ours
+                line, self._rest = bytes(self._rest), bytearray()
+                yield line + b"\n"
             return
         complete, _, rest = self._rest.rpartition(b"\n")
         self._rest = bytearray(rest)
@@ -100,7 +122,9 @@ class LineDecoder:
 
 def _from_text(text: bytes) -> Message | None:
     try:
-        found = _from_stream(zlib.decompress(binascii.a2b_base64(text)))
+        inflating = zlib.decompressobj()
+        data = inflating.decompress(binascii.a2b_base64(text), _LENGTHS.size + 2 * _LONGEST)
+        found = _from_stream(data) if inflating.eof else None
     except (binascii.Error, zlib.error, ValueError):
         return None
     return found[0] if found else None
