@@ -69,10 +69,17 @@ def serve(listener: gntalloc.Listener) -> None:
 
 
 def accept_all(
-    listener: gntalloc.Listener, channels: list[gntalloc.Channel], stack: ExitStack, *, closing: bool
+    listener: gntalloc.Listener,
+    process: subprocess.Popen[str],
+    channels: list[gntalloc.Channel],
+    stack: ExitStack,
+    *,
+    closing: bool,
 ) -> None:
+    assert process.stdout is not None
     while True:
         channels.append(stack.enter_context(listener.accept(timeout=PATIENCE)))
+        assert process.stdout.readline() == f"{len(channels)}\n"  # it has the channel, and will keep it
         if closing:
             channels[-1].close()
 
@@ -92,7 +99,7 @@ def test_a_client_that_never_lets_go(make_machine: Callable[..., Machine], closi
         process = stack.enter_context(program(machine, 2, GREEDY))
         channels: list[gntalloc.Channel] = []
         with pytest.raises(PeerQuotaReached, match=r"domain 2 .* has 495 of this program's.* may have 512") as caught:
-            accept_all(greedy, channels, stack, closing=closing)
+            accept_all(greedy, process, channels, stack, closing=closing)
         assert (caught.value.errno, len(channels)) == (errno.EDQUOT, 15)
         assert ("kept by it" in str(caught.value)) == closing
         for _ in range(3):

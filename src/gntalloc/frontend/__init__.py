@@ -11,6 +11,7 @@ waiting     how the threads that use a disk wait for its backend
 blkfront    BlockDevice: a disk that a backend serves, in calls that wait
 aio         Disk: the same, for asyncio
 nbd         NbdServer: a disk as a network block device
+nbdpace     what waits for its clients is bounded
 handshake   what an NBD client and a server agree on first
 nbdif       the numbers and structs of the NBD protocol. Pure
 extents     which parts of a disk hold data: an extension between our own two ends
