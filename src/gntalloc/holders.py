@@ -35,12 +35,14 @@ from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
 from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.parties import Parties
 from gntalloc.rounds import Rounds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from gntalloc.maps import Mapping
+    from gntalloc.steps import Steps
 
 __all__ = ["Extent", "Holder", "Loan", "Loans", "News", "open_again"]
 
@@ -62,6 +64,7 @@ _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of,
 _UNSOLVED = 60.0  # the same, if an event came and none of its looks has seen an end
 _NO_LEASES = {errno.EACCES, errno.EINVAL, errno.ENOLCK}  # root gave the file away; fs.leases-enable is 0
 _OWNER_MAY = 0o600  # the rights of a memory file without which its owner can neither open it nor watch it
+_ASKED_AT_ONCE = 8  # loans of an extent
 _EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 
 
@@ -100,6 +103,7 @@ class Extent(Generic[Holder]):
         "master",
         "next_byte",
         "pages",
+        "party",
         "placed",
         "sealed",
         "unsolved",
@@ -109,6 +113,7 @@ class Extent(Generic[Holder]):
 
     def __init__(self, pages: int, master: int, changed: Callable[[Extent[Holder]], None], *, first: int = 0) -> None:
         self.pages = pages
+        self.party: Hashable = None  # those whose extents are looked at in turn with others'
         self.first = first  # where the pages begin in the file: nothing is before them
         self.changed = changed  # tells its owner that the set of its holders may have changed
         self.master = master  # the machine's description, on which leases and locks are asked for
@@ -149,6 +154,9 @@ class Loans(Generic[Holder]):
         self._eager: dict[Extent[Holder], None] = {}  # extents with few looks so far
         self._timetable: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
         self._number = count()
+        self._queue: Parties[Extent[Holder]] = Parties()  # to be looked at now
+        self._so_far: dict[Extent[Holder], int] = {}  # looks since the last event, of those in the queue
+        self._looking: dict[Extent[Holder], Steps[list[Loan[Holder]]]] = {}  # at these in part
         self._unheard: Rounds[Extent[Holder]] = Rounds(_UNHEARD)
         self._unsolved: Rounds[Extent[Holder]] = Rounds(_UNSOLVED)
 
@@ -206,17 +214,21 @@ class Loans(Generic[Holder]):
 
     def forget(self, extent: Extent[Holder]) -> None:
         """Stop looking at the extent. Its watch would keep the memory alive."""
+        self._queue.discard(extent.party, extent)
+        self._so_far.pop(extent, None)
+        self._looking.pop(extent, None)
         if extent.watch >= 0:
             self._stop_listening(extent)
         self._look_no_more(extent)
 
     # Looking.
 
-    def news(self, *, heard: bool = True) -> News[Holder]:
+    def news(self, *, heard: bool = True, until: float | None = None) -> News[Holder]:
         """Look at every extent of which a description was closed. Never blocks.
 
         Args:
             heard: whether `fileno` is readable, as far as is known. If it is not, only looks that are due are made.
+            until: when to stop, by `clock.now`. What is left is looked at next time, each party's extents in turn.
         """
         rare = dict.fromkeys([*self._unheard.take(), *self._unsolved.take()], len(_INTERVALS))
         looks = {**rare, **self._due()}
@@ -231,20 +243,44 @@ class Loans(Generic[Holder]):
                 extent.unsolved = True
                 looks[extent] = 0
         began = clock.now() if rare else 0.0
-        ended: list[Loan[Holder]] = []
         for extent, so_far in looks.items():
-            unheard = extent.watch < 0
-            those = self._look(extent)
-            if those:
-                extent.unsolved = False
+            self._so_far[extent] = so_far
+            self._queue.add(extent.party, extent)
+        ended: list[Loan[Holder]] = []
+        touched: list[Extent[Holder]] = []
+        while self._queue:
+            extent = self._queue.take()
+            those = self._go_on_looking(extent)
+            if those is None:
+                self._queue.add(extent.party, extent)
+            else:
                 ended += those
-            if unheard and extent.watch >= 0:  # an end may have come just before the watch, and its lock goes later
-                so_far = min(so_far, _EAGER)  # noqa: PLW2901
-            self._plan(extent, so_far)
+                touched.append(extent)
+            if until is not None and clock.now() >= until:
+                break
         if rare:
             for rounds in self._unheard, self._unsolved:
                 rounds.took(clock.now() - began)
-        return News(ended, list(looks))
+        return News(ended, touched)
+
+    def _go_on_looking(self, extent: Extent[Holder]) -> list[Loan[Holder]] | None:
+        """Do a piece of a look, and plan the next one at its end. Return the loans that ended. None: there is more."""
+        looking = self._looking.pop(extent, None) or self._look(extent)
+        unheard = extent.watch < 0
+        try:
+            next(looking)
+        except StopIteration as end:
+            those: list[Loan[Holder]] = end.value
+        else:
+            self._looking[extent] = looking
+            return None
+        so_far = self._so_far.pop(extent)
+        if those:
+            extent.unsolved = False
+        if unheard and extent.watch >= 0:  # an end may have come just before the watch, and its lock goes later
+            so_far = min(so_far, _EAGER)
+        self._plan(extent, so_far)
+        return those
 
     def _plan(self, extent: Extent[Holder], so_far: int) -> None:
         """See that an extent is looked at again, if that may bring anything."""
@@ -264,13 +300,15 @@ class Loans(Generic[Holder]):
     @property
     def restless(self) -> bool:
         """Whether `news` should be called before anything else is done, even if nothing has happened."""
-        if self._eager:
+        if self._eager or self._queue:
             return True
         due = self._next()
         return due is not None and due <= clock.now()
 
     def patience(self) -> float | None:
         """Give the seconds until `news` should be called even if nothing happens. None: there is no need."""
+        if self._queue:
+            return 0.0
         due = self._next()
         return None if due is None else max(0.0, due - clock.now())
 
@@ -314,16 +352,16 @@ class Loans(Generic[Holder]):
                 found[extent] = so_far + 1
         return found
 
-    def _look(self, extent: Extent[Holder]) -> list[Loan[Holder]]:
+    def _look(self, extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
         """Drop the loans that ended, and return them. Go on listening if the extent is still held."""
-        ended = _drop_ended(extent)
+        ended = yield from _drop_ended(extent)
         if extent.watch < 0 and self.held(extent):
             # A holder is left: listen again, and look again, for it may have gone in between.
             try:
                 self._listen(extent)
             except DeviceError:  # no watch can be had just now: go on looking
                 extent.lent = True
-            ended += _drop_ended(extent)
+            ended += yield from _drop_ended(extent)
         self.held(extent)
         return ended
 
@@ -392,8 +430,14 @@ def _lock(descriptor: int, byte: int, *, exclusive: bool) -> int | None:
     return byte
 
 
-def _drop_ended(extent: Extent[Holder]) -> list[Loan[Holder]]:
-    ended = [loan for loan in extent.loans if not _lives(loan)]
+def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
+    """Find the loans that ended. A peer can make each question slow: the kernel goes through all locks of a file."""
+    ended = []
+    for number, loan in enumerate(list(extent.loans)):
+        if number % _ASKED_AT_ONCE == _ASKED_AT_ONCE - 1:
+            yield
+        if not _lives(loan):
+            ended.append(loan)
     if any(loan.byte is None for loan in extent.loans) and _lease_is_free(extent.master):
         ended = list(extent.loans)
     for loan in ended:

@@ -152,6 +152,7 @@ class GntallocDriver:
             extent = yield from self._frames.begin_allocate(
                 asked.count, self._pages.look_again, writable=not readonly, first=index // PAGE_SIZE
             )
+            extent.party = self._table.owner, asked.domid
             for pages in batches(range(asked.count)):
                 made += self._grant(file, index, extent, pages, asked)
                 self._pages.coming -= len(pages)
@@ -227,6 +228,7 @@ class GntallocDriver:
         except DeviceError:
             self._pages.give_descriptor()
             raise
+        extent.party = self._table.owner, asked.domid
         frames = [Frame(extent, page) for page in range(asked.count)]
         try:
             refs = self._table.permit(asked.domid, frames, readonly=readonly)

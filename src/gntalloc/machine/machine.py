@@ -226,9 +226,12 @@ class Machine:
 
     # News of the kernel's.
 
-    def settle(self, *, heard: bool = True) -> None:
-        """Take in which maps have ended. After this the books agree with the kernel. `heard`: see `Loans.news`."""
-        news = self.frames.news(heard=heard)
+    def settle(self, *, heard: bool = True, until: float | None = None) -> None:
+        """Take in which maps have ended. After this the books agree with the kernel, but for what is left over.
+
+        `heard` and `until`: see `Loans.news`.
+        """
+        news = self.frames.news(heard=heard, until=until)
         for loan in news.ended:
             record = loan.holder
             record.loans.remove(loan)

@@ -11,6 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from gntalloc import clock
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.libc import trim
 from gntalloc.machine.connection import Connection, handlers_with
@@ -37,6 +38,7 @@ __all__ = ["MAX_CONNECTIONS", "Server"]
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
 _MANY_DROPPED = 64  # speakers, after which there may be much memory to be given back
+_SETTLING = 0.001  # seconds of a round
 _QUIET = 0.25  # seconds without a message, until that is done
 _LEAVING = 0.05  # seconds between looks whether a run is coming in
 
@@ -167,7 +169,7 @@ class Server:
             self._waits.settle()
         heard, self._news_of_pages = self._news_of_pages, False
         if heard or self.machine.frames.restless:
-            self.machine.settle(heard=heard)
+            self.machine.settle(heard=heard, until=clock.now() + _SETTLING)
             self.homes.keep_no_longer()
 
     def _later(self, domid: int, work: Steps[None]) -> None:
