@@ -15,6 +15,7 @@ from xs_replay import GUESTS, Ours, Player
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.arguments import decimal, integer, number
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
+from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.server import Daemon
 from gntalloc.xenstore.daemon.tree import above, is_name, parent
 from gntalloc.xenstore.wire import Message, Type, join
@@ -50,6 +51,7 @@ class Shop:
 
     def read(self, who: int | Session) -> list[Message]:
         session = self.sessions[who] if isinstance(who, int) else who
+        finish(self.server.catch_up())
         decoder = wire.Decoder()
         found: list[Message] = []
         while session.outbox:
@@ -266,10 +268,12 @@ def test_introduce_of_nobody_is_refused(shop: Shop) -> None:
 
 def recount(server: Daemon) -> None:
     nodes: Counter[int] = Counter()
+    owned: dict[int, set[str]] = {}
     memory: Counter[int] = Counter()
     for path, node in server.tree.items():
         owner = node.permissions[0].domid
         nodes[owner] += 1
+        owned.setdefault(owner, set()).add(path)
         memory[owner] += node.size + len(path)
         assert node.names == len(node.listing())
         assert len(set(node.children)) == len(node.children)
@@ -285,14 +289,15 @@ def recount(server: Daemon) -> None:
             transactions += len(session.transactions)
             expected += sum(len(watch.path) + len(watch.token) for watch in session.watches.values())
             expected += sum(seen.charged for tx in session.transactions.values() for seen in tx.seen.values())
-            expected += sum(len(data) for data, _ in session.outbox)
-            assert session.unread == sum(len(data) for data, _ in session.outbox)
+            expected += sum(len(data) for data in session.outbox)
+            assert session.unread == sum(len(data) for data in session.outbox)
         found = domain.nodes, domain.watches, domain.transactions, domain.memory
         # Domain 0 has / and what the daemon made before it was counted.
         own = nodes[domid] - (domid == 0)
         assert found[:3] == (own, watches, transactions), domain
         assert domid == 0 or found[3] == expected, domain
     assert set(nodes) <= set(server.domains)
+    assert {domid: set(names) for domid, names in server.tree.owned.items()} == owned
 
 
 @settings(max_examples=60, deadline=None)

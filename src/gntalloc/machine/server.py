@@ -93,7 +93,7 @@ class Server:
             self.turns.close_account(domid)
             self.machine.destroy(domid)
             raise
-        self._store.deliver()  # tells the domains that watch
+        self._store.settle()  # tells the domains that watch
         return domain_path(self.folder, domid)
 
     def destroy(self, domid: int) -> None:
@@ -110,8 +110,9 @@ class Server:
         self.homes.close_those_of(guest)
         self.visits.forget(domid)
         self.machine.destroy(domid)
-        self._store.deliver()  # tells the domains that watch, and hangs up on its programs
+        self._store.deliver()  # hangs up on its programs
         self.turns.close_account(domid)
+        self._store.settle()  # tells the domains that watch
 
     # The loop.
 

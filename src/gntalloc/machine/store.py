@@ -11,20 +11,23 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections import deque
+from collections import Counter
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from gntalloc import clock
-from gntalloc.errors import DeviceError, PeerBroke
+from gntalloc.errors import DeviceError
 from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import READABLE, WRITABLE
-from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, Dropped
+from gntalloc.machine.speaker import RUNNABLE, Dropped
+from gntalloc.machine.turns import OWN
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.errors import error_for
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
     from gntalloc.machine.speaker import Speaker
     from gntalloc.machine.turns import Turns
     from gntalloc.xenstore.daemon.server import Daemon
@@ -39,6 +42,8 @@ MAX_LINES = 1024  # connections of one domain, so that it cannot use up the mach
 MOST_SHOWN = 1000  # watches and transactions in one answer to a person
 _LONGEST_SHOWN = 200  # characters
 _BYTES_A_TURN = 16384
+_MESSAGES_A_FLUSH = 64
+_PIECES_A_DELIVERY = 16
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
@@ -54,6 +59,7 @@ class StoreFront:
         self._daemon = daemon
         self._turns = turns
         self._lines: dict[Session, StoreLine] = {}
+        self._lines_of: Counter[int] = Counter()  # by domain
 
     def connect(self, sock: socket.socket, domid: int, pid: int) -> None:
         """Serve a program of this domain on `sock`: process `pid`.
@@ -61,20 +67,36 @@ class StoreFront:
         Raises:
             DeviceError: ECONNREFUSED: domain 0 has released the domain. EMFILE: too many programs are connected.
         """
-        if sum(session.domain.domid == domid for session in self._lines) >= MAX_LINES:
+        if self._lines_of[domid] >= MAX_LINES:
             raise DeviceError(errno.EMFILE, f"{MAX_LINES} programs of domain {domid} use xenstore already; end some")
         try:
             session = self._daemon.connect(domid)
         except Refused:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
         line = self._lines[session] = StoreLine(sock, session, pid, self)
+        self._lines_of[domid] += 1
         self._turns.add(line, domid, lambda: self._ended(session))
 
-    def handle(self, line: StoreLine, message: Message) -> None:
-        """Serve one request, and send all that it has caused, on any connection."""
-        refused = self._daemon.handle(line.session, message)
+    def begin(self, session: Session, message: Message) -> Generator[None, None, None]:
+        """Serve one request in pieces. `deliver` sends all that it has caused, on any connection."""
+        refused = yield from self._daemon.begin(session, message)
         if refused is not None and message.type != wire.WHY and log.isEnabledFor(logging.DEBUG):
-            log.debug("xenstore, domain %d: %s", line.session.domain.domid, _said(message, refused))
+            log.debug("xenstore, domain %d: %s", session.domain.domid, _said(message, refused))
+
+    def bring_to_an_end(self, domid: int, work: Iterator[None]) -> None:
+        """Go on with a request of a domain whose connection has ended. Others are still to be told of what it has changed."""
+        self._turns.do(domid, self._delivering(work))
+
+    def settle(self) -> None:
+        """Send all that is to be told and that no request tells: what the machine changed, or a domain that ended."""
+        self.deliver()
+        self._turns.do(OWN, self._delivering(self._daemon.catch_up()))
+
+    def _delivering(self, work: Iterator[None]) -> Iterator[None]:
+        for number, _ in enumerate(work, 1):
+            if number % _PIECES_A_DELIVERY == 0:
+                self.deliver()
+            yield
         self.deliver()
 
     @property
@@ -90,7 +112,7 @@ class StoreFront:
             if line is None:
                 continue
             try:
-                line.flush()
+                line.send()
             except Dropped as reason:
                 self._turns.drop(line, str(reason))
                 continue
@@ -122,6 +144,7 @@ class StoreFront:
 
     def _ended(self, session: Session) -> None:
         del self._lines[session]
+        self._lines_of[session.domain.domid] -= 1
         self._daemon.disconnect(session)
 
 
@@ -153,9 +176,8 @@ class StoreLine:
         self.pid = pid
         self._sock = sock
         self._front = front
-        self._inbox: deque[Message] = deque()
-        self._broken = False  # whether bytes came that are no message, so that nothing after them can be read
-        self._admitted = 0
+        self._work: Generator[None, None, None] | None = None  # the rest of a request that is being served
+        self._admitted = 0  # so many bytes may be served
         self._decoder = wire.Decoder()
         self._rest = b""
 
@@ -167,9 +189,11 @@ class StoreLine:
     def standing(self) -> int:
         """See `Speaker`."""
         wanted = WRITABLE if self._rest or self.session.outbox else 0
+        if self._work is not None:
+            return wanted | RUNNABLE
         if not self._may_speak():
             return wanted
-        return wanted | RUNNABLE if self._inbox or self._broken else wanted | READABLE
+        return wanted | RUNNABLE if self._decoder.first else wanted | READABLE
 
     def stalled(self, now: float) -> bool:
         """See `Speaker`. Unread messages count against the domain's memory."""
@@ -192,33 +216,39 @@ class StoreLine:
         received.let_go(descriptors)
         if not data:
             raise Dropped("it went away")
-        try:
-            while messages := self._decoder.feed(data):
-                self._inbox.extend(messages)
-                data = b""
-        except PeerBroke:
-            self._broken = True
+        self._decoder.add(data)
 
     def flush(self) -> None:
-        """Send the messages that wait, as far as they go.
+        """Send some of the messages that wait, as far as they go.
 
         Raises:
             Dropped: the program is gone.
         """
-        while self._rest or self.session.outbox:
-            while self.session.outbox and len(self._rest) < _BYTES_A_TURN:
-                self._rest += self.session.take()
-            try:
-                sent = self._sock.send(self._rest, _NEVER_WAIT)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise Dropped(error.strerror or str(error)) from None
-            self._rest = self._rest[sent:]
+        outbox = self.session.outbox
+        if not self._rest:
+            self._rest = b"".join([self.session.take() for _ in range(min(len(outbox), _MESSAGES_A_FLUSH))])
+        if not self._rest:
+            return
+        try:
+            sent = self._sock.send(self._rest, _NEVER_WAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise Dropped(error.strerror or str(error)) from None
+        self._rest = self._rest[sent:]
+
+    def send(self) -> None:
+        """Send some of the messages that wait, unless the loop does so as soon as the program reads.
+
+        Raises:
+            Dropped: the program is gone.
+        """
+        if not self._rest:
+            self.flush()
 
     def admit(self) -> None:
         """See `Speaker`."""
-        self._admitted = len(self._inbox)
+        self._admitted = self._decoder.pending
 
     def take_notes(self, until: float) -> None:
         """See `Speaker`. Every message here is answered."""
@@ -229,22 +259,51 @@ class StoreLine:
         Raises:
             Dropped: the next bytes that it sent are no message.
         """
-        for _ in range(min(self._admitted, MESSAGES_A_TURN)):
-            if self.session.closed or not self._may_speak():
-                break
-            self._front.handle(self, self._inbox.popleft())
+        while self._work is not None or self._may_begin():
+            if self._work is None:
+                self._work = self._front.begin(self.session, self._take())
+            if _is_done(self._work):
+                self._work = None
             if clock.now() >= until:
                 break
-        if self._broken and not self._inbox:
-            raise Dropped("what it sent is no message")
+        self._front.deliver()
 
     def close(self) -> None:
         """See `Speaker`."""
-        self._inbox.clear()
         received.hang_up(self._sock)
+        if self._work is not None:
+            self._front.bring_to_an_end(self.session.domain.domid, self._work)
+
+    def _may_begin(self) -> bool:
+        """Say whether a request may be served now.
+
+        Raises:
+            Dropped: the next bytes are no message.
+        """
+        if not self._may_speak():
+            self._front.deliver()  # answers that have gone do not count
+        if self.session.closed or not self._may_speak():
+            return False
+        length = self._decoder.first
+        if length < 0:
+            raise Dropped("what it sent is no message")
+        return 0 < length <= self._admitted
+
+    def _take(self) -> Message:
+        self._admitted -= self._decoder.first
+        return self._decoder.take()
 
     def _may_speak(self) -> bool:
         return self.session.answers < self._front.outstanding
+
+
+def _is_done(work: Generator[None, None, None]) -> bool:
+    """Do the next piece of some work, and say whether it was the last."""
+    try:
+        next(work)
+    except StopIteration:
+        return True
+    return False
 
 
 def _cut(text: str) -> str:

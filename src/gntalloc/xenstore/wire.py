@@ -120,23 +120,43 @@ class Decoder:
         Raises:
             PeerBroke: a header announces more than a message can hold.
         """
-        buffer = self._buffer
-        buffer += data
+        self.add(data)
         messages: list[Message] = []
-        start = 0
-        while len(buffer) - start >= HEADER.size:
-            kind, req_id, tx_id, length = HEADER.unpack_from(buffer, start)
-            if length > PAYLOAD_MAX:
-                if messages:
-                    break  # the messages before it are good; the next call finds it at the front
-                raise PeerBroke(f"a xenstore message ({type_name(kind)}) announces {length} bytes, over {PAYLOAD_MAX}")
-            end = start + HEADER.size + length
-            if end > len(buffer):
-                break
-            messages.append(Message(kind, req_id, tx_id, bytes(buffer[start + HEADER.size : end])))
-            start = end
-        del buffer[:start]
+        while length := self.first:
+            if length < 0 and messages:
+                break  # the messages before it are good; the next call finds it at the front
+            messages.append(self.take())
         return messages
+
+    def add(self, data: bytes) -> None:
+        """Add bytes, and look at none of them."""
+        self._buffer += data
+
+    @property
+    def first(self) -> int:
+        """The bytes of the first message. 0: it is not complete. Less than 0: what comes next is no message."""
+        buffer = self._buffer
+        if len(buffer) < HEADER.size:
+            return 0
+        length: int = HEADER.unpack_from(buffer)[3]
+        if length > PAYLOAD_MAX:
+            return -1
+        end = HEADER.size + length
+        return end if len(buffer) >= end else 0
+
+    def take(self) -> Message:
+        """Take the first message, which must be complete.
+
+        Raises:
+            PeerBroke: it announces more than a message can hold.
+        """
+        kind, req_id, tx_id, length = HEADER.unpack_from(self._buffer)
+        if length > PAYLOAD_MAX:
+            raise PeerBroke(f"a xenstore message ({type_name(kind)}) announces {length} bytes, over {PAYLOAD_MAX}")
+        end = HEADER.size + length
+        message = Message(kind, req_id, tx_id, bytes(self._buffer[HEADER.size : end]))
+        del self._buffer[:end]
+        return message
 
     @property
     def pending(self) -> int:

@@ -6,13 +6,15 @@
     tree          keep nodes, and check their names
     domains       keep the domains that the daemon knows, and count what each has in use
     transactions  keep what a transaction has seen and changed
+    changes       hold changes of which watches are told
     session       keep one connection: its watches, its transactions, its unread messages
-    watches       find the watches that an event fires
+    watches       find the watches that an event fires, and fire them in pieces
     view          show the tree as one request sees it
     control       carry out the administrator's commands
+    pieces        run work that is done in pieces
     request       hold a request as its handlers see it
     nodes         serve the requests about nodes
     server        turn requests into answers
 
-The code that serves the sockets feeds `Daemon.handle` with messages and sends the messages of `Session.outbox`.
+The code that serves the sockets feeds `Daemon.begin` with messages and sends the messages of `Session.outbox`.
 """

@@ -17,10 +17,10 @@ from gntalloc.xenstore.daemon.tree import Node, parent
 from gntalloc.xenstore.wire import Type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Generator
 
     from gntalloc.xenstore.daemon.domains import Domains
-    from gntalloc.xenstore.daemon.request import Request
+    from gntalloc.xenstore.daemon.request import Handler, Request
 
 __all__ = ["Nodes"]
 
@@ -38,7 +38,7 @@ class Nodes:
         self._quotas = quotas
         self._domains = domains
         self._special = special
-        self.handlers: dict[Type, Callable[[Request], bytes]] = {
+        self.handlers: dict[Type, Handler] = {
             Type.DIRECTORY: self._directory,
             Type.DIRECTORY_PART: self._directory_part,
             Type.READ: self._read,
@@ -50,7 +50,10 @@ class Nodes:
         }
 
     def _directory(self, request: Request) -> bytes:
-        return self._node(request, READ).listing()
+        node = self._node(request, READ)
+        if node.names > wire.PAYLOAD_MAX:
+            raise Refused(errno.E2BIG, f"the answer has {node.names} bytes, and a message {wire.PAYLOAD_MAX}")
+        return node.listing()
 
     def _directory_part(self, request: Request) -> bytes:
         if arguments.count(request.body) != 2:
@@ -73,7 +76,7 @@ class Nodes:
     def _get_perms(self, request: Request) -> bytes:
         return pack(self._node(request, READ).permissions)
 
-    def _write(self, request: Request) -> bytes:
+    def _write(self, request: Request) -> Generator[None, None, bytes]:
         first, value = _split(request.body)
         path = request.whole(first)
         view = request.view
@@ -82,23 +85,24 @@ class Nodes:
         except Refused as refusal:
             if refusal.code != errno.ENOENT:
                 raise
-            node = view.make(path, value)
+            node = yield from view.making(path, value)
         else:
             node = view.put(path, node._replace(value=value))
         view.tell(path, node)
         return OK
 
-    def _mkdir(self, request: Request) -> bytes:
+    def _mkdir(self, request: Request) -> Generator[None, None, bytes]:
         path = request.whole(arguments.one(request.body))
         try:
             request.view.get(path, WRITE)
         except Refused as refusal:
             if refusal.code != errno.ENOENT:
                 raise
-            request.view.tell(path, request.view.make(path, b""))
+            node = yield from request.view.making(path, b"")
+            request.view.tell(path, node)
         return OK
 
-    def _rm(self, request: Request) -> bytes:
+    def _rm(self, request: Request) -> Generator[None, None, bytes]:
         path = request.whole(arguments.one(request.body))
         try:
             request.view.get(path, WRITE)
@@ -108,7 +112,7 @@ class Nodes:
             return OK
         if path == "/":
             raise Refused(errno.EINVAL)
-        request.view.remove(path)
+        yield from request.view.removing(path)
         return OK
 
     def _set_perms(self, request: Request) -> bytes:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from gntalloc.xenstore.daemon.tree import home
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.daemon.transactions import Transaction
     from gntalloc.xenstore.daemon.view import View
 
-__all__ = ["Request"]
+__all__ = ["Handler", "Request"]
+
+Handler: TypeAlias = "Callable[[Request], bytes | Generator[None, None, bytes]]"
+"""Serve a request and return the answer, at once or in pieces."""
 
 
 class Request(NamedTuple):

@@ -16,8 +16,9 @@ from gntalloc.xenstore.daemon.domains import Domain, Domains
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
 from gntalloc.xenstore.daemon.nodes import Nodes
 from gntalloc.xenstore.daemon.permissions import Entry
+from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.request import Request
-from gntalloc.xenstore.daemon.session import Session
+from gntalloc.xenstore.daemon.session import Session, Watch
 from gntalloc.xenstore.daemon.transactions import Transaction
 from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, too_long
 from gntalloc.xenstore.daemon.view import Keeper, View
@@ -25,8 +26,9 @@ from gntalloc.xenstore.daemon.watches import Watches
 from gntalloc.xenstore.wire import Message, Type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Generator
 
+    from gntalloc.xenstore.daemon.request import Handler
 __all__ = ["Daemon"]
 
 SELF = 0x7FF0  # DOMID_SELF
@@ -38,7 +40,7 @@ _LONGEST_SPECIAL = 2048
 class Kind(NamedTuple):
     """Say how one type of request is served."""
 
-    serve: Callable[[Request], bytes]
+    serve: Handler
     privileged: bool = False
     outside: bool = False
     """Whether the number of a transaction is ignored."""
@@ -61,6 +63,7 @@ class Daemon:
         self._watches = Watches(self.tree, self.domains, self.quotas)
         self._keeper = Keeper(self.tree, self.domains, self._watches, self.quotas)
         self._special: dict[str, tuple[Entry, ...]] = {INTRODUCED: (Entry(0, 0),), RELEASED: (Entry(0, 0),)}
+        self._new_watches: list[Watch] = []  # those that the request which is served just now has set
         self._last_session = 0
         self.talking: set[Session] = set()
         """Connections that have messages to send, or that were ended. The code that sends removes them."""
@@ -83,7 +86,7 @@ class Daemon:
             wire.WHY: Kind(self._why, outside=True),
             **{kind: Kind(serve) for kind, serve in nodes.handlers.items()},
         }
-        self.tree["/"] = Node(0, (Entry(0, 0),))
+        self._keeper.place("/", Node(0, (Entry(0, 0),)))
         self.introduce(0)
         self.own_view().make("/tool/xenstored", b"")
 
@@ -149,7 +152,8 @@ class Daemon:
     def disconnect(self, session: Session) -> None:
         """Forget a connection that has ended."""
         self._reset(session)
-        session.drop_unread()
+        self._watches.forget(session)
+        session.leave()
         talking = self.sessions.get(session.domain, [])
         if session in talking:
             talking.remove(session)
@@ -167,26 +171,40 @@ class Daemon:
         return View(self._keeper, None)
 
     def handle(self, session: Session, message: Message) -> Refused | None:
-        """Serve one request, and return why it was refused, if it was.
+        """Serve one request at once, and return why it was refused, if it was.
 
         Then its answer and its events are in the outboxes of the sessions.
         """
+        return finish(self.begin(session, message))
+
+    def begin(self, session: Session, message: Message) -> Generator[None, None, Refused | None]:
+        """Serve one request in pieces. As `handle`, but others may be served in between.
+
+        What it changes in the common tree, it changes in one piece: others see the tree as it was before, or as it is
+        after. Then, in pieces, it tells the watches, and at last it is answered.
+        """
         refused: Refused | None = None
-        events: list[Callable[[], None]] = []
-        self._afterwards = events
         try:
-            kind, body = message.type, self._serve(session, message)
+            kind, body = message.type, (yield from self._serve(session, message))
             if len(body) > wire.PAYLOAD_MAX:
                 raise Refused(errno.E2BIG, f"the answer has {len(body)} bytes, and a message {wire.PAYLOAD_MAX}")
         except Refused as refusal:
             kind, body = Type.ERROR, wire.join(wire.error_name(refusal.code))
             refused = session.refused = refusal
+        new, self._new_watches = self._new_watches, []
+        yield from self._watches.catch_up(self._watches.take_fresh())
         session.answer(Message(kind, message.req_id, message.tx_id, body))
-        for event in events:
-            event()
+        for watch in new:
+            self._watches.fire_first(watch)
+        yield from self._watches.catch_up(self._watches.take_fresh())
         return refused
 
-    def _serve(self, session: Session, message: Message) -> bytes:
+    def catch_up(self) -> Generator[None, None, None]:
+        """Tell watches, in pieces, of all that was changed and that no request tells them of."""
+        self._watches.take_fresh()
+        yield from self._watches.catch_up_all()
+
+    def _serve(self, session: Session, message: Message) -> Generator[None, None, bytes]:
         kind = self._kinds.get(message.type)
         if kind is None:
             raise Refused(errno.ENOSYS)
@@ -198,7 +216,8 @@ class Daemon:
             if transaction is None:
                 raise Refused(errno.ENOENT, f"there is no transaction {message.tx_id}")
         view = View(self._keeper, session, transaction)
-        return kind.serve(Request(session, transaction, view, message.body))
+        answer = kind.serve(Request(session, transaction, view, message.body))
+        return answer if isinstance(answer, bytes) else (yield from answer)
 
     def _unread(self, domain: Domain) -> int:
         return sum(session.answers for session in self.sessions.get(domain, ()))
@@ -222,6 +241,7 @@ class Daemon:
     def _remove_nodes_of(self, domain: Domain) -> None:
         """Remove a domain's nodes, from the top: below a removed node nothing is left to look at."""
         view = self.own_view()
+        wanted = self.tree.above_owned(domain.domid)
         pending = ["/"]
         while pending and domain.nodes > 0:
             path = pending.pop()
@@ -233,7 +253,8 @@ class Daemon:
                 view.remove(path)
             if path == "/" or not mine:
                 prefix = "" if path == "/" else path
-                pending.extend(f"{prefix}/{name}" for name in reversed(node.children))
+                below = (f"{prefix}/{name}" for name in reversed(node.children))
+                pending.extend(name for name in below if name in wanted)
 
     # Watches.
 
@@ -252,7 +273,7 @@ class Daemon:
             if domain.memory + len(path) + len(token) >= domain.quotas.memory:
                 raise Refused(errno.ENOMEM, f"memory {domain.quotas.memory}: {_used(domain, domain.memory)} bytes")
         watch = self._watches.add(session, path, token, relative)
-        self._afterwards.append(lambda: self._watches.tell(watch, path))
+        self._new_watches.append(watch)
         return OK
 
     def _unwatch(self, request: Request) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from struct import Struct, pack
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.xenstore import wire
@@ -10,12 +11,16 @@ from gntalloc.xenstore.daemon.permissions import ALL
 from gntalloc.xenstore.wire import Message, Type
 
 if TYPE_CHECKING:
+    from gntalloc.xenstore.daemon.changes import Behind
     from gntalloc.xenstore.daemon.domains import Domain
     from gntalloc.xenstore.daemon.limits import Refused
     from gntalloc.xenstore.daemon.permissions import Entry
     from gntalloc.xenstore.daemon.transactions import Transaction
 
 __all__ = ["MOST_UNREAD", "Session", "Watch"]
+
+_EVENT = Struct("=I8xI")
+_AN_EVENT = pack("=I", Type.WATCH_EVENT)
 
 MOST_UNREAD = 16 << 20  # bytes that even a privileged connection may leave unread before it is dropped
 
@@ -39,13 +44,19 @@ class Session:
         self.watches: dict[tuple[str, bytes], Watch] = {}
         self.transactions: dict[int, Transaction] = {}
         self.last_transaction = 0
-        self.outbox: deque[tuple[bytes, bool]] = deque()
+        self.on: dict[str, list[Watch]] = {}
+        """The watches by path."""
+        self.behind: deque[Behind] = deque()
+        """Changes of which watches have not been told yet, the oldest first."""
+        self.outbox: deque[bytes] = deque()
         self.answers = 0
         """The number of answers in the outbox."""
         self.unread = 0
         """The number of bytes in the outbox."""
         self.closed = False
         """Whether the daemon has ended it: nothing is sent to it or read from it any more."""
+        self.gone = False
+        """Whether its program is not connected any more."""
         self.refused: Refused | None = None
         """The last refusal, until the program asks for its reason."""
         self._events: set[bytes] = set()
@@ -72,30 +83,30 @@ class Session:
     def answer(self, message: Message) -> None:
         """Put an answer into the outbox."""
         self.answers += 1
-        self._put(wire.encode(message), event=False)
+        self._put(wire.encode(message))
 
     def event(self, path: str, token: bytes, *, quota: int) -> None:
         """Put an event into the outbox, unless the same one waits already or the domain's memory is nearly used up.
 
         A quarter of the memory is kept for requests. So a program that does not read stops no other of its domain.
         """
-        body = path.encode("latin-1") + b"\0" + token + b"\0"
-        if len(body) > wire.PAYLOAD_MAX:
+        length = len(path) + len(token) + 2
+        if length > wire.PAYLOAD_MAX:
             return
-        data = wire.encode(Message(Type.WATCH_EVENT, 0, 0, body))
+        if self.domain.memory + wire.HEADER.size + length >= quota - quota // 4 and not self.privileged:
+            return
+        data = b"".join((_EVENT.pack(Type.WATCH_EVENT, length), path.encode("latin-1"), b"\0", token, b"\0"))
         if data in self._events and not path.startswith("@"):
             return
-        if not self.privileged and self.domain.memory + len(data) >= quota - quota // 4:
-            return
         self._events.add(data)
-        self._put(data, event=True)
+        self._put(data)
 
     def take(self) -> bytes:
         """Take the next message to send. The outbox must not be empty."""
-        data, event = self.outbox.popleft()
+        data = self.outbox.popleft()
         self.unread -= len(data)
         self.domain.memory -= len(data)
-        if event:
+        if data.startswith(_AN_EVENT):
             self._events.discard(data)
         else:
             self.answers -= 1
@@ -103,17 +114,26 @@ class Session:
 
     def drop_unread(self) -> None:
         """Drop the messages that were to be sent."""
-        while self.outbox:
-            self.take()
+        self.domain.memory -= self.unread
+        self.answers = self.unread = 0
+        self.outbox.clear()
+        self._events.clear()
 
     def end(self) -> None:
         """End the connection, as the daemon is done with it."""
         self.closed = True
         self._talking.add(self)
 
-    def _put(self, data: bytes, *, event: bool) -> None:
+    def leave(self) -> None:
+        """Note that its program is not connected any more. Nothing is sent to it from now on."""
+        self.gone = True
+        self.drop_unread()
+
+    def _put(self, data: bytes) -> None:
+        if self.gone:
+            return
         self._talking.add(self)
-        self.outbox.append((data, event))
+        self.outbox.append(data)
         self.unread += len(data)
         self.domain.memory += len(data)
         if self.unread > MOST_UNREAD:

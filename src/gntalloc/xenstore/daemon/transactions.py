@@ -47,6 +47,8 @@ class Transaction:
     """The number of nodes that each domain will own more."""
     created: bool = False
     """Whether it has made nodes, so that the quota must be checked."""
+    over: bool = False
+    """Whether it has ended: nothing goes on in it."""
     failure: str | None = None
     """The error that it has met and that cannot be undone. It cannot be committed any more."""
 

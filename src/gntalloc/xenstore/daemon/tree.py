@@ -32,9 +32,14 @@ class Node(NamedTuple):
         """The bytes that count against a quota."""
         return _HEADER + _ENTRY * len(self.permissions) + len(self.value) + self.names
 
+    def of(self, generation: int) -> Node:
+        """Make the same node of that generation."""
+        return Node(generation, self.permissions, self.value, self.children, self.names)
+
     def with_child(self, name: str) -> Node:
         """Make the node with one more child, the last."""
-        return self._replace(children=(*self.children, name), names=self.names + len(name) + 1)
+        children = (*self.children, name)
+        return Node(self.generation, self.permissions, self.value, children, self.names + len(name) + 1)
 
     def without_child(self, name: str) -> Node:
         """Make the node with one child fewer."""
@@ -58,11 +63,42 @@ class Tree(dict[str, Node]):
     def __init__(self) -> None:
         super().__init__()
         self.generation = 0
+        self.owned: dict[int, dict[str, None]] = {}
+        """The names of the nodes that each number owns. Numbers that own none are not in it."""
 
     def advance(self) -> int:
         """Begin the next generation, and return it."""
         self.generation += 1
         return self.generation
+
+    def grow(self, owner: int, nodes: dict[str, Node]) -> None:
+        """Add nodes of one owner that were not there."""
+        self.update(nodes)
+        self.owned.setdefault(owner, {}).update(dict.fromkeys(nodes))
+
+    def owner_changed(self, path: str, old: Node | None, new: Node | None) -> None:
+        """Note which domain owns a node now. None: there was none, or there is none any more."""
+        before = None if old is None else old.permissions[0].domid
+        now = None if new is None else new.permissions[0].domid
+        if before == now:
+            return
+        if before is not None:
+            names = self.owned[before]
+            del names[path]
+            if not names:
+                del self.owned[before]
+        if now is not None:
+            self.owned.setdefault(now, {})[path] = None
+
+    def above_owned(self, domid: int) -> set[str]:
+        """Give the names of the nodes that this number owns, and of all above them."""
+        found: set[str] = set()
+        for path in self.owned.get(domid, ()):
+            name = path
+            while name not in found:
+                found.add(name)
+                name = parent(name)
+        return found
 
 
 def is_name(path: str, longest: int) -> bool:

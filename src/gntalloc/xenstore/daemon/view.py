@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.daemon.permissions import ALL
+from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.transactions import Seen, Transaction
 from gntalloc.xenstore.daemon.tree import Node, is_name, last, parent, too_long
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from gntalloc.xenstore.daemon.changes import Change
     from gntalloc.xenstore.daemon.domains import Domains
     from gntalloc.xenstore.daemon.limits import Quotas
     from gntalloc.xenstore.daemon.permissions import Entry
@@ -33,6 +37,18 @@ class Keeper:
         self.watches = watches
         self.quotas = quotas
 
+    def place(self, path: str, node: Node | None) -> None:
+        """Set a node of the common tree, or remove it, and keep the books of who owns what."""
+        old = self.tree.get(path)
+        if old is not None:
+            self.domains.charge(old.permissions[0].domid, -cost(path, old))
+        if node is not None:
+            self.domains.charge(node.permissions[0].domid, cost(path, node))
+            self.tree[path] = node
+        elif old is not None:
+            del self.tree[path]
+        self.tree.owner_changed(path, old, node)
+
 
 class View:
     """Show and change the tree for one request.
@@ -44,6 +60,7 @@ class View:
     """
 
     def __init__(self, keeper: Keeper, session: Session | None, transaction: Transaction | None = None) -> None:
+        self._keeper = keeper
         self._tree = keeper.tree
         self._domains = keeper.domains
         self._watches = keeper.watches
@@ -117,17 +134,14 @@ class View:
         if transaction is None:
             self._check_size(path, node, limit=limit)
             old = self._tree.get(path)
-            freed = 0 if old is None or old.permissions[0].domid != node.permissions[0].domid else _cost(path, old)
-            self._afford(node.permissions[0].domid, _cost(path, node) - freed, limit=limit)
-            if old is not None:
-                self._domains.charge(old.permissions[0].domid, -_cost(path, old))
-            self._domains.charge(node.permissions[0].domid, _cost(path, node))
-            self._tree[path] = node
+            freed = 0 if old is None or old.permissions[0].domid != node.permissions[0].domid else cost(path, old)
+            self._afford(node.permissions[0].domid, cost(path, node) - freed, limit=limit)
+            self._keeper.place(path, node)
             return node
         seen = self._change(transaction, path)
         try:
             self._check_size(path, node, limit=limit)
-            self._charge(seen, _cost(path, node), limit=limit)
+            self._charge(seen, cost(path, node), limit=limit)
         except Refused as refusal:
             transaction.failure = refusal.reason
             raise
@@ -135,7 +149,13 @@ class View:
         return node
 
     def make(self, path: str, value: bytes) -> Node:
+        """Make a node at once. See `making`."""
+        return finish(self.making(path, value))
+
+    def making(self, path: str, value: bytes) -> Generator[None, None, Node]:
         """Make a node that is not there, and those above it that are not. They inherit permissions.
+
+        In the common tree they all come at one moment, in one piece. A transaction gets them in pieces.
 
         Raises:
             Refused: ENOSPC: a quota is reached. EIO: the domain has no memory left. Nothing was made then.
@@ -151,28 +171,75 @@ class View:
         entries = over.permissions
         if self._session is not None and self.limited:
             entries = (entries[0]._replace(domid=self._session.domain.domid), *entries[1:])
-        if self._transaction is not None:
-            self._transaction.created = True
+        if self._transaction is None:
+            return self._make_at_once(lacking, entries, value, over.with_child(last(lacking[-1])))
+        self._transaction.created = True
         made: list[str] = []
-        new = Node(0, entries, value)
         try:
-            for below, name in zip(("", *lacking), lacking, strict=False):  # from the last one up
-                self._check_count()
-                if below:
-                    self.put(name, Node(0, entries).with_child(last(below)))
-                else:
-                    new = self.put(name, new)
+            for name, node in zip(lacking, _chain(lacking, 0, entries, value), strict=True):  # from the last one up
+                self._check_count(0)
+                self.put(name, node)
                 made.append(name)
-                if not self._count(entries[0].domid, 1):
-                    raise Refused(errno.ENOMEM)
+                self._transaction.owned[entries[0].domid] += 1
+                yield
+                self._check_that_it_goes_on()
             self.put(parent(lacking[-1]), over.with_child(last(lacking[-1])))
         except Refused:
-            self._unmake(made, entries[0].domid)
+            self._unmake(self._transaction, made, entries[0].domid)
             raise
-        return new
+        return self._there(path)
+
+    def _make_at_once(self, paths: list[str], entries: tuple[Entry, ...], value: bytes, over: Node) -> Node:
+        """Make nodes in the common tree, from the last one up, and let `over` be the one that was there above them.
+
+        Raises:
+            Refused: as of `making`.
+        """
+        owner, generation = entries[0].domid, self._tree.advance()
+        entries = self._domains.current(Node(generation, entries)).permissions
+        nodes = _chain(paths, generation, entries, value)
+        needed = sum(map(cost, paths, nodes))
+        if self.limited:
+            self._check_all(paths, nodes, needed)
+        if self._domains.know(owner) is None:
+            raise Refused(errno.ENOMEM)
+        self._domains.charge(owner, needed)
+        try:
+            self.put(parent(paths[-1]), over)
+        except Refused:
+            self._domains.charge(owner, -needed)
+            raise
+        self._tree.grow(owner, dict(zip(paths, nodes, strict=True)))
+        self._domains.count_node(owner, len(nodes))
+        return nodes[0]
+
+    def _check_all(self, paths: list[str], nodes: list[Node], needed: int) -> None:
+        """Check that the asking domain may have these nodes, and that they have memory.
+
+        Raises:
+            Refused: as of `making`: the first of the reasons, from the first node on.
+        """
+        assert self._session is not None
+        domain = self._session.domain
+        largest = max(node.size for node in nodes)
+        fit = domain.nodes + len(nodes) <= domain.quotas.nodes and largest < self._quotas.node_size
+        if fit and domain.memory + needed < self._quotas.memory:
+            return
+        needed = 0
+        for made, (path, node) in enumerate(zip(paths, nodes, strict=True)):
+            self._check_count(made)
+            self._check_size(path, node, limit=True)
+            needed += cost(path, node)
+            self._afford(domain.domid, needed, limit=True)
 
     def remove(self, path: str) -> None:
+        """Remove a node at once. See `removing`."""
+        finish(self.removing(path))
+
+    def removing(self, path: str) -> Generator[None, None, None]:
         """Remove a node that is there and is not /, and all below it. Watches are told of each.
+
+        From the common tree they all go at one moment, in one piece; in a transaction they go in pieces.
 
         Raises:
             Refused: EIO: the transaction has seen too many nodes, or others have changed nodes meanwhile, so that its
@@ -181,10 +248,13 @@ class View:
         over = self.find(parent(path))
         if over is None:
             raise Refused(errno.EINVAL)
-        try:
-            self._remove_below(path)
-        except Refused as refusal:
-            raise Refused(errno.EIO, refusal.reason) from None
+        if self._transaction is None:
+            self._remove_at_once(path)
+        else:
+            try:
+                yield from self._remove_below(self._transaction, path)
+            except Refused as refusal:
+                raise Refused(errno.EIO, refusal.reason) from None
         if last(path) not in over.children:
             raise Refused(errno.EIO, f"{path} was removed from outside of the transaction")
         self.put(parent(path), over.without_child(last(path)), free=True)
@@ -194,7 +264,7 @@ class View:
         if self._transaction is not None:
             self._transaction.tell(path, exactly=exactly)
         else:
-            self._watches.fire(path, node, exactly=exactly, before=before)
+            self._watches.fire((self._watches.change(path, node, exactly=exactly, before=before),))
 
     def change_owner(self, node: Node, entries: tuple[Entry, ...]) -> Node:
         """Give the node other permissions, and count it among the nodes of its new owner."""
@@ -225,9 +295,14 @@ class View:
             now = self._tree.get(path)
             if seen.generation != (None if now is None else now.generation):
                 raise Refused(errno.EAGAIN)
+        changes: list[Change] = []
         for path, seen in transaction.seen.items():
             if seen.changed:
-                self._carry_over(path, seen)
+                node = None if seen.node is None else seen.node.of(self._tree.advance())
+                self._keeper.place(path, node)
+                if seen.tells:
+                    changes.append(self._watches.change(path, node, exactly=seen.exactly, before=seen.permissions))
+        self._watches.fire(changes)
         for domid, more in transaction.owned.items():
             self._domains[domid].nodes += more
 
@@ -236,18 +311,8 @@ class View:
         for seen in transaction.seen.values():
             if seen.charged and self._session is not None:
                 self._session.domain.memory -= seen.charged
-
-    def _carry_over(self, path: str, seen: Seen) -> None:
-        old = self._tree.get(path)
-        if old is not None:
-            self._domains.charge(old.permissions[0].domid, -_cost(path, old))
-        if seen.node is not None:
-            self._tree[path] = node = seen.node._replace(generation=self._tree.advance())
-            self._domains.charge(node.permissions[0].domid, _cost(path, node))
-        elif old is not None:
-            del self._tree[path]
-        if seen.tells:
-            self._watches.fire(path, exactly=seen.exactly, before=seen.permissions)
+                seen.charged = 0
+        transaction.over = True
 
     # What the transaction remembers.
 
@@ -272,8 +337,32 @@ class View:
 
     # Removing and counting.
 
-    def _remove_below(self, path: str) -> None:
-        """Remove children first, as the daemon does: each is met, told of and uncounted.
+    def _remove_at_once(self, path: str) -> None:
+        """Remove nodes of the common tree, children first, as the daemon does.
+
+        Raises:
+            Refused: EIO: a node that another one names is not there. Nothing was removed.
+        """
+        tree, watches = self._tree, self._watches
+        going: list[tuple[str, Node]] = []
+        pending = [path]
+        while pending:
+            name = pending.pop()
+            node = tree.get(name)
+            if node is None:
+                raise Refused(errno.EIO, f"{name} is not there")
+            going.append((name, node))
+            pending += [f"{name}/{child}" for child in node.children]
+        changes: list[Change] = []
+        for name, node in reversed(going):
+            if name == path or watches.is_watched(name):
+                changes.append(watches.change(name, node, exactly=name != path))
+            self._keeper.place(name, None)
+            self._domains.count_node(node.permissions[0].domid, -1)
+        watches.fire(changes)
+
+    def _remove_below(self, transaction: Transaction, path: str) -> Generator[None, None, None]:
+        """Remove nodes in a transaction, children first, as the daemon does: each is met, told of and uncounted.
 
         Raises:
             Refused: ENOSPC: the transaction has seen too many. ENOENT: another request removed a child that it sees.
@@ -288,12 +377,13 @@ class View:
                     pending.append(_Removal(below, self._there(below)))
                     continue
                 pending.pop()
-                self._erase(removal.path)
-                self.tell(removal.path, removal.node, exactly=removal.path != path)
-                self._count(removal.node.permissions[0].domid, -1)
+                self._erase(transaction, removal.path)
+                transaction.tell(removal.path, exactly=removal.path != path)
+                transaction.owned[removal.node.permissions[0].domid] -= 1
                 if pending:
                     pending[-1].gone += 1
-                    self._tree.advance()  # the daemon writes the node above without this child
+                yield
+                self._check_that_it_goes_on()
         except Refused:
             for removal in pending:
                 if removal.gone:
@@ -306,22 +396,25 @@ class View:
             raise Refused(errno.ENOENT)
         return node
 
-    def _erase(self, path: str) -> None:
-        self._tree.advance()
-        if self._transaction is not None:
-            seen = self._change(self._transaction, path)
-            self._charge(seen, 0, limit=False)
-            seen.node = None
-            return
-        node = self._tree.pop(path)
-        self._domains.charge(node.permissions[0].domid, -_cost(path, node))
+    def _check_that_it_goes_on(self) -> None:
+        """Check that nobody has ended the transaction since the last piece.
 
-    def _unmake(self, made: list[str], owner: int) -> None:
+        Raises:
+            Refused: ENOENT: its connection is gone, or was reset.
+        """
+        if self._transaction is not None and self._transaction.over:
+            raise Refused(errno.ENOENT, "the transaction has ended")
+
+    def _erase(self, transaction: Transaction, path: str) -> None:
+        seen = self._change(transaction, path)
+        self._charge(seen, 0, limit=False)
+        seen.node = None
+
+    def _unmake(self, transaction: Transaction, made: list[str], owner: int) -> None:
         for path in made:
-            self._erase(path)
-            self._count(owner, -1)
-            if self._transaction is not None:
-                self._transaction.failure = self._transaction.failure or f"{path} could not be made"
+            self._erase(transaction, path)
+            transaction.owned[owner] -= 1
+            transaction.failure = transaction.failure or f"{path} could not be made"
 
     def _count(self, domid: int, by: int) -> bool:
         if self._transaction is not None:
@@ -329,8 +422,8 @@ class View:
             return True
         return self._domains.count_node(domid, by)
 
-    def _check_count(self) -> None:
-        """Check that the asking domain may own one more node.
+    def _check_count(self, more: int) -> None:
+        """Check that the asking domain may own one more node than it has, and `more`.
 
         Raises:
             Refused: ENOSPC: it may not.
@@ -338,8 +431,9 @@ class View:
         if self._session is None or not self.limited:
             return
         domain = self._session.domain
-        if domain.nodes >= domain.quotas.nodes:
-            raise Refused(errno.ENOSPC, f"nodes {domain.quotas.nodes}: domain {domain.domid} has {domain.nodes}")
+        used = domain.nodes + more
+        if used >= domain.quotas.nodes:
+            raise Refused(errno.ENOSPC, f"nodes {domain.quotas.nodes}: domain {domain.domid} has {used}")
 
     def _check_size(self, path: str, node: Node, *, limit: bool) -> None:
         most = self._quotas.node_size
@@ -377,5 +471,15 @@ class _Removal:
         self.gone = 0
 
 
-def _cost(path: str, node: Node) -> int:
+def cost(path: str, node: Node) -> int:
+    """Count the bytes that a node takes of its owner's memory."""
     return node.size + len(path)
+
+
+def _chain(paths: list[str], generation: int, entries: tuple[Entry, ...], value: bytes) -> list[Node]:
+    """Make nodes of which each is the one child of the next. The first has the value."""
+    nodes = [Node(generation, entries, value)]
+    for below in paths[:-1]:
+        name = last(below)
+        nodes.append(Node(generation, entries, b"", (name,), len(name) + 1))
+    return nodes
