@@ -84,7 +84,7 @@ class StoreFront:
             log.debug("xenstore, domain %d: %s", session.domain.domid, _said(message, refused))
 
     def bring_to_an_end(self, domid: int, work: Iterator[None]) -> None:
-        """Go on with a request of a domain whose connection has ended. Others are still to be told of what it has changed."""
+        """Go on with a request of a connection that has ended: others are still to be told of what it changed."""
         self._turns.do(domid, self._delivering(work))
 
     def settle(self) -> None:
@@ -267,6 +267,8 @@ class StoreLine:
             if clock.now() >= until:
                 break
         self._front.deliver()
+        if self._work is None and self._decoder.first < 0:
+            raise Dropped("what it sent is no message")
 
     def close(self) -> None:
         """See `Speaker`."""
@@ -275,19 +277,12 @@ class StoreLine:
             self._front.bring_to_an_end(self.session.domain.domid, self._work)
 
     def _may_begin(self) -> bool:
-        """Say whether a request may be served now.
-
-        Raises:
-            Dropped: the next bytes are no message.
-        """
+        """Say whether a request may be served now."""
         if not self._may_speak():
             self._front.deliver()  # answers that have gone do not count
         if self.session.closed or not self._may_speak():
             return False
-        length = self._decoder.first
-        if length < 0:
-            raise Dropped("what it sent is no message")
-        return 0 < length <= self._admitted
+        return 0 < self._decoder.first <= self._admitted
 
     def _take(self) -> Message:
         self._admitted -= self._decoder.first

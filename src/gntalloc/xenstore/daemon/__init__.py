@@ -5,7 +5,9 @@
     permissions   decide what a domain may do with a node
     tree          keep nodes, and check their names
     domains       keep the domains that the daemon knows, and count what each has in use
+    keeper        keep the common tree with its books
     transactions  keep what a transaction has seen and changed
+    commits       put a transaction's changes into the common tree
     changes       hold changes of which watches are told
     session       keep one connection: its watches, its transactions, its unread messages
     watches       find the watches that an event fires, and fire them in pieces

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon import arguments
+from gntalloc.xenstore.daemon.commits import commit, forget
 from gntalloc.xenstore.daemon.control import OK, Control
 from gntalloc.xenstore.daemon.domains import Domain, Domains
+from gntalloc.xenstore.daemon.keeper import Keeper
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
 from gntalloc.xenstore.daemon.nodes import Nodes
 from gntalloc.xenstore.daemon.permissions import Entry
@@ -21,7 +23,7 @@ from gntalloc.xenstore.daemon.request import Request
 from gntalloc.xenstore.daemon.session import Session, Watch
 from gntalloc.xenstore.daemon.transactions import Transaction
 from gntalloc.xenstore.daemon.tree import Node, Tree, home, is_name, too_long
-from gntalloc.xenstore.daemon.view import Keeper, View
+from gntalloc.xenstore.daemon.view import View
 from gntalloc.xenstore.daemon.watches import Watches
 from gntalloc.xenstore.wire import Message, Type
 
@@ -236,7 +238,7 @@ class Daemon:
     def _forget(self, session: Session, transaction: Transaction) -> None:
         del session.transactions[transaction.number]
         session.domain.transactions -= 1
-        View(self._keeper, session).forget(transaction)
+        forget(session, transaction)
 
     def _remove_nodes_of(self, domain: Domain) -> None:
         """Remove a domain's nodes, from the top: below a removed node nothing is left to look at."""
@@ -324,7 +326,7 @@ class Daemon:
             raise Refused(errno.ENOENT)
         try:
             if how == b"T":
-                View(self._keeper, request.session).commit(transaction)
+                commit(self._keeper, transaction, limited=not request.session.privileged)
         finally:
             self._forget(request.session, transaction)
         return OK

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from gntalloc.xenstore.daemon.keeper import cost
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.daemon.permissions import ALL
 from gntalloc.xenstore.daemon.pieces import finish
@@ -18,36 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from gntalloc.xenstore.daemon.changes import Change
-    from gntalloc.xenstore.daemon.domains import Domains
-    from gntalloc.xenstore.daemon.limits import Quotas
+    from gntalloc.xenstore.daemon.keeper import Keeper
     from gntalloc.xenstore.daemon.permissions import Entry
     from gntalloc.xenstore.daemon.session import Session
-    from gntalloc.xenstore.daemon.tree import Tree
-    from gntalloc.xenstore.daemon.watches import Watches
 
-__all__ = ["Keeper", "View"]
-
-
-class Keeper:
-    """Keep the tree and the rest that all views share."""
-
-    def __init__(self, tree: Tree, domains: Domains, watches: Watches, quotas: Quotas) -> None:
-        self.tree = tree
-        self.domains = domains
-        self.watches = watches
-        self.quotas = quotas
-
-    def place(self, path: str, node: Node | None) -> None:
-        """Set a node of the common tree, or remove it, and keep the books of who owns what."""
-        old = self.tree.get(path)
-        if old is not None:
-            self.domains.charge(old.permissions[0].domid, -cost(path, old))
-        if node is not None:
-            self.domains.charge(node.permissions[0].domid, cost(path, node))
-            self.tree[path] = node
-        elif old is not None:
-            del self.tree[path]
-        self.tree.owner_changed(path, old, node)
+__all__ = ["View"]
 
 
 class View:
@@ -272,48 +248,6 @@ class View:
         self._count(entries[0].domid, 1)
         return node._replace(permissions=entries)
 
-    # Transactions.
-
-    def commit(self, transaction: Transaction) -> None:
-        """Put a transaction's changes into the common tree.
-
-        Raises:
-            Refused: ENOMEM: it has failed before. ENOSPC: a domain would have too many nodes. EAGAIN: another request
-                changed a node that it has seen. Nothing was done.
-        """
-        if transaction.failure is not None:
-            raise Refused(errno.ENOMEM, f"the transaction has failed before: {transaction.failure}")
-        for domid, more in transaction.owned.items():
-            owner = self._domains.know(domid)
-            if owner is None:
-                raise Refused(errno.ENOMEM)
-            judged = transaction.created and self.limited and not owner.privileged
-            if judged and max(0, owner.nodes + more) >= owner.quotas.nodes:
-                used = f"domain {domid} has {owner.nodes}, and the transaction makes {more} more"
-                raise Refused(errno.ENOSPC, f"nodes {owner.quotas.nodes}: {used}")
-        for path, seen in transaction.seen.items():
-            now = self._tree.get(path)
-            if seen.generation != (None if now is None else now.generation):
-                raise Refused(errno.EAGAIN)
-        changes: list[Change] = []
-        for path, seen in transaction.seen.items():
-            if seen.changed:
-                node = None if seen.node is None else seen.node.of(self._tree.advance())
-                self._keeper.place(path, node)
-                if seen.tells:
-                    changes.append(self._watches.change(path, node, exactly=seen.exactly, before=seen.permissions))
-        self._watches.fire(changes)
-        for domid, more in transaction.owned.items():
-            self._domains[domid].nodes += more
-
-    def forget(self, transaction: Transaction) -> None:
-        """Forget a transaction that is over."""
-        for seen in transaction.seen.values():
-            if seen.charged and self._session is not None:
-                self._session.domain.memory -= seen.charged
-                seen.charged = 0
-        transaction.over = True
-
     # What the transaction remembers.
 
     def _meet(self, transaction: Transaction, path: str) -> Seen:
@@ -357,8 +291,7 @@ class View:
         for name, node in reversed(going):
             if name == path or watches.is_watched(name):
                 changes.append(watches.change(name, node, exactly=name != path))
-            self._keeper.place(name, None)
-            self._domains.count_node(node.permissions[0].domid, -1)
+        self._keeper.remove(going)
         watches.fire(changes)
 
     def _remove_below(self, transaction: Transaction, path: str) -> Generator[None, None, None]:
@@ -446,7 +379,7 @@ class View:
 
     def _charge(self, seen: Seen, cost: int, *, limit: bool) -> None:
         """Charge the memory of a change in a transaction to the domain that makes it."""
-        if self._session is None:
+        if self._session is None or (self._transaction is not None and self._transaction.over):
             return
         domain = self._session.domain
         self._afford(domain.domid, cost - seen.charged, limit=limit)
@@ -469,11 +402,6 @@ class _Removal:
         self.path = path
         self.node = node
         self.gone = 0
-
-
-def cost(path: str, node: Node) -> int:
-    """Count the bytes that a node takes of its owner's memory."""
-    return node.size + len(path)
 
 
 def _chain(paths: list[str], generation: int, entries: tuple[Entry, ...], value: bytes) -> list[Node]:
