@@ -41,7 +41,7 @@ from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from gntalloc.drivers.pages import Descriptors
     from gntalloc.drivers.releases import ReleaseWaiter
@@ -372,20 +372,23 @@ class GntallocDriver:
 
     def grants(self) -> list[GrantInfo]:
         """List every granted page, also the released ones that linger."""
-        now = clock.now()
-        return [
-            GrantInfo(
-                ref=gref.ref,
-                peer=gref.domid,
-                writable=not gref.readonly,
-                opener=gref.file.opener,
-                users=gref.users,
-                mapped_by=self._table.mapped_by(gref.ref),
-                held=not gref.users or bool(self._table.mapped_by(gref.ref)),
-                age=now - gref.born,
-            )
-            for gref in self._pages.grefs
-        ]
+        return list(self.each_grant())
+
+    def each_grant(self) -> Iterator[GrantInfo]:
+        """List the pages that are granted now, one after the other, without those that are given back meanwhile."""
+        for gref in list(self._pages.grefs):
+            if gref in self._pages.grefs:
+                mapped_by = self._table.mapped_by(gref.ref)
+                yield GrantInfo(
+                    ref=gref.ref,
+                    peer=gref.domid,
+                    writable=not gref.readonly,
+                    opener=gref.file.opener,
+                    users=gref.users,
+                    mapped_by=mapped_by,
+                    held=not gref.users or bool(mapped_by),
+                    age=clock.now() - gref.born,
+                )
 
 
 def _check_sense(asked: AllocGref, owner: int) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gntalloc import waits
 from gntalloc.errors import DeviceError, MachineBroke, MachineGone
-from gntalloc.wire.messages import NOBODY, VERSION, Hello, decode, frame
+from gntalloc.wire.messages import MORE, NOBODY, VERSION, Hello, decode, frame
 from gntalloc.wire.stream import MAX_DESCRIPTORS, REPLY, Decoder, Garbage, decode_reply
 
 if TYPE_CHECKING:
@@ -182,6 +182,36 @@ class MachineConnection:
                 self.close()
                 raise
 
+    def call_in_parts(self, message: tuple[Any, ...], most: int) -> bytes:
+        """Ask for what may be long, and put the bodies of all parts of the answer together.
+
+        Raises:
+            DeviceError: the machine's errno and its reason.
+            MachineGone: see `ask`.
+            MachineBroke: see `ask`; or the answer has more than `most` bytes.
+        """
+        with self.lock:
+            answer = self.call(message)
+            body = bytearray(answer.body)
+            while answer.result == MORE:
+                try:
+                    if len(body) > most:
+                        raise Garbage(f"an answer has more than {most} bytes")
+                    answer = Answer(*self._receive_part())
+                except Garbage as error:
+                    self.close()
+                    raise self._broke(error) from None
+                except OSError as error:
+                    self.close()
+                    raise self._gone(error) from error
+                except BaseException:
+                    self.close()
+                    raise
+                if answer.error:
+                    raise DeviceError(answer.error, answer.why)
+                body += answer.body
+            return bytes(body)
+
     def tell(self, message: tuple[Any, ...], generation: int) -> bool:
         """Say something and wait for nothing. False: not said, the channel of that generation is gone.
 
@@ -314,6 +344,10 @@ class MachineConnection:
                 return message, descriptors
             self._keep(message, descriptors)
         raise Garbage(f"{_MOST_UNASKED} messages came instead of an answer")
+
+    def _receive_part(self) -> tuple[bytes, list[Descriptor]]:
+        message, descriptors = self._receive(self._number)
+        return message.payload, descriptors
 
     def _next(self) -> tuple[Message, list[Descriptor]]:
         """Take the first message that is whole, with its descriptors."""

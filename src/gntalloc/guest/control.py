@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlClient"]
 
+MOST_ANSWERED = 256 << 20  # bytes of one answer: a list of a million pages
+
 
 class ControlClient:
     """The control channel of the machine in `folder`, or at the other end of `sock`."""
@@ -28,12 +30,12 @@ class ControlClient:
             DeviceError: it was refused; the text says why.
             MachineGone: there is nobody to ask any more.
             NoMachine: there never was.
-            MachineBroke: the answer is none.
+            MachineBroke: what came is no answer, or more than MOST_ANSWERED bytes.
         """
         import json  # a program in a domain that gives no orders need not wait for it
 
         order = {"do": name} | {key: value for key, value in arguments.items() if value is not None}
-        body = self._channel.call(Control(json.dumps(order).encode())).body
+        body = self._channel.call_in_parts(Control(json.dumps(order).encode()), MOST_ANSWERED)
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:

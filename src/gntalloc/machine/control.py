@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gntalloc.errors import GntallocError
 from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream
+from gntalloc.wire.messages import MORE, kind_of
 from gntalloc.wire.messages import Control as ControlMessage
-from gntalloc.wire.messages import kind_of
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from gntalloc.wire.stream import Message
 
     Order = Callable[..., Any]
 
 __all__ = ["Control"]
+
+log = logging.getLogger("gntalloc.machine")
+
+_TEXTS_A_PART = 64
+_LONG_PART = 65536  # bytes
 
 
 class Control(MessageStream):
@@ -35,18 +42,34 @@ class Control(MessageStream):
         super().__init__(sock)
         self._orders = orders
 
-    def serve(self, message: Message, descriptors: list[int]) -> None:
-        """Carry out one order: {"do": name, ...its arguments}."""
+    def serve(self, message: Message, descriptors: list[int]) -> Generator[None]:
+        """Carry out one order: {"do": name, ...its arguments}. The answer comes in parts, as many as it needs."""
         if message.kind != kind_of(ControlMessage):
             raise Dropped(f"a control channel has no messages of kind {message.kind}")
+        return self._serve(message)
+
+    def _serve(self, message: Message) -> Generator[None]:
         try:
-            answer = self._obey(json.loads(message.payload))
+            last = b""
+            for part in _parts(_text(self._obey(json.loads(message.payload)))):
+                if last:
+                    self.answer(message, result=MORE, body=last)
+                    yield
+                last = part
+            self.answer(message, body=last)
+        except Dropped:
+            raise
         except GntallocError as error:
             self.answer(message, error=error.errno or errno.EIO, why=str(error))
         except (ValueError, RecursionError) as error:
             self.answer(message, error=errno.EINVAL, why=f"this is no order: {error}")
-        else:
-            self.answer(message, body=json.dumps(answer).encode())
+        except MemoryError:
+            self.answer(message, error=errno.ENOMEM, why="the machine has no memory left for this order")
+        except OSError as error:
+            self.answer(message, error=error.errno or errno.EIO, why=f"the machine could not do it: {error.strerror}")
+        except Exception:
+            log.exception("an order could not be carried out")  # a fault of ours, and none of the owner's
+            self.answer(message, error=errno.EIO, why="the machine failed; its log says how")
 
     def _obey(self, order: object) -> Any:
         if not isinstance(order, dict):
@@ -61,3 +84,35 @@ class Control(MessageStream):
             return obey(self, **order)
         except TypeError as error:
             raise GntallocError(errno.EINVAL, f"{name!r} does not take these arguments: {error}") from None
+
+
+def _text(answer: object) -> Iterator[str]:
+    """Write an answer as JSON, piece by piece. An iterator in it is a list whose rows are made only then."""
+    if isinstance(answer, Iterator):
+        yield "["
+        for number, row in enumerate(answer):
+            yield ("," if number else "") + json.dumps(row)
+        yield "]"
+    elif isinstance(answer, dict) and any(isinstance(value, Iterator) for value in answer.values()):
+        yield "{"
+        for number, (key, value) in enumerate(answer.items()):
+            yield ("," if number else "") + json.dumps(key) + ":"
+            yield from _text(value)
+        yield "}"
+    else:
+        yield json.dumps(answer)
+
+
+def _parts(texts: Iterator[str]) -> Iterator[bytes]:
+    """Put texts together to parts that are quickly made and fit a message, each with something in it."""
+    gathered: list[str] = []
+    size = 0
+    for text in texts:
+        gathered.append(text)
+        size += len(text)
+        if size >= _LONG_PART or len(gathered) >= _TEXTS_A_PART:
+            data = "".join(gathered).encode()
+            yield from (data[start : start + _LONG_PART] for start in range(0, len(data), _LONG_PART))
+            gathered, size = [], 0
+    if gathered:
+        yield "".join(gathered).encode()

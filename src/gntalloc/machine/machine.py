@@ -240,50 +240,63 @@ class Machine:
         for extent in news.touched:
             extent.changed(extent)
 
-    # For people.
+    # For people: row after row, as a long list is made in pieces.
 
     def grants(self) -> list[dict[str, Any]]:
         """List every granted page of every domain."""
-        return list(self._grants())
+        return list(self.each_grant())
 
-    def _grants(self) -> Iterator[dict[str, Any]]:
-        for guest in self.guests.values():
-            for grant in guest.gntalloc.grants():
+    def each_grant(self) -> Iterator[dict[str, Any]]:
+        """List every granted page of every domain, one after the other."""
+        for guest in list(self.guests.values()):
+            for grant in guest.gntalloc.each_grant():
                 yield {"granter": guest.domid, **grant._asdict()}
 
-    def files(self) -> list[dict[str, Any]]:
+    def each_file(self) -> Iterator[dict[str, Any]]:
         """List every open device file of every domain: its opener, the ports bound on it, the bytes mapped of it."""
-        return [
-            {
-                "domid": guest.domid,
-                "device": file.driver.name,
-                "opener": file.opener,
-                "ports": guest.evtchn.ports_of(file) if file.driver is guest.evtchn else [],
-                "mapped": sum(record.length for record in file.records),
-            }
-            for guest in self.guests.values()
-            for file in guest.files
-        ]
+        for guest in list(self.guests.values()):
+            for file in list(guest.files):
+                if file in guest.files:
+                    yield {
+                        "domid": guest.domid,
+                        "device": file.driver.name,
+                        "opener": file.opener,
+                        "ports": guest.evtchn.ports_of(file) if file.driver is guest.evtchn else [],
+                        "mapped": sum(record.length for record in file.records),
+                    }
 
     def statistics(self) -> dict[str, Any]:
-        """Give the counters of the machine and of each domain."""
+        """Give the counters of the machine and of each domain.
+
+        Raises:
+            OSError: EMFILE: there is no descriptor left to count the descriptors with.
+        """
+        return {**self.totals(), "domains": list(self.each_domain())}
+
+    def totals(self) -> dict[str, Any]:
+        """Give the counters of the machine.
+
+        Raises:
+            OSError: as of `statistics`.
+        """
         return {
             "pid": os.getpid(),
             "pages": self.frames.pages,
             "extents": self.frames.extents,
             "descriptors": len(os.listdir("/proc/self/fd")) - 1,
-            "domains": [
-                {
-                    "domid": guest.domid,
-                    "uid": guest.uid,
-                    "limit": guest.gntalloc.limit,
-                    "pages_in_use": guest.gntalloc.in_use,
-                    "references": guest.table.usage().live,
-                    "ports": guest.evtchn.in_use,
-                    "files": len(guest.files),
-                    "files_mapped": sum(bool(file.records) for file in guest.files),
-                    **self.store.usage(guest.domid),
-                }
-                for guest in self.guests.values()
-            ],
         }
+
+    def each_domain(self) -> Iterator[dict[str, Any]]:
+        """Give the counters of every domain, one after the other."""
+        for guest in list(self.guests.values()):
+            yield {
+                "domid": guest.domid,
+                "uid": guest.uid,
+                "limit": guest.gntalloc.limit,
+                "pages_in_use": guest.gntalloc.in_use,
+                "references": guest.table.usage().live,
+                "ports": guest.evtchn.in_use,
+                "files": len(guest.files),
+                "files_mapped": sum(bool(file.records) for file in guest.files),
+                **self.store.usage(guest.domid),
+            }

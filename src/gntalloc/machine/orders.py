@@ -29,6 +29,8 @@ def orders_of(
 ) -> Mapping[str, Callable[..., Any]]:
     """Give each order's function by its name. It is called with the connection that gave the order, and its arguments.
 
+    What it answers goes as JSON. An iterator in it stands for a list, whose rows are made one after the other.
+
     Args:
         machine: the domains.
         store: the connections to xenstore.
@@ -53,12 +55,12 @@ def orders_of(
         "destroy": lambda _owner, *, domid: destroy(domid),
         "get_limit": lambda _owner, *, domid: machine.guest(domid).gntalloc.limit,
         "set_limit": set_limit,
-        "grants": lambda _owner: machine.grants(),
-        "files": lambda _owner: machine.files(),
+        "grants": lambda _owner: machine.each_grant(),
+        "files": lambda _owner: machine.each_file(),
         "store_connections": lambda _owner: store.connections(),
         "disturb": lambda owner, *, domid, **how: faults.disturb(owner, domid, **how),
         "calm": faults.calm,
-        "statistics": lambda _owner: machine.statistics(),
+        "statistics": lambda _owner: {**machine.totals(), "domains": machine.each_domain()},
     }
 
 

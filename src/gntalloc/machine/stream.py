@@ -173,7 +173,7 @@ class MessageStream:
             return
         try:
             next(rest)
-            while clock.now() < until:
+            while not self._outbox and clock.now() < until:
                 next(rest)
         except StopIteration:
             self._rest = None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMS",
     "KINDS",
+    "MORE",
     "MOST_UNANSWERED",
     "NOBODY",
     "PLACE",
@@ -173,9 +174,16 @@ class HoldersAnswer(NamedTuple):
 
 
 class Control(NamedTuple):
-    """Give the machine an order, in JSON, over the control channel. The body of the answer is JSON too."""
+    """Give the machine an order, in JSON, over the control channel. The body of the answer is JSON too.
+
+    The answer may come in parts, replies of the same id. The result of all but the last is MORE, which is 1.
+    """
 
     order: bytes
+
+
+MORE = 1
+"""The result of an answer of which another part follows."""
 
 
 class IoctlMmap(NamedTuple):
