@@ -20,6 +20,7 @@ from gntalloc.digits import whole_number
 from gntalloc.errors import GntallocError, MachineGone, NoMachine
 from gntalloc.guest.books import Statistics
 from gntalloc.guest.control import ControlClient
+from gntalloc.machine.logbook import Outlet, keep_log
 from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
 from gntalloc.places import domain_path, machine_folder, make_top_folder
 
@@ -113,10 +114,10 @@ def command(
     if timeout is not None:
         raise click.UsageError("--timeout is for COMMAND; a machine without one runs until Ctrl-C")
     name = name or "default"
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(message)s")
+    outlet = keep_log(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(message)s")
     folder, claimed = _fresh_folder(name)
     try:
-        came = _run(folder, name, made, {"limit": limit, "behaviour": behaviour, "strict": strict})
+        came = _run(folder, name, made, {"limit": limit, "behaviour": behaviour, "strict": strict}, outlet)
     finally:
         os.close(claimed)
         with contextlib.suppress(GntallocError):
@@ -142,7 +143,7 @@ def _run_around(
     sys.exit(os.waitstatus_to_exitcode(status))
 
 
-def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, Any]) -> list[int]:
+def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, Any], errors: Outlet) -> list[int]:
     """Serve until a signal comes, and return the signals that came."""
     protect_and_provide()
     server = make_server(folder, settings)
@@ -152,7 +153,8 @@ def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, An
             server.create(domid, uid=uid)
             print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
         print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)
-        server.run()
+        with contextlib.redirect_stderr(errors):
+            server.run()
     finally:
         server.close()
     return came

@@ -24,5 +24,6 @@ loop         wait for descriptors
 descriptors  take descriptors that programs send, and close them without waiting
 machine      keep domains, their drivers and open files, and take in what the kernel says of mappings
 disturbed    delay or repeat events of event channels, for faults
+logbook      write the log without waiting, and only so much of it
 toolstack    make the nodes that a domain finds in xenstore
 """

@@ -16,6 +16,7 @@ from typing import Any
 from gntalloc.claims import take_away_lock
 from gntalloc.errors import GntallocError
 from gntalloc.libc import PR_SET_DUMPABLE, give_memory_back, libc
+from gntalloc.machine.logbook import keep_log
 from gntalloc.machine.machine import BEHAVIOURS, Machine
 from gntalloc.machine.server import Server
 from gntalloc.places import lock_path
@@ -70,7 +71,7 @@ def child_main(descriptor: int, folder: str, settings: str) -> None:
     """
     chosen = json.loads(settings)
     level = logging.DEBUG if chosen.pop("verbose", False) else logging.WARNING
-    logging.basicConfig(level=level, format="gntalloc machine: %(message)s", stream=sys.stderr)
+    sys.stderr = keep_log(level, "gntalloc machine: %(message)s")
     # Ctrl-C in a terminal reaches every process in it. The parent decides whether the machine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the mask of our starter is not for us
