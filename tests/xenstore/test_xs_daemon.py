@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from xs_generate import generate
 from xs_replay import GUESTS, Ours, Player
 
+from gntalloc.steps import finish_steps
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.arguments import decimal, integer, number
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
-from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.server import Daemon
 from gntalloc.xenstore.daemon.tree import above, is_name, parent
 from gntalloc.xenstore.wire import Message, Type, join
@@ -51,7 +51,7 @@ class Shop:
 
     def read(self, who: int | Session) -> list[Message]:
         session = self.sessions[who] if isinstance(who, int) else who
-        finish(self.server.catch_up())
+        finish_steps(self.server.catch_up())
         decoder = wire.Decoder()
         found: list[Message] = []
         while session.outbox:

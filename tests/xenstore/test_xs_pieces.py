@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from test_xs_daemon import Shop, recount
 
+from gntalloc.steps import finish_steps
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
-from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.wire import Message, Type, join
 
 if TYPE_CHECKING:
@@ -197,8 +197,8 @@ def test_a_new_watch_does_not_hear_of_what_was_before_it(shop: Shop) -> None:
     work = begin(shop, 1, Type.TRANSACTION_END, b"T\0", tx_id)
     next(work)
     new = begin(shop, 0, Type.WATCH, join(HOME, "new"))
-    finish(new)
-    finish(work)
+    finish_steps(new)
+    finish_steps(work)
     events = [message.body for message in shop.read(0) if message.type == Type.WATCH_EVENT]
     assert [event for event in events if event.endswith(b"\0new\0")] == [join(HOME, "new")]
     assert events[-1] == join(HOME, "new"), "its first event comes after those of what was changed before"
@@ -213,7 +213,7 @@ def test_a_watch_that_was_taken_off_hears_no_more(shop: Shop) -> None:
     next(work)
     shop.ask(0, Type.UNWATCH, join(HOME, "t"))
     shop.read(0)
-    finish(work)
+    finish_steps(work)
     assert shop.read(0) == []
 
 
@@ -254,8 +254,8 @@ def test_a_transaction_that_is_ended_between_two_pieces(shop: Shop, kind: Type, 
             shop.ask(0, Type.RELEASE, join("1"))
         case _:
             shop.server.destroy(1)
-    finish(work)
-    finish(shop.server.catch_up())
+    finish_steps(work)
+    finish_steps(shop.server.catch_up())
     assert not session.watches
     assert not session.transactions
     assert session.unread == sum(map(len, session.outbox))
@@ -311,8 +311,8 @@ def test_the_books_agree_whatever_is_served_between_two_pieces(seed: int) -> Non
             works.pop(number, None)
             sessions[number] = shop.server.connect(sessions[number].domain.domid)
     for work in works.values():
-        finish(work)
-    finish(shop.server.catch_up())
+        finish_steps(work)
+    finish_steps(shop.server.catch_up())
     for each in sessions.values():
         assert not each.behind
     assert not shop.server._watches._lagging

@@ -13,7 +13,6 @@
     watches       find the watches that an event fires, and fire them in pieces
     view          show the tree as one request sees it
     control       carry out the administrator's commands
-    pieces        run work that is done in pieces
     request       hold a request as its handlers see it
     nodes         serve the requests about nodes
     server        turn requests into answers

@@ -17,8 +17,7 @@ from gntalloc.xenstore.daemon.tree import Node, parent
 from gntalloc.xenstore.wire import Type
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
+    from gntalloc.steps import Steps
     from gntalloc.xenstore.daemon.domains import Domains
     from gntalloc.xenstore.daemon.request import Handler, Request
 
@@ -76,7 +75,7 @@ class Nodes:
     def _get_perms(self, request: Request) -> bytes:
         return pack(self._node(request, READ).permissions)
 
-    def _write(self, request: Request) -> Generator[None, None, bytes]:
+    def _write(self, request: Request) -> Steps[bytes]:
         first, value = _split(request.body)
         path = request.whole(first)
         view = request.view
@@ -91,7 +90,7 @@ class Nodes:
         view.tell(path, node)
         return OK
 
-    def _mkdir(self, request: Request) -> Generator[None, None, bytes]:
+    def _mkdir(self, request: Request) -> Steps[bytes]:
         path = request.whole(arguments.one(request.body))
         try:
             request.view.get(path, WRITE)
@@ -102,7 +101,7 @@ class Nodes:
             request.view.tell(path, node)
         return OK
 
-    def _rm(self, request: Request) -> Generator[None, None, bytes]:
+    def _rm(self, request: Request) -> Steps[bytes]:
         path = request.whole(arguments.one(request.body))
         try:
             request.view.get(path, WRITE)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from gntalloc.xenstore.daemon.tree import home
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
+    from gntalloc.steps import Steps
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.daemon.transactions import Transaction
     from gntalloc.xenstore.daemon.view import View
 
 __all__ = ["Handler", "Request"]
 
-Handler: TypeAlias = "Callable[[Request], bytes | Generator[None, None, bytes]]"
+Handler: TypeAlias = "Callable[[Request], bytes | Steps[bytes]]"
 """Serve a request and return the answer, at once or in pieces."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc.steps import finish_steps
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon import arguments
 from gntalloc.xenstore.daemon.commits import commit, forget
@@ -18,7 +19,6 @@ from gntalloc.xenstore.daemon.keeper import Keeper
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
 from gntalloc.xenstore.daemon.nodes import Nodes
 from gntalloc.xenstore.daemon.permissions import Entry
-from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.request import Request
 from gntalloc.xenstore.daemon.session import Session, Watch
 from gntalloc.xenstore.daemon.transactions import Transaction
@@ -28,8 +28,7 @@ from gntalloc.xenstore.daemon.watches import Watches
 from gntalloc.xenstore.wire import Message, Type
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
+    from gntalloc.steps import Steps
     from gntalloc.xenstore.daemon.request import Handler
 __all__ = ["Daemon"]
 
@@ -177,9 +176,9 @@ class Daemon:
 
         Then its answer and its events are in the outboxes of the sessions.
         """
-        return finish(self.begin(session, message))
+        return finish_steps(self.begin(session, message))
 
-    def begin(self, session: Session, message: Message) -> Generator[None, None, Refused | None]:
+    def begin(self, session: Session, message: Message) -> Steps[Refused | None]:
         """Serve one request in pieces. As `handle`, but others may be served in between.
 
         What it changes in the common tree, it changes in one piece: others see the tree as it was before, or as it is
@@ -201,12 +200,12 @@ class Daemon:
         yield from self._watches.catch_up(self._watches.take_fresh())
         return refused
 
-    def catch_up(self) -> Generator[None, None, None]:
+    def catch_up(self) -> Steps[None]:
         """Tell watches, in pieces, of all that was changed and that no request tells them of."""
         self._watches.take_fresh()
         yield from self._watches.catch_up_all()
 
-    def _serve(self, session: Session, message: Message) -> Generator[None, None, bytes]:
+    def _serve(self, session: Session, message: Message) -> Steps[bytes]:
         kind = self._kinds.get(message.type)
         if kind is None:
             raise Refused(errno.ENOSYS)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from gntalloc.steps import finish_steps
 from gntalloc.xenstore.daemon.keeper import cost
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.daemon.permissions import ALL
-from gntalloc.xenstore.daemon.pieces import finish
 from gntalloc.xenstore.daemon.transactions import Seen, Transaction
 from gntalloc.xenstore.daemon.tree import Node, is_name, last, parent, too_long
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
+    from gntalloc.steps import Steps
     from gntalloc.xenstore.daemon.changes import Change
     from gntalloc.xenstore.daemon.keeper import Keeper
     from gntalloc.xenstore.daemon.permissions import Entry
@@ -126,9 +125,9 @@ class View:
 
     def make(self, path: str, value: bytes) -> Node:
         """Make a node at once. See `making`."""
-        return finish(self.making(path, value))
+        return finish_steps(self.making(path, value))
 
-    def making(self, path: str, value: bytes) -> Generator[None, None, Node]:
+    def making(self, path: str, value: bytes) -> Steps[Node]:
         """Make a node that is not there, and those above it that are not. They inherit permissions.
 
         In the common tree they all come at one moment, in one piece. A transaction gets them in pieces.
@@ -210,9 +209,9 @@ class View:
 
     def remove(self, path: str) -> None:
         """Remove a node at once. See `removing`."""
-        finish(self.removing(path))
+        finish_steps(self.removing(path))
 
-    def removing(self, path: str) -> Generator[None, None, None]:
+    def removing(self, path: str) -> Steps[None]:
         """Remove a node that is there and is not /, and all below it. Watches are told of each.
 
         From the common tree they all go at one moment, in one piece; in a transaction they go in pieces.
@@ -294,7 +293,7 @@ class View:
         self._keeper.remove(going)
         watches.fire(changes)
 
-    def _remove_below(self, transaction: Transaction, path: str) -> Generator[None, None, None]:
+    def _remove_below(self, transaction: Transaction, path: str) -> Steps[None]:
         """Remove nodes in a transaction, children first, as the daemon does: each is met, told of and uncounted.
 
         Raises:

@@ -15,8 +15,9 @@ from gntalloc.xenstore.daemon.session import Watch
 from gntalloc.xenstore.daemon.tree import above, parent
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from gntalloc.steps import Steps
     from gntalloc.xenstore.daemon.domains import Domains
     from gntalloc.xenstore.daemon.limits import Quotas
     from gntalloc.xenstore.daemon.session import Session
@@ -141,13 +142,13 @@ class Watches:
         session.behind.clear()
         self._lagging.pop(session, None)
 
-    def catch_up_all(self) -> Generator[None, None, None]:
+    def catch_up_all(self) -> Steps[None]:
         """Tell all sessions, in pieces, of all that they have missed."""
         while self._lagging:
             self._tell_more(next(iter(self._lagging)))
             yield
 
-    def catch_up(self, firings: Iterable[Firing]) -> Generator[None, None, None]:
+    def catch_up(self, firings: Iterable[Firing]) -> Steps[None]:
         """Tell all sessions that these firings concern, in pieces, and of what they have missed before."""
         for firing in firings:
             for session in firing.sessions:
