@@ -372,8 +372,8 @@ class Loans(Generic[Holder]):
         while True:
             try:
                 events = os.read(self._inotify, _QUEUE_A_READ)
-            except BlockingIOError:
-                return
+            except OSError:
+                return  # nothing is there; or what is there stays there
             for watch, mask, _cookie, _length in _EVENT.iter_unpack(events):
                 yield watch, mask
             if len(events) <= _QUEUE_A_READ - _EVENT.size:
@@ -451,7 +451,11 @@ def _lives(loan: Loan[Holder]) -> bool:
         return True
     # A question for a read lock sees write locks only, so a peer's read locks cannot pose as the granter's.
     kind = fcntl.F_RDLCK if loan.exclusive else fcntl.F_WRLCK
-    answer = fcntl.fcntl(loan.extent.master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, loan.byte, 1, 0))
+    try:
+        answer = fcntl.fcntl(loan.extent.master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, loan.byte, 1, 0))
+    except OSError:
+        loan.extent.unsolved = True  # the kernel does not say: look again
+        return True
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

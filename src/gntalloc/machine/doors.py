@@ -6,6 +6,7 @@ users from connecting at all.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -58,7 +59,7 @@ class Doors:
         self._loop = loop
         self._folder = folder
         self._listeners: dict[str, socket.socket] = {}
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare = _spare_descriptor()
 
     def open_control(self, let_in: Callable[[socket.socket], None]) -> None:
         """Open the control socket, where the machine's owner, and root, give orders.
@@ -124,10 +125,15 @@ class Doors:
         """Remove all sockets from the folder."""
         for path in list(self._listeners):
             self._shut(path)
-        os.close(self._spare)
+        if self._spare >= 0:
+            os.close(self._spare)
 
     def _listen(self, path: str, mode: int, accept: Callable[[socket.socket], None]) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            why = f"{path} cannot be listened on: {error.strerror}"
+            raise GntallocError(error.errno or errno.EIO, why) from None
         unheard = path + "-"
         try:
             if os.path.lexists(path):
@@ -135,13 +141,16 @@ class Doors:
             listener.bind(unheard)
             os.chmod(unheard, mode)
             listener.listen(_BACKLOG)
+            self._loop.watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
             os.rename(unheard, path)  # a program that sees it there may connect at once
         except OSError as error:
+            self._loop.forget(listener.fileno())
             listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(unheard)
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
         listener.setblocking(False)
         self._listeners[path] = listener
-        self._loop.watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
 
     def _shut(self, path: str) -> None:
         listener = self._listeners.pop(path)
@@ -149,8 +158,8 @@ class Doors:
         listener.close()
         try:
             os.unlink(path)
-        except FileNotFoundError:
-            pass  # another process has cleared the folder before us
+        except OSError:
+            pass  # another process has cleared the folder before us, or has taken it from us
 
     def _take_in(self, listener: socket.socket, accept: Callable[[socket.socket], None]) -> None:
         try:
@@ -159,14 +168,30 @@ class Doors:
             return
         except OSError:
             # No descriptors are left. Accept the program with the spare one and hang up, or it would wake us for ever.
-            os.close(self._spare)
+            if self._spare >= 0:
+                os.close(self._spare)
             try:
                 listener.accept()[0].close()
             except OSError:
                 pass  # the program gave up by itself
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._spare = _spare_descriptor()
             return
-        accept(sock)
+        try:
+            accept(sock)
+        except OSError as error:
+            log.info("refused a program: %s", error)
+            sock.close()
+        except Exception:
+            log.exception("a program could not be let in")
+            sock.close()
+
+
+def _spare_descriptor() -> int:
+    """Open a descriptor that can be given up for another. -1: none is left."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _entitled(sock: socket.socket, guest: Guest) -> Peer:

@@ -82,19 +82,33 @@ class Homes:
             guest.descriptors.give(1)
             self._machine.close(guest, file)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
-        descriptor = home.sock.fileno()
-        self._homes[descriptor] = home
-        self._by_identity[home.identity] = home
-        if file.driver is guest.evtchn:
+        try:
+            self._attach(home)
+        except OSError as error:
+            home.close()
+            theirs.close()
+            self._machine.close(guest, file)
+            raise DeviceError(errno.ENOMEM, f"the computer gives no home to another file: {error.strerror}") from None
+        return file, theirs
+
+    def _attach(self, home: Home) -> None:
+        """Listen to a new home.
+
+        Raises:
+            OSError: it cannot be listened to. Nothing is left then.
+        """
+        descriptor, guest = home.sock.fileno(), home.guest
+        if home.file.driver is guest.evtchn:
             home.carry_events(self._want_room)
             self._loop.watch(descriptor, lambda events: self._serve(home, events))
-            guest.evtchn.attach_outlet(file, home)
+            guest.evtchn.attach_outlet(home.file, home)
         else:
             home.carry_nothing()
             # Any holder may write to a home, and may send the home through itself. Then only its own queue holds it. So
             # all that comes is taken out.
             self._hang_ups.register(descriptor, select.EPOLLIN)
-        return file, theirs
+        self._homes[descriptor] = home
+        self._by_identity[home.identity] = home
 
     def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:
         """Find the file whose home has this identity. None: it is no file of this domain."""

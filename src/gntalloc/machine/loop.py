@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ READABLE, WRITABLE, HUNG_UP = int(select.EPOLLIN), int(select.EPOLLOUT), int(sel
 SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
 
 _SWALLOW = 4096
+
+log = logging.getLogger("gntalloc.machine")
 _MOST_AT_ONCE = 1024
 
 
@@ -26,9 +29,13 @@ class Loop:
         self._ready: dict[int, Callable[[int], None]] = {}
 
     def watch(self, descriptor: int, ready: Callable[[int], None], events: int = READABLE) -> None:
-        """Call `ready` with the events of `descriptor` whenever there are any of these, or it has hung up."""
-        self._ready[descriptor] = ready
+        """Call `ready` with the events of `descriptor` whenever there are any of these, or it has hung up.
+
+        Raises:
+            OSError: the kernel waits for no more descriptors (ENOSPC, ENOMEM).
+        """
         self._epoll.register(descriptor, events)
+        self._ready[descriptor] = ready
 
     def change(self, descriptor: int, events: int) -> None:
         """Wait for these events of a descriptor instead."""
@@ -38,6 +45,11 @@ class Loop:
         """Wait for nothing of a descriptor any more."""
         del self._ready[descriptor]
         self._epoll.unregister(descriptor)
+
+    def forget(self, descriptor: int) -> None:
+        """Wait for nothing of a descriptor any more, if anything is waited for."""
+        if descriptor in self._ready:
+            self.unwatch(descriptor)
 
     def wake_by(self, descriptor: int) -> None:
         """Let bytes on `descriptor` end a wait."""
@@ -62,7 +74,10 @@ class Loop:
         for descriptor, events in found:
             call = ready.get(descriptor)
             if call is not None:  # a function that was called before may have ended this one
-                call(events)
+                try:
+                    call(events)
+                except Exception:
+                    log.exception("what has come could not be taken in")  # a fault of ours: the others are heard
         return len(found)
 
     def close(self) -> None:

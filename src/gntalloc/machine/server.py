@@ -7,6 +7,7 @@ when.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from gntalloc.steps import Steps
 
 __all__ = ["MAX_CONNECTIONS", "Server"]
+
+log = logging.getLogger("gntalloc.machine")
 
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
@@ -119,18 +122,24 @@ class Server:
     def run(self) -> None:
         """Serve until `stopping` is set."""
         while not self.stopping:
-            patience = self._patience()
-            untidy = self.turns.dropped - self._trimmed >= _MANY_DROPPED
-            if untidy and not 0 <= patience < _QUIET:
-                patience = _QUIET
-            if not self.loop.hear(patience) and untidy and patience == _QUIET:
-                self._trimmed = self.turns.dropped
-                trim()
-            if self._faults.late:
-                self._faults.serve()
-            self.turns.serve()
-            if self.visits.over:
-                self.stopping = self.visits.may_end()
+            try:
+                self._serve_a_round()
+            except Exception:
+                log.exception("a round could not be served to its end")  # a fault of ours: the machine goes on
+
+    def _serve_a_round(self) -> None:
+        patience = self._patience()
+        untidy = self.turns.dropped - self._trimmed >= _MANY_DROPPED
+        if untidy and not 0 <= patience < _QUIET:
+            patience = _QUIET
+        if not self.loop.hear(patience) and untidy and patience == _QUIET:
+            self._trimmed = self.turns.dropped
+            trim()
+        if self._faults.late:
+            self._faults.serve()
+        self.turns.serve()
+        if self.visits.over:
+            self.stopping = self.visits.may_end()
 
     def close(self) -> None:
         """Disconnect all programs, and remove the sockets from the folder."""

@@ -73,9 +73,14 @@ class StoreFront:
             session = self._daemon.connect(domid)
         except Refused:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
-        line = self._lines[session] = StoreLine(sock, session, pid, self)
+        line = StoreLine(sock, session, pid, self)
+        try:
+            self._turns.add(line, domid, lambda: self._ended(session))
+        except DeviceError:
+            self._daemon.disconnect(session)
+            raise
+        self._lines[session] = line
         self._lines_of[domid] += 1
-        self._turns.add(line, domid, lambda: self._ended(session))
 
     def begin(self, session: Session, message: Message) -> Generator[None, None, None]:
         """Serve one request in pieces. `deliver` sends all that it has caused, on any connection."""

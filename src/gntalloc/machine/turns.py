@@ -19,12 +19,14 @@ come first. So if there is too much, the notes of those come late that send the 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gntalloc import clock
+from gntalloc.errors import DeviceError
 from gntalloc.machine.accounts import Accounts, Seat
 from gntalloc.machine.loop import READABLE, SOMETHING_CAME, WRITABLE, Loop
 from gntalloc.machine.speaker import RUNNABLE, STALLING, Dropped
@@ -122,22 +124,42 @@ class Turns:
     # Speakers.
 
     def add(self, speaker: Speaker, key: Hashable, ended: Callable[[], None] | None = None) -> None:
-        """Serve a speaker from now on, for the account `key`. `ended` is called when it has been dropped."""
+        """Serve a speaker from now on, for the account `key`. `ended` is called when it has been dropped.
+
+        Raises:
+            DeviceError: ENOMEM: the computer waits for no more sockets. The speaker is the caller's then.
+        """
         account = self._by_key[key]
-        account.speakers += 1
-        if account.speakers > _FEW and account.loop is self._loop:
+        if account.speakers >= _FEW and account.loop is self._loop:
             self._move_apart(account)
-        seat = self._seats[speaker] = Seat(speaker, account, ended)
-        account.loop.watch(speaker.fileno(), partial(self._heard, seat))
+        seat = Seat(speaker, account, ended)
+        try:
+            account.loop.watch(speaker.fileno(), partial(self._heard, seat))
+        except OSError as error:
+            raise DeviceError(errno.ENOMEM, f"the computer waits for no more sockets: {error.strerror}") from None
+        account.speakers += 1
+        self._seats[speaker] = seat
 
     def _move_apart(self, account: Account) -> None:
-        """Give an account of many speakers a loop of its own, so that it is heard as a whole, and as far as is fair."""
-        account.loop = Loop()
-        for seat in self._seats.values():
-            if seat.account is account:
-                self._loop.unwatch(seat.speaker.fileno())
-                account.loop.watch(seat.speaker.fileno(), partial(self._heard, seat), seat.wanted)
-        self._loop.watch(account.loop.fileno(), lambda _events: self._calling.append(account))
+        """Give an account of many speakers a loop of its own, so that it is heard as a whole, and as far as is fair.
+
+        If the computer has none left, the account stays where it is.
+        """
+        try:
+            loop = Loop()
+        except OSError:
+            return
+        theirs = [seat for seat in self._seats.values() if seat.account is account]
+        try:
+            for seat in theirs:
+                loop.watch(seat.speaker.fileno(), partial(self._heard, seat), seat.wanted)
+            self._loop.watch(loop.fileno(), lambda _events: self._calling.append(account))
+        except OSError:
+            loop.close()
+            return
+        account.loop = loop
+        for seat in theirs:
+            self._loop.unwatch(seat.speaker.fileno())
 
     def drop(self, speaker: Speaker, why: str) -> None:
         """End a speaker. A speaker that is not there any more is no error."""

@@ -56,11 +56,17 @@ class Waits:
             guest.descriptors.give(1)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         descriptor = ours.fileno()
+        try:
+            ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
+            self._hang_ups.register(descriptor, 0)
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            guest.descriptors.give(1)
+            raise DeviceError(errno.EMFILE, f"the computer waits for no more sockets: {error.strerror}") from None
         guest.waits += 1
         waiter = guest.gntalloc.when_released(file, index, count, lambda: self._end(descriptor))
         self._waiters[descriptor] = ours, guest, waiter
-        ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
-        self._hang_ups.register(descriptor, 0)
         return theirs
 
     def close(self) -> None:
