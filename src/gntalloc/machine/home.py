@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc.abi.evtchn import PORT
 from gntalloc.machine import descriptors as received
+from gntalloc.machine.loop import NOT_NOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,12 +79,12 @@ class Home:
         """See `Outlet`."""
         try:
             self.sock.send(PORT.pack(port), _NEVER_WAIT)
-        except BlockingIOError:
-            if self._want_room is not None:
-                self._want_room(self)
-            return False
-        except OSError:
-            pass  # no program can read there any more, so none misses it
+        except OSError as error:
+            if error.errno in NOT_NOW:
+                if self._want_room is not None:
+                    self._want_room(self)
+                return False
+            # no program can read there any more, so none misses it
         return True
 
     def unread(self) -> int:
@@ -96,10 +97,10 @@ class Home:
             if self._only_bytes:
                 return self.sock.recv(size, _NEVER_WAIT)
             data, descriptors = received.receive(self.sock, size)
-        except BlockingIOError:
-            return None
-        except (OSError, received.Truncated):
+        except received.Truncated:
             return b""
+        except OSError as error:
+            return None if error.errno in NOT_NOW else b""
         received.let_go(descriptors)
         return data
 

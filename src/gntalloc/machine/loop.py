@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HUNG_UP", "READABLE", "SOMETHING_CAME", "WRITABLE", "Loop"]
+__all__ = ["HUNG_UP", "NOT_NOW", "READABLE", "SOMETHING_CAME", "WRITABLE", "Loop"]
 
 READABLE, WRITABLE, HUNG_UP = int(select.EPOLLIN), int(select.EPOLLOUT), int(select.EPOLLHUP)
 SOMETHING_CAME = int(select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR)
 
+NOT_NOW = frozenset({errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS})
+"""Errors of a socket that has nothing, or no room, or for which the kernel has no memory just now: try again later."""
 _SWALLOW = 4096
 
 log = logging.getLogger("gntalloc.machine")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gntalloc import clock
 from gntalloc.errors import DeviceError
 from gntalloc.machine import descriptors as received
-from gntalloc.machine.loop import READABLE, WRITABLE
+from gntalloc.machine.loop import NOT_NOW, READABLE, WRITABLE
 from gntalloc.machine.speaker import RUNNABLE, Dropped
 from gntalloc.machine.turns import OWN
 from gntalloc.xenstore import wire
@@ -212,11 +212,11 @@ class StoreLine:
         """
         try:
             data, descriptors = received.receive(self._sock, _BYTES_A_TURN)
-        except BlockingIOError:
-            return
         except received.Truncated:
             raise Dropped("there was no room for the descriptors that it sent") from None
         except OSError as error:
+            if error.errno in NOT_NOW:
+                return
             raise Dropped(error.strerror or str(error)) from None
         received.let_go(descriptors)
         if not data:
@@ -236,9 +236,9 @@ class StoreLine:
             return
         try:
             sent = self._sock.send(self._rest, _NEVER_WAIT)
-        except BlockingIOError:
-            return
         except OSError as error:
+            if error.errno in NOT_NOW:
+                return
             raise Dropped(error.strerror or str(error)) from None
         self._rest = self._rest[sent:]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc import clock
 from gntalloc.machine import descriptors as received
-from gntalloc.machine.loop import READABLE, WRITABLE
+from gntalloc.machine.loop import NOT_NOW, READABLE, WRITABLE
 from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
 from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
 from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
@@ -94,11 +94,11 @@ class MessageStream:
         try:
             size = min(max(_BYTES_A_TURN, self._decoder.missing), _BYTES_OF_A_LONG_ONE)
             data, descriptors = received.receive(self.sock, size)
-        except BlockingIOError:
-            return
         except received.Truncated:
             raise Dropped("there was no room for the descriptors that it sent") from None
         except OSError as error:
+            if error.errno in NOT_NOW:
+                return
             raise Dropped(f"it cannot be read any more: {error.strerror}") from None
         self._received.extend(descriptors)
         if not data:
@@ -229,9 +229,9 @@ class MessageStream:
             if descriptors:
                 return socket.send_fds(self.sock, [data], list(descriptors), _NEVER_WAIT)
             return self.sock.send(data, _NEVER_WAIT)
-        except BlockingIOError:
-            return 0
         except OSError as error:
+            if error.errno in NOT_NOW:
+                return 0
             raise Dropped(f"it cannot be written to any more: {error.strerror}") from None
 
     def flush(self) -> None:
