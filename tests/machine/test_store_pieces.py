@@ -10,7 +10,7 @@ import pytest
 
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
-from gntalloc.machine.turns import RUNNABLE
+from gntalloc.machine.speaker import RUNNABLE
 from gntalloc.places import store_path
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.wire import Decoder, Message, Type, join

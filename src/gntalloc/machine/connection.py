@@ -161,6 +161,8 @@ class Connection(MessageStream):
             steps = serve(self, message, decode(kind, message.payload), descriptors)
         except GntallocError as error:
             self._refuse(message, error)
+        except MemoryError:
+            self._refuse(message, _no_memory())
         except Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
         else:
@@ -172,6 +174,8 @@ class Connection(MessageStream):
             yield from steps
         except GntallocError as error:
             self._refuse(message, error)
+        except MemoryError:
+            self._refuse(message, _no_memory())
 
     def _refuse(self, message: Message, error: GntallocError) -> None:
         log.debug("domain %d, pid %d: %s", self.guest.domid, self.pid, error)
@@ -374,6 +378,10 @@ def _at_once_if_small(length: int, steps: Steps[None]) -> Steps[None] | None:
         return steps
     finish_steps(steps)
     return None
+
+
+def _no_memory() -> DeviceError:
+    return DeviceError(errno.ENOMEM, "the machine has no memory left for this call; free some, or raise its limits")
 
 
 def _written(regions: list[Region]) -> list[Region]:

@@ -106,7 +106,7 @@ def hang_up(sock: socket.socket) -> None:
             data, descriptors = receive(sock, _A_PIECE)
         except Truncated:
             continue
-        except OSError:
+        except (OSError, MemoryError):
             break
         let_go(descriptors)
     sock.close()

@@ -170,12 +170,14 @@ class Turns:
         self._slow.discard(speaker)
         seat.account.speakers -= 1
         seat.account.loop.unwatch(speaker.fileno())
-        speaker.close()
         self.dropped += 1
         if seat.weight or seat.account.favoured is seat:
             self._weigh(seat, 0)
-        if seat.ended is not None:
-            seat.ended()
+        try:
+            speaker.close()
+        finally:
+            if seat.ended is not None:
+                seat.ended()
 
     def plan(self, speaker: Speaker) -> None:
         """Decide, after a change, what to wait for of a speaker, and whether it has something to serve."""
@@ -228,8 +230,8 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
+            self._let(seat, seat.speaker.admit)
             if seat.speaker in self._seats:
-                seat.speaker.admit()
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
@@ -303,6 +305,9 @@ class Turns:
         except Dropped as reason:
             self.drop(speaker, str(reason))
             return
+        except MemoryError:
+            self.drop(speaker, "the machine has no memory left for what it sends")
+            return
         except Exception:
             log.exception("a message could not be received")
             self.drop(speaker, "receiving from it failed, see above")
@@ -331,6 +336,9 @@ class Turns:
             work(*arguments)
         except Dropped as reason:
             self.drop(speaker, str(reason))
+            return
+        except MemoryError:
+            self.drop(speaker, "the machine has no memory left to serve it")
             return
         except Exception:
             # This is our own fault. The program must not wait for ever, no other may notice, and the log shows it.
