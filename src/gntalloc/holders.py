@@ -465,5 +465,8 @@ def _lease_is_free(master: int) -> bool | None:
         fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
         return None if error.errno in _NO_LEASES else False  # False: it is held, or there is no memory to find out
-    fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    try:
+        fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        pass  # the next look takes it back
     return True
