@@ -87,6 +87,7 @@ class Homes:
         except OSError as error:
             home.close()
             theirs.close()
+            guest.descriptors.give(1)
             self._machine.close(guest, file)
             raise DeviceError(errno.ENOMEM, f"the computer gives no home to another file: {error.strerror}") from None
         return file, theirs

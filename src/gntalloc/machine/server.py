@@ -217,7 +217,11 @@ class Server:
             carry_out=self.machine.begin_to_carry_out,
             handlers=self._handlers,
         )
-        self.turns.add(connection, guest.domid, ended)
+        try:
+            self.turns.add(connection, guest.domid, ended)
+        except DeviceError:
+            ended()
+            raise
 
     def _let_in_control(self, sock: socket.socket) -> None:
         self._add_control(Control(sock, self._orders), ends_the_machine=False)
