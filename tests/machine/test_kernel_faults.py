@@ -47,7 +47,12 @@ class Setting:
         self.folder = str(folder)
         self.server = Server(Core(), self.folder)
         ours, theirs = socket.socketpair()
-        orders = {**self.server._orders, "recount": lambda _owner: recount(self.server.machine)}
+        machine = self.server.machine
+        orders = {
+            **self.server._orders,
+            "recount": lambda _owner: recount(machine),
+            "shares": lambda _owner: self._shares(),
+        }
         self.server._add_control(Control(ours, orders), ends_the_machine=True)
         for domid in (1, 2, 4):
             self.server.create(domid, uid=os.getuid())
@@ -88,6 +93,22 @@ class Setting:
         assert not left, f"this is left: {left}"
         self.owner.order("recount")
 
+    def _shares(self) -> dict[str, int]:
+        """Give what is counted of the programs of each domain, without the neighbour's, and what of none."""
+        machine = self.server.machine
+        of_domains = {
+            f"{what} of {guest.domid}": count
+            for guest in machine.guests.values()
+            if guest is not machine.guests[4]
+            for what, count in (
+                ("descriptors", guest.descriptors.taken),
+                ("connections", guest.connections),
+                ("waits", guest.waits),
+            )
+        }
+        of_all = sum(guest.descriptors.taken for guest in machine.guests.values())
+        return {**of_domains, "descriptors of nobody": machine.descriptors.taken - of_all}
+
     def descriptors(self) -> int:
         """Count the descriptors of this process, after a scene in which nothing fails."""
         Scene(self).play()
@@ -108,7 +129,7 @@ class Setting:
             for domain in said["domains"]
             if any((counts := {name: domain[name] for name in COUNTED}).values()) and domain["domid"] != 4
         }
-        totals = {"pages": said["pages"], "extents": said["extents"]}
+        totals = {"pages": said["pages"], "extents": said["extents"], **self.owner.order("shares")}
         return {**left, **{name: count for name, count in totals.items() if count}}
 
     def close(self) -> None:
@@ -138,6 +159,9 @@ class Scene:
     def keep(self, work: Callable[[], T]) -> T | None:
         """Attempt to make something, which is closed in the end."""
         thing = attempt(work)
+        if isinstance(thing, Domain):
+            assert isinstance(thing.devices, MachineDevices)
+            self.stack.callback(thing.devices._channel.close)  # as its process's end would
         if thing is not None:
             self.stack.callback(lambda: attempt(thing.close))  # type: ignore[attr-defined]
         return thing
