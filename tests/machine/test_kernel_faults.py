@@ -278,6 +278,7 @@ def test_every_call_to_the_kernel_fails_once(
     faults = KernelFaults(monkeypatch, choice=choice)
     monkeypatch.setattr(holders, "_INTERVALS", (0.001,) * len(holders._INTERVALS))
     monkeypatch.setattr(holders, "_UNHEARD", 0.01)
+    monkeypatch.setattr(holders, "_UNSOLVED", 0.05)
     caplog.set_level(logging.WARNING)
     wrong: list[str] = []
     setting = Setting(tmp_path / "0")
