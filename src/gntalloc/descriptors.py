@@ -1,4 +1,4 @@
-"""List the files that a process has open, as /proc tells, and receive files from other processes."""
+"""Tell what is behind descriptors, as /proc says, and receive files from other processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import array
 import os
 import socket
 
-__all__ = ["open_files", "receive_with"]
+__all__ = ["inode_of_socket", "open_files", "receive_with"]
+
+_SOCKET = "socket:["
 
 
 def receive_with(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
@@ -48,6 +50,18 @@ def open_files(pid: int | None = None) -> list[str]:
         except FileNotFoundError:  # the descriptor that listed the others
             continue
     return found
+
+
+def inode_of_socket(descriptor: int) -> int | None:
+    """Give the inode of the socket behind a descriptor of this process. None: it is no socket.
+
+    No fstat(2) is made: of a file on FUSE it may wait for another program.
+    """
+    try:
+        link = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return None
+    return int(link[len(_SOCKET) : -1]) if link.startswith(_SOCKET) else None
 
 
 def _code(folder: str) -> set[str]:

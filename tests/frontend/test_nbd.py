@@ -13,12 +13,15 @@ from tests.frontend.conftest import PATIENCE
 from tests.frontend.kit import SIZE, run
 
 from gntalloc import aio
+from gntalloc.cli.disk import _listener
 from gntalloc.clock import Deadline
 from gntalloc.frontend import nbdpace
 from gntalloc.frontend.nbd import LARGEST, NbdServer
+from gntalloc.unasked import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from tests.frontend.conftest import Setting
 
@@ -418,3 +421,33 @@ def test_a_client_that_stands_still_is_not_in_the_way(setting: Setting, monkeypa
             await see_served(connect, SIZE)
 
     beside_a_server(setting, main)
+
+
+@pytest.mark.parametrize("maker", ["the command's", "a program's"])
+def test_clients_cannot_send_descriptors(setting: Setting, tmp_path: Path, maker: str) -> None:
+    """One that lingers would hold the server up: see docs/security.md."""
+    with socket.socket(socket.AF_UNIX) as trial:
+        if not refuse(trial):
+            pytest.skip("this kernel cannot refuse descriptors: Linux 6.16 can")
+    setting.attach()
+    setting.backend()
+    path = str(tmp_path / "nbd")
+
+    async def serve() -> None:
+        if maker == "a program's":
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+        else:
+            listener = _listener(path, 0)
+        with socket.socket(socket.AF_UNIX) as client:
+            async with await aio.disk(setting.guest, timeout=PATIENCE) as disk, NbdServer(disk, name="it") as server:
+                if maker == "a program's":
+                    await server.listen(listener)
+                    client.connect(path)
+                else:
+                    client.connect(path)  # before the server knows of the socket
+                    await server.listen(listener)
+                with pytest.raises(PermissionError):
+                    socket.send_fds(client, [b"x"], [0])
+
+    run(serve)

@@ -19,6 +19,7 @@ from gntalloc.wire.messages import (
     Ioctl,
     IoctlMmap,
     Keep,
+    Lend,
     Mmap,
     MmapAnswer,
     Open,
@@ -42,6 +43,7 @@ from gntalloc.wire.stream import (
     encode,
     encode_reply,
 )
+from gntalloc.wire.token import make_token
 
 __all__ = [
     "HEADER",
@@ -60,6 +62,7 @@ __all__ = [
     "encode",
     "encode_regions",
     "encode_reply",
+    "make_token",
 ]
 
 HELLO = kind_of(Hello)
@@ -78,6 +81,7 @@ BEHALF = kind_of(Behalf)
 BROUGHT = kind_of(Brought)
 KEEP = kind_of(Keep)
 HOME = kind_of(Home)
+LEND = kind_of(Lend)
 HELLO_REQUEST = FORMS[Hello].head
 OPEN_REQUEST = FORMS[Open].head
 IOCTL_REQUEST = FORMS[Ioctl].head
@@ -85,7 +89,8 @@ MMAP_REQUEST = FORMS[Mmap].head
 IOCTL_MMAP_REQUEST = FORMS[IoctlMmap].head
 PLACED_REQUEST = FORMS[Placed].head
 HOLDERS_REQUEST = FORMS[Holders].head
-SERVE_REQUEST = FORMS[Serve].head
+LEND_REQUEST = FORMS[Lend].head
+SHOW_REQUEST = FORMS[Show].head
 KEEP_REQUEST = FORMS[Keep].head
 HOME_REQUEST = FORMS[Home].head
 CONFIRM = FORMS[MmapAnswer].head

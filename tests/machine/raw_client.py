@@ -115,6 +115,13 @@ class RawClient:
         assert (answer.error, answer.why) == (0, "")
         return answer.result, answer.descriptors[0]
 
+    def show(self, home: int) -> Answer:
+        """Show a home, which the program holds, by what it is and by what it can do with it."""
+        token = wire.make_token()
+        with socket.socket(fileno=os.dup(home)) as sock:
+            sock.send(token)
+        return self.call(wire.SHOW, wire.SHOW_REQUEST.pack(os.fstat(home).st_ino, token))
+
     def ioctl(self, handle: int, request: int, argument: bytes, *, writable: bool = True) -> Answer:
         regions = wire.encode_regions([wire.Region(ARGUMENT, writable, argument)])
         return self.call(wire.IOCTL, wire.IOCTL_REQUEST.pack(handle, request, ARGUMENT) + regions)

@@ -19,6 +19,7 @@ from gntalloc.guest.control import ControlClient
 from gntalloc.machine.control import Control
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
+from gntalloc.unasked import Disposal
 from gntalloc.wire.messages import MORE, kind_of
 from gntalloc.wire.messages import Control as Order
 from gntalloc.wire.stream import MAX_PAYLOAD, Decoder, encode_reply
@@ -70,7 +71,7 @@ class Pair:
     def __init__(self, folder: Path, orders: dict[str, Callable[..., Any]]) -> None:
         self.server = Server(Core(), str(folder))
         ours, theirs = socket.socketpair()
-        self.server._add_control(Control(ours, orders), ends_the_machine=True)
+        self.server._add_control(Control(ours, orders, Disposal()), ends_the_machine=True)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         self.client = ControlClient(str(folder), sock=waits.Socket(fileno=theirs.detach()))
@@ -173,7 +174,7 @@ def test_an_answer_that_nobody_reads_is_not_made(tmp_path: Path) -> None:
             yield made
 
     ours, theirs = socket.socketpair()
-    server._add_control(Control(ours, {"rows": rows}), ends_the_machine=True)
+    server._add_control(Control(ours, {"rows": rows}, Disposal()), ends_the_machine=True)
     payload = json.dumps({"do": "rows"}).encode()
     with theirs:
         theirs.sendall(

@@ -26,6 +26,7 @@ from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
 from gntalloc.places import domain_path, store_path
 from gntalloc.testing import recount
+from gntalloc.unasked import Disposal
 from gntalloc.xenstore.client import Store
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Setting:
             "recount": lambda _owner: recount(machine),
             "shares": lambda _owner: self._shares(),
         }
-        self.server._add_control(Control(ours, orders), ends_the_machine=True)
+        self.server._add_control(Control(ours, orders, Disposal()), ends_the_machine=True)
         for domid in (1, 2, 4):
             self.server.create(domid, uid=os.getuid())
         self.error: BaseException | None = None

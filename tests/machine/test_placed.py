@@ -37,25 +37,27 @@ def files_of(machine: Machine) -> int:
     return sum(int(domain.files) for domain in machine.statistics().domains)
 
 
-def test_a_home_is_kept_as_long_as_something_is_mapped(machine: Machine, alice: Domain) -> None:
+def test_a_file_is_kept_as_long_as_something_is_mapped(machine: Machine, alice: Domain) -> None:
     with RawClient(alice) as client:
         handle, home = client.open("gntalloc")
         request = wire.KEEP_REQUEST.pack(handle)
         assert client.call(wire.HOME, request).error == errno.EBADF
-        assert client.call(wire.KEEP, request, [home]).error == errno.EINVAL
+        assert client.call(wire.KEEP, request).error == errno.EINVAL
         index, _ = client.alloc(handle, 2)
         mapped = client.mmap(handle, index)
         other, its_home = client.open("gntalloc")
-        assert client.call(wire.KEEP, request, [its_home]).error == errno.EBADF
-        assert client.call(wire.KEEP, request).error == errno.EBADF
         assert client.call(wire.HOME, wire.HOME_REQUEST.pack(other)).error == errno.EBADF
         for _ in range(2):
-            assert client.call(wire.KEEP, request, [home]).error == 0
-        identity = os.fstat(home).st_ino
+            assert client.call(wire.KEEP, request).error == 0
+        copy = os.dup(home)
         os.close(home)
+        (second,) = client.call(wire.HOME, request).descriptors
+        os.close(copy)
+        assert client.show(second).result == handle
+        os.close(second)
         assert files_of(machine) == 2
         (again,) = client.call(wire.HOME, request).descriptors
-        assert os.fstat(again).st_ino == identity
+        assert client.show(again).result == handle
         os.close(again)
         mapped.close()
         deadline = time.monotonic() + 20

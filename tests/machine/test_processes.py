@@ -24,7 +24,6 @@ from gntalloc import DeviceError, Domain, Grant, MachineGone, current_domain
 from gntalloc.guest import connection as channel
 from gntalloc.guest.devices.machine import MachineFile
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.wire.messages import Show, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -332,11 +331,11 @@ def test_the_last_copy_of_a_file_is_its_release(machine: Machine, alice: Domain,
 def test_a_file_that_was_passed_on_works_where_it_arrives(alice: Domain, bob: Domain) -> None:
     """By SCM_RIGHTS, to a connection of another process: the file is the same, its pages and its index."""
     with alice.share(bob, pages=2) as shared, RawClient(alice) as other:
-        answer = other.call(kind_of(Show), b"", [shared._file.fileno()])
+        answer = other.show(shared._file.fileno())
         assert (answer.error, answer.body[4:]) == (0, b"gntalloc")
         assert other.alloc(answer.result, 2)[0] == 2 * PAGE_SIZE
         assert other.mmap(answer.result, 0, 2).close().error == 0
-        assert other.call(kind_of(Show), b"", [shared._file.fileno()]).result == answer.result
+        assert other.show(shared._file.fileno()).result == answer.result
 
 
 # Calls that do not come to their end.

@@ -181,7 +181,11 @@ class Client:
         self.show_one(self.chance.choice(anything))
 
     def show_one(self, descriptor: int) -> None:
-        answer = self.raw.call(wire.SHOW, b"", [descriptor])
+        if descriptor in self.homes:
+            answer = self.raw.show(descriptor)
+        else:
+            inode = self.number(64, [os.fstat(descriptor).st_ino])
+            answer = self.raw.call(wire.SHOW, wire.SHOW_REQUEST.pack(inode, self.chance.randbytes(16)))
         if not answer.error:
             self.handles[answer.body[4:]].append(answer.result)
 

@@ -100,10 +100,10 @@ def test_what_was_told_while_the_machine_was_listening_comes_first(
     seen = []
     serve = Connection.serve
 
-    def serve_and_look(channel: Connection, message: wire.Message, descriptors: list[int]) -> None:
+    def serve_and_look(channel: Connection, message: wire.Message) -> None:
         if channel.guest.domid == 2:
             seen.append(grants.in_use)
-        serve(channel, message, descriptors)
+        serve(channel, message)
 
     monkeypatch.setattr(Connection, "serve", serve_and_look)
     peer.sock.sendall(hello(peer))
@@ -126,7 +126,7 @@ def test_what_nobody_heard_of_is_undone(machine: Machine, alice: Domain, bob: Do
             argument = pack("=HHIQQ", 2, 1, 1, 0, 0) if request_ == ALLOC else pack("=IIQII", 1, 0, 0, 1, *shared.refs)
             client.send(wire.IOCTL_MMAP, make(handle, request_, argument))
         with RawClient(asker) as client:
-            shown = client.call(wire.SHOW, b"", [home]).result
+            shown = client.show(home).result
             undo = client.ioctl(shown, DEALLOC if request_ == ALLOC else UNMAP, pack("=QI4x", 0, 1))
             assert undo.error in {errno.EINVAL, errno.ENOENT}
         os.close(home)

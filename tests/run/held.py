@@ -9,7 +9,7 @@ import select
 import signal
 import socket
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from limits import status_of
 from runs import wait_for
@@ -18,12 +18,25 @@ from gntalloc.run import filter as filter_module
 from gntalloc.run.filter import filter_program, install
 from gntalloc.run.injector import Injector
 from gntalloc.syscalls.listener import Call, Listener
+from gntalloc.wire.messages import Lend, Serve
+
+if TYPE_CHECKING:
+    from gntalloc.guest.connection import Answer, MachineConnection
 
 MARK = 0x5EA1
 PATIENCE = 20.0  # seconds; against hangs
 _PR_SET_PDEATHSIG = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+def ask_to_serve(channel: MachineConnection, descriptor: int) -> Answer:
+    """Lend the machine a listener, and ask it to serve."""
+    lent = channel.call(Lend(os.stat("/proc/self/ns/pid").st_ino))
+    assert lent.result == 1
+    with socket.socket(fileno=lent.descriptor().detach()) as line:
+        socket.send_fds(line, [b"!"], [descriptor])
+    return channel.call(Serve())
 
 
 class Held:

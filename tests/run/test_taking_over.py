@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
-from held import PATIENCE, Held
+from held import PATIENCE, Held, ask_to_serve
 from runs import Runs, order, python, refusing_machine, said, tell
 
 from gntalloc import waits
 from gntalloc.errors import MachineGone
 from gntalloc.guest.connection import MachineConnection
 from gntalloc.syscalls.listener import CallerGone
-from gntalloc.wire.messages import Open, Serve
+from gntalloc.wire.messages import Open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -145,8 +145,7 @@ def test_a_supervisor_that_the_machine_hears_no_more(machine: Machine) -> None:
         held = Held(sys.executable, "-I", "-S", "-c", OPENS)
         supervisor = MachineConnection(machine.environ(1)["GNTALLOC_DOMAIN"])
         try:
-            namespace = os.stat("/proc/self/ns/pid").st_ino
-            assert supervisor.call(Serve(namespace), [held.listener.fileno()]).result == 1
+            assert ask_to_serve(supervisor, held.listener.fileno()).result == 1
             assert held.said() == "opens"
             supervisor.close()
             held.tell("")

@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
+from held import ask_to_serve
 from limits import status_of
 from runs import Runs, order, python, refusing_machine, said, tell, wait_for
 
 from gntalloc.abi.gntalloc import ALLOC_GREF
 from gntalloc.embed import Machine
 from gntalloc.errors import DeviceError, MachineGone
-from gntalloc.guest.connection import Answer, MachineConnection
+from gntalloc.guest.connection import MachineConnection
 from gntalloc.places import domain_path
 from gntalloc.run.files import Files, OpenFile
 from gntalloc.run.filter import filter_program, install
 from gntalloc.syscalls.listener import Call
 from gntalloc.syscalls.serving import IOCTL, MMAP
-from gntalloc.wire.messages import Serve
+from gntalloc.wire.messages import Lend, Serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,7 +205,12 @@ def test_nobody_else_s_machine_is_given_the_listener(tmp_path: Path, user: int) 
         sock, _ = theirs.accept()
         sock.recv(4096)
         sock.sendall(wire.encode_reply(wire.HELLO, 0, result=1))
-        _, descriptors, _, _ = socket.recv_fds(sock, 4096, 1)
+        if not sock.recv(4096):
+            os._exit(0)  # it was not asked
+        line, its_end = socket.socketpair()
+        socket.send_fds(sock, [wire.encode_reply(wire.LEND, 2, result=1, descriptors=1)], [its_end.fileno()])
+        its_end.close()
+        _, descriptors, _, _ = socket.recv_fds(line, 4096, 1)
         os._exit(len(descriptors))
     theirs.close()
     os.read(reading, 1)
@@ -453,12 +459,12 @@ def test_only_a_listener_is_served() -> None:
         channel = MachineConnection(domain_path(machine.folder, 1))
         namespace = os.stat("/proc/self/ns/pid").st_ino
 
-        def ask(descriptor: int, number: int) -> Answer:
-            return channel.call(Serve(number), [descriptor])
-
-        assert ask(0, namespace).result == 0
-        assert ask(listener, namespace + 1).result == 0
-        answer = ask(listener, namespace)
+        assert channel.call(Serve()).result == 0
+        assert channel.call(Lend(namespace + 1)).result == 0
+        assert ask_to_serve(channel, 0).result == 0
+        assert channel.call(Lend(namespace)).result == 0  # a second line
+        channel.close()
+        answer = ask_to_serve(channel, listener)
         assert answer.result == 1
         (notes,) = answer.descriptors
         for attack in (
@@ -468,7 +474,8 @@ def test_only_a_listener_is_served() -> None:
         ):
             with pytest.raises(PermissionError):
                 attack()
-        assert ask(listener, namespace).result == 0  # one each
+        assert channel.call(Lend(namespace)).result == 0  # one each
+        assert channel.call(Serve()).result == 0
         channel.close()
         assert machine.statistics().domains
 

@@ -28,6 +28,7 @@ from gntalloc.frontend.blkback import WAYS, Backend
 from gntalloc.frontend.blkfront import BlockDevice
 from gntalloc.frontend.image import FORMATS
 from gntalloc.frontend.nodes import Device, attach, detach, disk_number
+from gntalloc.unasked import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -370,6 +371,7 @@ def _listener(path: str | None, port: int) -> socket.socket:
         with _telling_of(f"port {port}"):
             return socket.create_server(("127.0.0.1", port))
     sock = socket.socket(socket.AF_UNIX)
+    refuse(sock)
     try:
         with _telling_of(path):
             with contextlib.suppress(FileNotFoundError):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc.claims import sweep
 from gntalloc.cli.probe import Lacking, Probe, probe, setting
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import GntallocError
 from gntalloc.libc import check, libc
 from gntalloc.places import machine_folder, make_top_folder, top_folder
@@ -214,7 +215,7 @@ def passing() -> str:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, _memory_file() as (first, _):
         socket.send_fds(ours, [b"x"], [first])
-        _, received, _, _ = socket.recv_fds(theirs, 1, 1)
+        _, received = receive_with(theirs, 1, 1)
         try:
             if os.fstat(received[0]).st_ino != os.fstat(first).st_ino:
                 raise Lacking("another file arrived")

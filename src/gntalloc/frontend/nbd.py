@@ -46,6 +46,7 @@ from gntalloc.frontend.nbdif import (
     error_of,
 )
 from gntalloc.frontend.nbdpace import Pace, Pool
+from gntalloc.unasked import refuse
 
 if TYPE_CHECKING:
     import socket
@@ -107,7 +108,11 @@ class NbdServer:
         self._pool = Pool()
 
     async def listen(self, listener: socket.socket) -> None:
-        """Serve whoever connects to this socket, which is bound, from now on. It is closed with the server."""
+        """Serve whoever connects to this socket, which is bound, from now on. It is closed with the server.
+
+        Clients cannot send descriptors, as far as the kernel can refuse them: see unasked.py.
+        """
+        refuse(listener)
         self._servers.append(await asyncio.start_server(self._accepted, sock=listener, limit=1 << 20))
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ grant       Grant: what to tell a peer, as a value and as text
 events      event channels
 devices/    the two providers of /dev/xen: the machine, and a real kernel
 connection  messages to the machine
+showing     show the machine which of its open files a descriptor is
 control     orders to the machine, for its owner
 absence     why nobody answers there
 books       what a machine tells its owner: grants, files, statistics

@@ -39,7 +39,7 @@ def _reason(path: str, error: OSError) -> str:
 
 
 def _not_for_us(path: str, folder: str, socket_name: str) -> str:
-    owner = _owner(path) or _owner(folder) or "another user"
+    owner = _owner(folder) or _owner(path) or "another user"  # a domain's socket is its user's
     if socket_name == "control":
         return f"the machine at {folder} is {owner}'s, and takes orders of its owner only; ask as that user, or as root"
     asked = f"domain {socket_name} of the machine at {folder}" if whole_number(socket_name) is not None else path

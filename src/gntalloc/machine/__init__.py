@@ -21,7 +21,6 @@ turns        choose which speaker is served next, how much of it, and which has 
 speaker      say what is asked of whatever sends messages to be served
 accounts     charge each domain for the time that it takes, and say which is next
 loop         wait for descriptors
-descriptors  take descriptors that programs send, and close them without waiting
 machine      keep domains, their drivers and open files, and take in what the kernel says of mappings
 disturbed    delay or repeat events of event channels, for faults
 logbook      write the log without waiting, and only so much of it

@@ -11,7 +11,6 @@ from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGr
 from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef
 from gntalloc.drivers.chardev import Plan
 from gntalloc.errors import DeviceError, GntallocError
-from gntalloc.machine.home import identity_of
 from gntalloc.machine.placements import Placements
 from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from gntalloc.wire.stream import Message
 
     CarryOut = Callable[[Plan], Steps[list[Loan[Any]]]]
-    Handler = Callable[["Connection", Message, Any, list[int]], Steps[None] | None]
+    Handler = Callable[["Connection", Message, Any], Steps[None] | None]
     Handlers = Mapping[int, tuple[type, Handler]]
 
 __all__ = ["Connection", "handlers_with", "pieces_of_plan"]
@@ -127,7 +126,7 @@ class Connection(MessageStream):
         carry_out: CarryOut,
         handlers: Handlers,
     ) -> None:
-        super().__init__(sock)
+        super().__init__(sock, guest.disposal)
         self.guest = guest
         self.peer = peer
         self.pid = peer.pid
@@ -151,14 +150,14 @@ class Connection(MessageStream):
         """See `MessageStream`."""
         return len(self.placements)
 
-    def serve(self, message: Message, descriptors: list[int]) -> Steps[None] | None:
+    def serve(self, message: Message) -> Steps[None] | None:
         """Answer one message of the program, or give the steps to that."""
         self._undo = None
         kind, serve = self._handlers.get(message.kind, (None, None))
         if kind is None or serve is None:
             raise Dropped(f"it sent a message of kind {message.kind}, and there is none")
         try:
-            steps = serve(self, message, decode(kind, message.payload), descriptors)
+            steps = serve(self, message, decode(kind, message.payload))
         except GntallocError as error:
             self._refuse(message, error)
         except MemoryError:
@@ -219,26 +218,24 @@ class Connection(MessageStream):
 
     # One method a kind of message.
 
-    def _hello(self, message: Message, hello: Hello, descriptors: list[int]) -> None:
+    def _hello(self, message: Message, hello: Hello) -> None:
         if hello.version != VERSION:
             why = f"this machine speaks version {VERSION} and the program {hello.version}; use one gntalloc for both"
             raise DeviceError(errno.EPROTO, why)
         self.answer(message, result=self.guest.domid)
 
-    def _open(self, message: Message, asked: Open, descriptors: list[int]) -> None:
+    def _open(self, message: Message, asked: Open) -> None:
         file, programs_end = self._homes.open(self.guest, asked.name, asked.flags, opener=self.pid)
         for handle in [handle for handle, known in self._files.items() if known.closed]:
             del self._files[handle]
         with programs_end:
             self.answer(message, result=self._handle(file), descriptors=[programs_end.fileno()])
 
-    def _show(self, message: Message, asked: Show, descriptors: list[int]) -> None:
-        file = self._homes.file_of(self.guest, identity_of(descriptors[0])) if descriptors else None
-        if file is None:
-            raise DeviceError(errno.EBADF, f"this is no open device file of domain {self.guest.domid}")
+    def _show(self, message: Message, asked: Show) -> None:
+        file = self._homes.shown(self.guest, asked.inode, asked.token)
         self.answer(message, result=self._handle(file), body=encode(ShowAnswer(file.flags, file.driver.name)))
 
-    def _ioctl(self, message: Message, asked: Ioctl, descriptors: list[int]) -> Steps[None] | None:
+    def _ioctl(self, message: Message, asked: Ioctl) -> Steps[None] | None:
         error, why, result = 0, "", 0
         try:
             caller = MessageCaller(asked.regions, process=self.pid, by_offset=self.by_offset)
@@ -259,14 +256,14 @@ class Connection(MessageStream):
             error, why = self._refused(refusal)
         self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
 
-    def _ioctl_told(self, message: Message, told: IoctlTold, descriptors: list[int]) -> None:
+    def _ioctl_told(self, message: Message, told: IoctlTold) -> None:
         """Serve an ioctl without an answer, which gives pages back. Pages that are gone already are no error."""
         try:
             self.file(told.handle).ioctl(told.request, told.address, MessageCaller(told.regions, process=self.pid))
         except DeviceError as refusal:
             self._refused(refusal)
 
-    def _ioctl_mmap(self, message: Message, asked: IoctlMmap, descriptors: list[int]) -> Steps[None] | None:
+    def _ioctl_mmap(self, message: Message, asked: IoctlMmap) -> Steps[None] | None:
         """Serve ALLOC or MAP, and the mmap that always follows it."""
         if asked.request not in {ALLOC_GREF, MAP_GRANT_REF}:
             raise Dropped(f"it wanted to map what request {asked.request:#010x} makes, which makes nothing to map")
@@ -297,7 +294,7 @@ class Connection(MessageStream):
             body = IoctlMmapAnswer(0, "", number, plan.confirm, pieces, _written(asked.regions))
         self._answer_with(message, result, encode(body), loans)
 
-    def _mmap(self, message: Message, asked: Mmap, descriptors: list[int]) -> Steps[None] | None:
+    def _mmap(self, message: Message, asked: Mmap) -> Steps[None] | None:
         return _at_once_if_small(asked.length, self._mmap_in_steps(message, asked))
 
     def _mmap_in_steps(self, message: Message, asked: Mmap) -> Steps[None]:
@@ -320,17 +317,17 @@ class Connection(MessageStream):
             for loan in loans:
                 loan.close()
 
-    def _placed(self, message: Message, told: Placed, descriptors: list[int]) -> None:
+    def _placed(self, message: Message, told: Placed) -> None:
         self.placements.placed(told.record, told.address)
 
-    def _read(self, message: Message, asked: Read, descriptors: list[int]) -> None:
+    def _read(self, message: Message, asked: Read) -> None:
         data = self.file(asked.handle).read(asked.size)
         self.answer(message, result=len(data), body=data)
 
-    def _write(self, message: Message, asked: Write, descriptors: list[int]) -> None:
+    def _write(self, message: Message, asked: Write) -> None:
         self.answer(message, result=self.file(asked.handle).write(asked.data))
 
-    def _holders(self, message: Message, asked: Holders, descriptors: list[int]) -> Steps[None] | None:
+    def _holders(self, message: Message, asked: Holders) -> Steps[None] | None:
         return _at_once_if_small(asked.pages * PAGE_SIZE, self._holders_in_steps(message, asked))
 
     def _holders_in_steps(self, message: Message, asked: Holders) -> Steps[None]:

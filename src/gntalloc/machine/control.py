@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Generator, Mapping
 
+    from gntalloc.unasked import Disposal
     from gntalloc.wire.stream import Message
 
     Order = Callable[..., Any]
@@ -36,13 +37,14 @@ class Control(MessageStream):
     Args:
         sock: the socket to the owner's program.
         orders: each order's function, which is called with this connection, and the order's fields by name.
+        disposal: see `MessageStream`.
     """
 
-    def __init__(self, sock: socket.socket, orders: Mapping[str, Order]) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, orders: Mapping[str, Order], disposal: Disposal) -> None:
+        super().__init__(sock, disposal)
         self._orders = orders
 
-    def serve(self, message: Message, descriptors: list[int]) -> Generator[None]:
+    def serve(self, message: Message) -> Generator[None]:
         """Carry out one order: {"do": name, ...its arguments}. The answer comes in parts, as many as it needs."""
         if message.kind != kind_of(ControlMessage):
             raise Dropped(f"a control channel has no messages of kind {message.kind}")

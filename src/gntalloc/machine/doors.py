@@ -1,7 +1,7 @@
 """Listen on the machine's sockets, and decide which programs may come in.
 
 The decision falls at connect, by the user that the kernel names (SO_PEERCRED). The modes of the sockets only keep other
-users from connecting at all.
+users from connecting at all. No socket here takes descriptors: see unasked.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.places import control_path, domain_path, store_path
+from gntalloc.unasked import Inlet, refuse
 from gntalloc.wire.messages import NOBODY, Hello, kind_of
 from gntalloc.wire.stream import encode_reply
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from gntalloc.machine.loop import Loop
     from gntalloc.machine.machine import Guest
+    from gntalloc.unasked import Disposal
 
 __all__ = ["Doors", "Peer"]
 
@@ -31,6 +33,8 @@ log = logging.getLogger("gntalloc.machine")
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _BACKLOG = 512
+_ACL_VERSION, _ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")  # an entry: tag, permissions, user or group
+_NOBODY = 0xFFFFFFFF  # where an entry names neither
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
@@ -53,12 +57,15 @@ class Doors:
     Args:
         loop: tells of programs that connect.
         folder: the folder for the sockets.
+        disposal: closes descriptors that come over the control socket, though none are due.
     """
 
-    def __init__(self, loop: Loop, folder: str) -> None:
+    def __init__(self, loop: Loop, folder: str, disposal: Disposal) -> None:
         self._loop = loop
         self._folder = folder
+        self._disposal = disposal
         self._listeners: dict[str, socket.socket] = {}
+        self._disposals: dict[str, Disposal] = {}
         self._spare = _spare_descriptor()
 
     def open_control(self, let_in: Callable[[socket.socket], None]) -> None:
@@ -72,9 +79,9 @@ class Doors:
             if Peer.of(sock).uid in {os.getuid(), 0}:
                 let_in(sock)
             else:
-                sock.close()
+                Inlet(sock, self._disposal).close()
 
-        self._listen(control_path(self._folder), 0o600, accept)
+        self._listen(control_path(self._folder), os.getuid(), accept, self._disposal)
 
     def open_domain(
         self,
@@ -89,9 +96,7 @@ class Doors:
         Raises:
             GntallocError: a socket cannot be made. Then there is none.
         """
-        mode = 0o600
         if guest.uid != os.getuid():
-            mode = 0o666
             os.chmod(self._folder, 0o711)
         store, domain = store_path(self._folder, guest.domid), domain_path(self._folder, guest.domid)
 
@@ -101,17 +106,18 @@ class Doors:
             except DeviceError as why:
                 log.info("refused pid %d: %s", Peer.of(sock).pid, why)
                 _refuse(sock, why)
+                Inlet(sock, guest.disposal).close()
 
         def accept_to_store(sock: socket.socket) -> None:
             try:
                 let_in_to_store(sock, guest, _entitled(sock, guest))
             except DeviceError as why:  # xenstore's wire has no message for it
                 log.info("refused a program at xenstore: %s", why)
-                sock.close()
+                Inlet(sock, guest.disposal).close()
 
-        self._listen(store, mode, accept_to_store)
+        self._listen(store, guest.uid, accept_to_store, guest.disposal)
         try:
-            self._listen(domain, mode, accept)
+            self._listen(domain, guest.uid, accept, guest.disposal)
         except GntallocError:
             self._shut(store)
             raise
@@ -128,20 +134,21 @@ class Doors:
         if self._spare >= 0:
             os.close(self._spare)
 
-    def _listen(self, path: str, mode: int, accept: Callable[[socket.socket], None]) -> None:
+    def _listen(self, path: str, uid: int, accept: Callable[[socket.socket], None], disposal: Disposal) -> None:
         try:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
             why = f"{path} cannot be listened on: {error.strerror}"
             raise GntallocError(error.errno or errno.EIO, why) from None
+        refuse(listener)  # first: what is accepted has it from here
         unheard = path + "-"
         try:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             listener.bind(unheard)
-            os.chmod(unheard, mode)
+            _reserve(unheard, uid)
             listener.listen(_BACKLOG)
-            self._loop.watch(listener.fileno(), lambda _events: self._take_in(listener, accept))
+            self._loop.watch(listener.fileno(), lambda _events: self._take_in(path, accept, disposal))
             os.rename(unheard, path)  # a program that sees it there may connect at once
         except OSError as error:
             self._loop.forget(listener.fileno())
@@ -151,17 +158,25 @@ class Doors:
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
         listener.setblocking(False)
         self._listeners[path] = listener
+        self._disposals[path] = disposal
 
     def _shut(self, path: str) -> None:
-        listener = self._listeners.pop(path)
+        listener = self._listeners.pop(path, None)
+        if listener is None:
+            return  # it was shut because of what came there
         self._loop.unwatch(listener.fileno())
-        listener.close()
+        Inlet(listener, self._disposals.pop(path)).close()
         try:
             os.unlink(path)
         except OSError:
             pass  # another process has cleared the folder before us, or has taken it from us
 
-    def _take_in(self, listener: socket.socket, accept: Callable[[socket.socket], None]) -> None:
+    def _take_in(self, path: str, accept: Callable[[socket.socket], None], disposal: Disposal) -> None:
+        listener = self._listeners[path]
+        if disposal.full:
+            log.error("%s is shut: %d descriptors that were sent there cannot be closed", path, disposal.held)
+            self._shut(path)
+            return
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -171,7 +186,7 @@ class Doors:
             if self._spare >= 0:
                 os.close(self._spare)
             try:
-                listener.accept()[0].close()
+                Inlet(listener.accept()[0], disposal).close()
             except OSError:
                 pass  # the program gave up by itself
             self._spare = _spare_descriptor()
@@ -194,6 +209,30 @@ def _spare_descriptor() -> int:
         return -1
 
 
+def _reserve(path: str, uid: int) -> None:
+    """Let programs of this user alone reach a socket, and root's; all programs if the file system cannot do that.
+
+    Root gives it to the user. Another owner of a machine names the user in an access control list (acl(5)).
+    """
+    os.chmod(path, 0o600)
+    if uid == os.getuid():
+        return
+    try:
+        if os.getuid() == 0:
+            os.chown(path, uid, -1)
+        else:
+            os.setxattr(path, "system.posix_acl_access", _access_for(uid))
+    except OSError:
+        os.chmod(path, 0o666)
+
+
+def _access_for(uid: int) -> bytes:
+    """Make the list that lets the owner and this user in, as the kernel keeps it (linux/posix_acl_xattr.h)."""
+    owner, user, group, mask, others = 0x01, 0x02, 0x04, 0x10, 0x20
+    entries = (owner, 6, _NOBODY), (user, 6, uid), (group, 0, _NOBODY), (mask, 6, _NOBODY), (others, 0, _NOBODY)
+    return _ACL_VERSION.pack(2) + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)
+
+
 def _entitled(sock: socket.socket, guest: Guest) -> Peer:
     peer = Peer.of(sock)
     if peer.uid not in {guest.uid, 0}:
@@ -208,4 +247,3 @@ def _refuse(sock: socket.socket, why: DeviceError) -> None:
         sock.send(reply, _NEVER_WAIT)
     except OSError:
         pass  # the program did not even wait for the answer
-    sock.close()

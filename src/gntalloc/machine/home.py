@@ -6,6 +6,8 @@ machine the end of file, which means release().
 On a home of evtchn ports travel, four bytes each: ports that had an event go to the program, and ports to re-arm come
 back. So read, poll and select are the kernel's own there, also for programs that do not know this package. On any other
 home nothing travels: a read finds the end of file, and a poll finds it ready, as with the real devices.
+
+A program shows that it holds a home by a token that it writes there. For evtchn a token is ports that no file has.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from gntalloc.abi.evtchn import PORT
-from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import NOT_NOW
+from gntalloc.unasked import Inlet
+from gntalloc.wire.token import SIZE_OF_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,19 +36,21 @@ __all__ = ["Home", "identity_of"]
 _QUEUE = 1 << 20  # the most bytes of kernel memory for events that are not read; hardly any are used
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as a number: flag by flag it costs as much as the call
 _INT = struct.Struct("=i")
+_MOST_WRITTEN = 64 * SIZE_OF_TOKEN  # bytes that are remembered
 
 
 class Home:
     """Be the machine's end. As an `Outlet` of evtchn it never waits for the program."""
 
-    __slots__ = ("_only_bytes", "_want_room", "file", "guest", "identity", "sock")
+    __slots__ = ("_inlet", "_want_room", "_written", "file", "guest", "identity", "sock")
 
     def __init__(self, sock: socket.socket, identity: tuple[int, int], guest: Guest, file: File) -> None:
         self.sock = sock
-        self._only_bytes = received.refuse(sock)
+        self._inlet = Inlet(sock, guest.disposal)
         self.identity = identity  # tells a copy of the program's end from other files
         self.guest = guest
         self.file = file
+        self._written = b""
         self._want_room: Callable[[Home], None] | None = None
 
     @classmethod
@@ -94,22 +99,20 @@ class Home:
     def receive(self, size: int) -> bytes | None:
         """Receive the bytes that the program wrote. Empty: its end is closed. None: nothing has come."""
         try:
-            if self._only_bytes:
-                return self.sock.recv(size, _NEVER_WAIT)
-            data, descriptors = received.receive(self.sock, size)
-        except received.Truncated:
-            return b""
-        except OSError as error:
+            data = self._inlet.receive(size)
+        except OSError as error:  # or its holder sent a descriptor
             return None if error.errno in NOT_NOW else b""
-        received.let_go(descriptors)
+        if len(data) >= SIZE_OF_TOKEN:
+            self._written = (self._written + data)[-_MOST_WRITTEN:]
         return data
+
+    def has_heard(self, token: bytes) -> bool:
+        """Say whether a holder of the program's end has written this lately."""
+        return token in self._written
 
     def close(self) -> None:
         """Close the machine's end, as the file is closed."""
-        if self._only_bytes:
-            self.sock.close()
-        else:
-            received.hang_up(self.sock)
+        self._inlet.close()
 
 
 def identity_of(descriptor: int) -> tuple[int, int]:

@@ -2,30 +2,42 @@
 
 Each home ends when its last copy is closed, in any program. The machine sees that here: `fileno` is readable then.
 
-A home can also be kept, while anything is mapped of its file. That is for programs under a debugger: for a while they
-have the pages' memory in place of the home (run/debugged.py). Nothing is lost by it: a file lives as long as its maps.
+A file can also be kept without a home, while anything is mapped of it, and get another home then. That is for programs
+under a debugger: for a while they have the pages' memory in place of the home (run/debugged.py). Nothing is lost by it:
+a file lives as long as its maps.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import select
+import socket
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import DeviceError
 from gntalloc.machine.home import Home, identity_of
 from gntalloc.machine.loop import HUNG_UP, READABLE, WRITABLE
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.wire.token import is_token
 
 if TYPE_CHECKING:
-    import socket
-
     from gntalloc.drivers.chardev import File
     from gntalloc.machine.loop import Loop
     from gntalloc.machine.machine import Guest, Machine
 
 __all__ = ["Homes"]
+
+_MOST_HOMES = 16  # of one file
+
+
+class _Kept:
+    """Count the homes of a file that is kept."""
+
+    __slots__ = ("guest", "homes")
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.homes = 1
 
 
 class Homes:
@@ -41,7 +53,9 @@ class Homes:
         self._machine = machine
         self._homes: dict[int, Home] = {}
         self._by_identity: dict[tuple[int, int], Home] = {}
-        self._kept: dict[File, int] = {}  # programs' ends
+        self._kept: dict[File, _Kept] = {}
+        with socket.socket(socket.AF_UNIX) as sock:
+            self._device, _ = identity_of(sock.fileno())  # the file system of all sockets
         self._hang_ups = select.epoll()  # of homes that carry nothing: their ends, and bytes that programs write there
 
     def fileno(self) -> int:
@@ -52,8 +66,6 @@ class Homes:
         """End all homes."""
         for home in self._homes.values():
             home.close()
-        for descriptor in self._kept.values():
-            os.close(descriptor)
         self._hang_ups.close()
 
     def settle(self) -> None:
@@ -72,15 +84,17 @@ class Homes:
         """
         file = self._machine.open(guest, name, flags, opener=opener)
         try:
-            guest.descriptors.take(1, errno.ENFILE, "an open file")
+            return file, self._make(guest, file)
         except DeviceError:
             self._machine.close(guest, file)
             raise
+
+    def _make(self, guest: Guest, file: File) -> socket.socket:
+        guest.descriptors.take(1, errno.ENFILE, "an open file")
         try:
             home, theirs = Home.make(guest, file)
         except OSError as error:
             guest.descriptors.give(1)
-            self._machine.close(guest, file)
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         try:
             self._attach(home)
@@ -88,9 +102,8 @@ class Homes:
             home.close()
             theirs.close()
             guest.descriptors.give(1)
-            self._machine.close(guest, file)
             raise DeviceError(errno.ENOMEM, f"the computer gives no home to another file: {error.strerror}") from None
-        return file, theirs
+        return theirs
 
     def _attach(self, home: Home) -> None:
         """Listen to a new home.
@@ -116,11 +129,27 @@ class Homes:
         home = self._by_identity.get(identity)
         return home.file if home is not None and home.guest is guest else None
 
+    def shown(self, guest: Guest, inode: int, token: bytes) -> File:
+        """Find the file whose home has this inode, for a program that holds the home: it has written the token there.
+
+        Raises:
+            DeviceError: EBADF: it is no home of this domain. EACCES: no such token has come there.
+        """
+        home = self._by_identity.get((self._device, inode))
+        if home is None or home.guest is not guest:
+            raise DeviceError(errno.EBADF, f"inode {inode} is no open device file of domain {guest.domid}")
+        if not (is_token(token) and home.has_heard(token)):
+            raise DeviceError(errno.EACCES, "this token was not written to that file; write it there first")
+        return home.file
+
     def close_those_of(self, guest: Guest) -> None:
         """Close the homes of a domain that ends."""
         for descriptor, home in list(self._homes.items()):
             if home.guest is guest:
                 self._close(descriptor)
+        for file, kept in list(self._kept.items()):
+            if kept.guest is guest:
+                self._end(file)
 
     def _serve(self, home: Home, events: int) -> None:
         if events & WRITABLE:
@@ -142,42 +171,49 @@ class Homes:
             self._loop.unwatch(descriptor)
         home.close()  # and with it, it is out of the epoll
         home.guest.descriptors.give(1)
-        self._let_go(home.file)
-        self._machine.close(home.guest, home.file)
+        kept = self._kept.get(home.file)
+        if kept is None:
+            self._machine.close(home.guest, home.file)
+            return
+        kept.homes -= 1
+        if not (kept.homes or home.file.records):
+            self._end(home.file)
 
-    # Homes that are kept.
+    # Files that are kept.
 
-    def keep(self, file: File, descriptors: list[int]) -> None:
-        """Hold a copy of a home, as long as something is mapped of its file.
+    def keep(self, guest: Guest, file: File) -> None:
+        """Keep a file open as long as something is mapped of it, also without a home.
 
         Raises:
-            DeviceError: EBADF: that is not its home. EINVAL: nothing is mapped of it.
+            DeviceError: EINVAL: nothing is mapped of it.
         """
-        home = self._by_identity.get(identity_of(descriptors[0])) if descriptors else None
-        if home is None or home.file is not file:
-            raise DeviceError(errno.EBADF, "only the home of that very file is kept")
         if not file.records:
             raise DeviceError(errno.EINVAL, "nothing is mapped of that file")
-        if file not in self._kept:
-            self._kept[file] = os.dup(descriptors[0])
+        self._kept.setdefault(file, _Kept(guest))
 
-    def kept(self, file: File) -> int:
-        """Give the copy of a home that is kept.
+    def another(self, file: File) -> socket.socket:
+        """Make another home of a file that is kept, and return the program's end.
 
         Raises:
-            DeviceError: EBADF: there is none.
+            DeviceError: EBADF: it is not kept. EMFILE: it has too many homes, or the machine has no descriptors left.
         """
-        descriptor = self._kept.get(file)
-        if descriptor is None:
-            raise DeviceError(errno.EBADF, "the home of this file is not kept")
-        return descriptor
+        kept = self._kept.get(file)
+        if kept is None:
+            raise DeviceError(errno.EBADF, "this file is not kept, so it has the home that it had")
+        if kept.homes >= _MOST_HOMES:
+            raise DeviceError(errno.EMFILE, f"this file has {_MOST_HOMES} homes already; close some")
+        theirs = self._make(kept.guest, file)
+        kept.homes += 1
+        return theirs
 
     def keep_no_longer(self) -> None:
-        """Close the kept homes of files of which nothing is mapped any more."""
-        for file in [file for file in self._kept if not file.records]:
-            self._let_go(file)
+        """Close the kept files that have neither a map nor a home."""
+        for file, kept in list(self._kept.items()):
+            if not file.records:
+                if not kept.homes:
+                    self._end(file)
+                elif kept.homes == 1:
+                    del self._kept[file]
 
-    def _let_go(self, file: File) -> None:
-        descriptor = self._kept.pop(file, None)
-        if descriptor is not None:
-            os.close(descriptor)
+    def _end(self, file: File) -> None:
+        self._machine.close(self._kept.pop(file).guest, file)

@@ -22,6 +22,7 @@ from gntalloc.machine.disturbed import DisturbedPorts
 from gntalloc.machine.quotas import Share, descriptors_of_this_process
 from gntalloc.machine.toolstack import furnish, strip
 from gntalloc.steps import finish_steps
+from gntalloc.unasked import Disposal
 from gntalloc.xenstore.daemon.server import Daemon as Store
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Guest:
         drivers: tuple[Driver, ...] = (gntalloc, gntdev, evtchn, privcmd)
         self.drivers = {driver.name: driver for driver in drivers}
         self.files: set[File] = set()
+        self.disposal = Disposal()
+        """Closes descriptors that its programs send, where they cannot be refused."""
 
 
 class Machine:

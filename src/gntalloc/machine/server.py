@@ -28,6 +28,7 @@ from gntalloc.machine.supervision import Supervision
 from gntalloc.machine.turns import OWN, Turns
 from gntalloc.machine.waits import Waits
 from gntalloc.places import domain_path
+from gntalloc.unasked import Disposal
 
 if TYPE_CHECKING:
     from gntalloc.machine.doors import Peer
@@ -59,6 +60,7 @@ class Server:
         self.homes = Homes(self.loop, machine)
         self._waits = Waits()
         self._trimmed = 0  # so many speakers had been dropped when memory was given back
+        self._disposal = Disposal()  # of what comes over control channels
         self._news_of_homes = self._news_of_waits = self._news_of_pages = False
         self.loop.watch(self.homes.fileno(), self._note_homes)
         self.loop.watch(self._waits.fileno(), self._note_waits)
@@ -77,7 +79,7 @@ class Server:
         self._orders = orders_of(
             machine, self._store, self.visits, self._faults, create=self.create, destroy=self.destroy
         )
-        self._doors = Doors(self.loop, folder)
+        self._doors = Doors(self.loop, folder, self._disposal)
         self._doors.open_control(self._let_in_control)
 
     # Domains.
@@ -152,7 +154,7 @@ class Server:
 
     def adopt_control(self, sock: socket.socket, *, until_left: bool = False) -> None:
         """Take orders from `sock`, and end when it does, or with `until_left` when no visitor is left."""
-        control = Control(sock, self._orders)
+        control = Control(sock, self._orders, self._disposal)
         if until_left:
             self.visits.wait_for(control)
         self._add_control(control, ends_the_machine=not until_left)
@@ -224,7 +226,7 @@ class Server:
             raise
 
     def _let_in_control(self, sock: socket.socket) -> None:
-        self._add_control(Control(sock, self._orders), ends_the_machine=False)
+        self._add_control(Control(sock, self._orders, self._disposal), ends_the_machine=False)
 
     def _add_control(self, control: Control, *, ends_the_machine: bool) -> None:
         def ended() -> None:
@@ -236,7 +238,7 @@ class Server:
         self.turns.add(control, OWN, ended)
 
     def _let_in_to_store(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
-        self._store.connect(sock, guest.domid, peer.pid)
+        self._store.connect(sock, guest.domid, peer.pid, guest.disposal)
 
     def _open_store(self, guest: Guest, *, opener: int) -> socket.socket:
         """Make a connection to xenstore, as process `opener` of this domain, and return the program's end.
@@ -249,7 +251,7 @@ class Server:
         except OSError as error:
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         try:
-            self._store.connect(ours, guest.domid, opener)
+            self._store.connect(ours, guest.domid, opener, guest.disposal)
         except DeviceError:
             ours.close()
             theirs.close()

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc import clock
 from gntalloc.errors import DeviceError
-from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import NOT_NOW, READABLE, WRITABLE
 from gntalloc.machine.speaker import RUNNABLE, Dropped
 from gntalloc.machine.turns import OWN
+from gntalloc.unasked import Inlet
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.errors import error_for
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from gntalloc.machine.speaker import Speaker
     from gntalloc.machine.turns import Turns
+    from gntalloc.unasked import Disposal
     from gntalloc.xenstore.daemon.server import Daemon
     from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.wire import Message
@@ -61,8 +62,8 @@ class StoreFront:
         self._lines: dict[Session, StoreLine] = {}
         self._lines_of: Counter[int] = Counter()  # by domain
 
-    def connect(self, sock: socket.socket, domid: int, pid: int) -> None:
-        """Serve a program of this domain on `sock`: process `pid`.
+    def connect(self, sock: socket.socket, domid: int, pid: int, disposal: Disposal) -> None:
+        """Serve a program of this domain on `sock`: process `pid`. `disposal` is the domain's.
 
         Raises:
             DeviceError: ECONNREFUSED: domain 0 has released the domain. EMFILE: too many programs are connected.
@@ -73,7 +74,7 @@ class StoreFront:
             session = self._daemon.connect(domid)
         except Refused:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
-        line = StoreLine(sock, session, pid, self)
+        line = StoreLine(sock, session, pid, self, disposal)
         try:
             self._turns.add(line, domid, lambda: self._ended(session))
         except DeviceError:
@@ -168,18 +169,19 @@ class StoreLine:
         session: the daemon's session.
         pid: the process that made it.
         front: serves its requests.
+        disposal: closes descriptors that come though none are due.
     """
 
     companion: Speaker | None = None
     weight = 0
     has_notes = False
 
-    def __init__(self, sock: socket.socket, session: Session, pid: int, front: StoreFront) -> None:
+    def __init__(self, sock: socket.socket, session: Session, pid: int, front: StoreFront, disposal: Disposal) -> None:
         sock.setblocking(False)
-        received.refuse(sock)
         self.session = session
         self.pid = pid
         self._sock = sock
+        self._inlet = Inlet(sock, disposal)
         self._front = front
         self._work: Generator[None, None, None] | None = None  # the rest of a request that is being served
         self._admitted = 0  # so many bytes may be served
@@ -211,14 +213,11 @@ class StoreLine:
             Dropped: the program is gone.
         """
         try:
-            data, descriptors = received.receive(self._sock, _BYTES_A_TURN)
-        except received.Truncated:
-            raise Dropped("there was no room for the descriptors that it sent") from None
+            data = self._inlet.receive(_BYTES_A_TURN)
         except OSError as error:
             if error.errno in NOT_NOW:
                 return
             raise Dropped(error.strerror or str(error)) from None
-        received.let_go(descriptors)
         if not data:
             raise Dropped("it went away")
         self._decoder.add(data)
@@ -277,7 +276,7 @@ class StoreLine:
 
     def close(self) -> None:
         """See `Speaker`."""
-        received.hang_up(self._sock)
+        self._inlet.close()
         if self._work is not None:
             self._front.bring_to_an_end(self.session.domain.domid, self._work)
 

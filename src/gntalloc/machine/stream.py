@@ -13,9 +13,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from gntalloc import clock
-from gntalloc.machine import descriptors as received
 from gntalloc.machine.loop import NOT_NOW, READABLE, WRITABLE
 from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
+from gntalloc.unasked import Inlet, Unasked
 from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
 from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from gntalloc.machine.speaker import Speaker
+    from gntalloc.unasked import Disposal
     from gntalloc.wire.stream import Message
 
 __all__ = ["MessageStream"]
@@ -30,30 +31,34 @@ __all__ = ["MessageStream"]
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 4096  # some sixty messages, if they are short
 _BYTES_OF_A_LONG_ONE = 65536
-_DESCRIPTORS_A_MESSAGE = 8  # more than any message has
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
 _NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})
 _NOTES_A_TURN = 2 * MOST_UNANSWERED  # all that a correct program sends, and a Placed or two that do not count
 
 
 class MessageStream:
-    """Move messages to and from one program without blocking: a `Speaker`. `serve` answers one message."""
+    """Move messages to and from one program without blocking: a `Speaker`. `serve` answers one message.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Args:
+        sock: the socket to the program.
+        disposal: closes descriptors that come though none are due.
+    """
+
+    def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self.inbox: deque[tuple[Message, list[int]]] = deque()
+        self.inbox: deque[Message] = deque()
         self.companion: Speaker | None = None
+        self._inlet = Inlet(sock, disposal)
         self._decoder = Decoder()
-        self._received: deque[int] = deque()  # descriptors that came, in order, of messages not whole yet
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._stalled_since: float | None = None
         self.weight = 0
         self._admitted = 0  # so many messages of the inbox
         self._rest: Generator[None] | None = None  # the pieces of the message that is served in part
 
-    def serve(self, message: Message, descriptors: list[int]) -> Generator[None] | None:
-        """Answer one message, or give the pieces in which it is answered. The descriptors are closed by the caller."""
+    def serve(self, message: Message) -> Generator[None] | None:
+        """Answer one message, or give the pieces in which it is answered."""
         raise Dropped("nobody listens")
 
     def fileno(self) -> int:
@@ -93,28 +98,24 @@ class MessageStream:
         """
         try:
             size = min(max(_BYTES_A_TURN, self._decoder.missing), _BYTES_OF_A_LONG_ONE)
-            data, descriptors = received.receive(self.sock, size)
-        except received.Truncated:
-            raise Dropped("there was no room for the descriptors that it sent") from None
+            data = self._inlet.receive(size)
+        except Unasked as error:
+            raise Dropped(str(error)) from None
         except OSError as error:
             if error.errno in NOT_NOW:
                 return
             raise Dropped(f"it cannot be read any more: {error.strerror}") from None
-        self._received.extend(descriptors)
         if not data:
             raise Dropped("it went away")
         if self.weight or len(data) > _BYTES_A_TURN:
             self.weight += len(data)
-        waiting = self._received
         try:
             for message in self._decoder.feed(data):
-                if message.descriptors > len(waiting):
-                    raise Dropped("it announced descriptors that did not come")
-                self.inbox.append((message, [waiting.popleft() for _ in range(message.descriptors)]))
+                if message.descriptors:
+                    raise Dropped("it announced descriptors, and the machine takes none")
+                self.inbox.append(message)
         except Garbage as error:
             raise Dropped(f"what it sent is no message: {error}") from None
-        if len(waiting) > (_DESCRIPTORS_A_MESSAGE if self._decoder.in_the_middle else 0):
-            raise Dropped("it sent descriptors that belong to no message")
         self._judge()
 
     def admit(self) -> None:
@@ -153,18 +154,15 @@ class MessageStream:
     @property
     def has_notes(self) -> bool:
         """See `Speaker`."""
-        return bool(self.inbox) and self.inbox[0][0].kind in _NOTES and not self._outbox and self._rest is None
+        return bool(self.inbox) and self.inbox[0].kind in _NOTES and not self._outbox and self._rest is None
 
     def _serve_next(self) -> None:
-        message, descriptors = self.inbox.popleft()
+        message = self.inbox.popleft()
         self._admitted -= 1
         if self.weight:
             more = self.inbox or self._decoder.in_the_middle
             self.weight = max(0, self.weight - len(message.payload)) if more else 0
-        try:
-            self._rest = self.serve(message, descriptors)
-        finally:
-            received.let_go(descriptors)
+        self._rest = self.serve(message)
 
     def _go_on(self, until: float) -> None:
         """Serve pieces of the message that is served in part, if one is: one piece, and more until then."""
@@ -259,17 +257,13 @@ class MessageStream:
         rest, self._rest = self._rest, None
         if rest is not None:
             rest.close()
-        for _, descriptors in self.inbox:
-            self._received.extend(descriptors)
-        received.let_go(list(self._received))
         self.weight = 0
         for _, meant in self._outbox:
             for descriptor in meant:
                 os.close(descriptor)
-        self._received.clear()
         self.inbox.clear()
         self._outbox.clear()
-        received.hang_up(self.sock)
+        self._inlet.close()
 
     def _judge(self) -> None:
         if not self._outbox and (self.inbox or not self._decoder.in_the_middle):

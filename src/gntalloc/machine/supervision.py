@@ -1,18 +1,25 @@
 """Serve a run's supervisor beyond its own calls, and hand calls over to it.
 
 The machine serves the system calls of its own user's programs itself (syscalls.py), over a listener that the supervisor
-sends. The supervisor places maps, since ptrace waits for the program. It takes over all calls from the moment on when
-the machine may not look into the program, or a debugger traces it.
+lends it. The supervisor places maps, since ptrace waits for the program. It takes over all calls from the moment on
+when the machine may not look into the program, or a debugger traces it.
+
+A listener is the only descriptor that the machine takes from anybody, over a line for nothing else, and only from
+programs of its own user. What is sent there and is none is closed in a thread, which may be held up.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from typing import TYPE_CHECKING
 
+from gntalloc.errors import DeviceError
 from gntalloc.machine.connection import pieces_of_plan
 from gntalloc.machine.speaker import Dropped
-from gntalloc.machine.syscalls import Syscalls, may_be_served
+from gntalloc.machine.syscalls import Syscalls, is_listener, may_be_served
+from gntalloc.unasked import receive
 from gntalloc.wire.messages import (
     PLACE,
     TAKE_OVER,
@@ -21,6 +28,7 @@ from gntalloc.wire.messages import (
     Brought,
     Home,
     Keep,
+    Lend,
     Serve,
     frame,
 )
@@ -55,23 +63,44 @@ class Supervision:
         self._homes = homes
         self._open_store = open_store
         self._carry_out = carry_out
+        self._lines: dict[Connection, socket.socket] = {}
         self._runs: dict[Connection, _Run] = {}
         self.handlers: Mapping[type, Handler] = {
+            Lend: self._lend,
             Serve: self._serve,
             Behalf: self._behalf,
             Keep: self._keep,
             Home: self._home,
         }
 
-    def _serve(self, connection: Connection, message: Message, asked: Serve, descriptors: list[int]) -> None:
-        if connection in self._runs or not descriptors:
+    def _lend(self, connection: Connection, message: Message, asked: Lend) -> None:
+        guest = connection.guest
+        may = may_be_served(connection.peer.uid, asked.namespace) and not guest.disposal.full
+        if connection in self._lines or not may:
             connection.answer(message)
             return
-        if not may_be_served(connection.peer.uid, asked.namespace, descriptors[0]):
+        guest.descriptors.take(1, errno.EMFILE, "a line for a listener")
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            guest.descriptors.give(1)
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        self._lines[connection] = ours
+        connection.when_ended(lambda: self._take_down(connection))
+        with theirs:
+            connection.answer(message, result=1, descriptors=[theirs.fileno()])
+
+    def _take_down(self, connection: Connection) -> None:
+        connection.guest.disposal.hang_up(self._lines.pop(connection))
+        connection.guest.descriptors.give(1)
+
+    def _serve(self, connection: Connection, message: Message, asked: Serve) -> None:
+        listener = self._listener_of(connection)
+        if listener is None:
             connection.answer(message)
             return
         run = _Run(connection, self._turns, self._carry_out)
-        calls = Syscalls(connection.guest, os.dup(descriptors[0]), self._homes, self._open_store, run)
+        calls = Syscalls(connection.guest, listener, self._homes, self._open_store, run)
         run.begin(calls)
         self._runs[connection] = run
         connection.when_ended(lambda: self._ended(connection))
@@ -80,18 +109,32 @@ class Supervision:
         finally:
             os.close(calls.notes)
 
+    def _listener_of(self, connection: Connection) -> int | None:
+        """Take the listener that was sent over the connection's line. Whatever else came there is disposed of."""
+        if connection in self._runs or connection not in self._lines:
+            return None
+        try:
+            _, descriptors = receive(self._lines[connection], 1)
+        except OSError:
+            return None
+        if len(descriptors) == 1 and is_listener(descriptors[0]):
+            return descriptors[0]
+        connection.guest.disposal.close(descriptors)
+        return None
+
     def _ended(self, connection: Connection) -> None:
         self._runs.pop(connection).end()
 
-    def _behalf(self, connection: Connection, message: Message, told: Behalf, descriptors: list[int]) -> None:
+    def _behalf(self, connection: Connection, message: Message, told: Behalf) -> None:
         connection.pid, connection.by_offset = told.process, bool(told.by_offset)
 
-    def _keep(self, connection: Connection, message: Message, asked: Keep, descriptors: list[int]) -> None:
-        self._homes.keep(connection.file(asked.handle), descriptors)
+    def _keep(self, connection: Connection, message: Message, asked: Keep) -> None:
+        self._homes.keep(connection.guest, connection.file(asked.handle))
         connection.answer(message)
 
-    def _home(self, connection: Connection, message: Message, asked: Home, descriptors: list[int]) -> None:
-        connection.answer(message, descriptors=[self._homes.kept(connection.file(asked.handle))])
+    def _home(self, connection: Connection, message: Message, asked: Home) -> None:
+        with self._homes.another(connection.file(asked.handle)) as programs_end:
+            connection.answer(message, descriptors=[programs_end.fileno()])
 
 
 class _Run:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from gntalloc.syscalls.listener import Call
     from gntalloc.wire.memory import Region
 
-__all__ = ["Handover", "OpenStore", "Syscalls", "may_be_served", "process_namespace"]
+__all__ = ["Handover", "OpenStore", "Syscalls", "is_listener", "may_be_served", "process_namespace"]
 
 log = logging.getLogger("gntalloc.machine")
 
@@ -70,13 +70,17 @@ def process_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-def may_be_served(uid: int, namespace: int, descriptor: int) -> bool:
-    """Say whether we serve the calls that come over `descriptor`, for a supervisor of that user."""
-    return (
-        uid == os.getuid()
-        and namespace == process_namespace()
-        and os.readlink(f"/proc/self/fd/{descriptor}") == _LISTENER
-    )
+def may_be_served(uid: int, namespace: int) -> bool:
+    """Say whether we serve calls for a supervisor of that user, whose numbers of processes are of that namespace."""
+    return uid == os.getuid() and namespace == process_namespace()
+
+
+def is_listener(descriptor: int) -> bool:
+    """Say whether this is a listener. No fstat(2) is made: of a file on FUSE it may wait for another program."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == _LISTENER
+    except OSError:
+        return False
 
 
 class Handover(Protocol):

@@ -15,8 +15,10 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.abi.gntdev import MAP_GRANT_REF
+from gntalloc.descriptors import inode_of_socket
 from gntalloc.errors import DeviceError, MachineBroke, MachineGone
 from gntalloc.guest.connection import Descriptor, MachineConnection
+from gntalloc.guest.showing import is_home, show
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.syscalls.arguments import regions_of
 from gntalloc.syscalls.listener import Call
@@ -31,12 +33,12 @@ from gntalloc.wire.messages import (
     Ioctl,
     IoctlAnswer,
     Keep,
+    Lend,
     Mmap,
     MmapAnswer,
     Open,
     Placed,
     Serve,
-    Show,
     ShowAnswer,
     decode,
 )
@@ -151,9 +153,11 @@ class Files:
         file = self._known.get(inode)
         if file is not None and file.generation == self.channel.generation:
             return file
+        if not is_home(self.channel, inode):
+            return None
         home = Descriptor(fetch(thread, descriptor))
         try:
-            return self._show(home.fileno(), inode) if home.fileno() >= 0 else None
+            return self._show(home.fileno(), inode) if inode_of_socket(home.fileno()) == inode else None
         finally:
             home.close()
 
@@ -171,15 +175,16 @@ class Files:
         if self.swaps.free(process):
             home = self.channel.call(Home(file.handle)).descriptor()
             self.swaps.bring_back(call, descriptor, home.fileno())
+            self._remember(file._replace(inode=os.fstat(home.fileno()).st_ino, away=False))
             home.close()
 
-    def keep(self, file: OpenFile, home: int) -> None:
-        """Have the machine keep the home, which the program will not have for a while."""
-        self.channel.call(Keep(file.handle), [home])
+    def keep(self, file: OpenFile) -> None:
+        """Have the machine keep the file open, though the program has no home of it for a while."""
+        self.channel.call(Keep(file.handle))
 
     def _show(self, home: int, inode: int) -> OpenFile | None:
         try:
-            answer = self.channel.call(Show(), [home])
+            answer = show(self.channel, home)
         except DeviceError:
             return None
         file = OpenFile(answer.number(_LARGEST_HANDLE), answer.read(ShowAnswer).name, self.channel.generation, inode)
@@ -254,7 +259,12 @@ class Files:
             return None
         namespace = os.stat("/proc/self/ns/pid").st_ino
         self._served, self.channel.hears = self.channel.generation, True
-        answer = self.channel.call(Serve(namespace), [listener])
+        lent = self.channel.call(Lend(namespace))
+        if not lent.result:
+            return None
+        with socket.socket(fileno=lent.descriptor().detach()) as line:
+            socket.send_fds(line, [b"!"], [listener])
+        answer = self.channel.call(Serve())
         return answer.descriptor() if answer.result else None
 
     def _user_of_the_machine(self) -> int:

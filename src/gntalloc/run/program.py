@@ -15,6 +15,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING, NoReturn
 
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import GntallocError
 from gntalloc.libc import PR_SET_PDEATHSIG, check, libc
 from gntalloc.run.filter import filter_program, install
@@ -106,9 +107,7 @@ def start(program: Program, extra: dict[str, str], announce: Callable[[int], Non
 
 
 def _expect(line: socket.socket, what: str) -> tuple[int, int]:
-    data, descriptors, _, _ = socket.recv_fds(line, 4, 1)
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
+    data, descriptors = receive_with(line, 4, 1)
     code = int.from_bytes(data, "little")
     if len(data) < 4 or code:
         why = "it runs under `gntalloc run` already" if code == errno.EBUSY else os.strerror(code or errno.ECHILD)

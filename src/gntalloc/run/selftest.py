@@ -15,6 +15,7 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from gntalloc.descriptors import receive_with
 from gntalloc.libc import PR_SET_PDEATHSIG, failure, libc
 from gntalloc.run import program
 from gntalloc.run.files import Piece
@@ -130,7 +131,7 @@ def _program(*, userns: bool = False) -> Iterator[Listener]:
 
 def _told(line: socket.socket) -> int:
     """Receive the descriptor that the child sends when it got so far."""
-    data, descriptors, _, _ = socket.recv_fds(line, 4, 1)
+    data, descriptors = receive_with(line, 4, 1)
     code = int.from_bytes(data, "little")
     if code:
         raise OSError(code, os.strerror(code))

@@ -14,7 +14,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import GntallocError
-from gntalloc.guest.connection import Descriptor
 from gntalloc.run.debugged import Place, Swaps
 from gntalloc.run.explain import Explainer
 from gntalloc.run.files import Files
@@ -22,7 +21,7 @@ from gntalloc.run.injector import Injector, Traced
 from gntalloc.syscalls.listener import NOTES_SIZE, CallerGone
 from gntalloc.syscalls.memory import Denied
 from gntalloc.syscalls.serving import Serving
-from gntalloc.syscalls.threads import fetch, leader_of
+from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,22 +153,17 @@ class Supervisor:
 
     def _swap(self, call: Call, plan: Plan) -> bool:
         """Try to let the program's own call make this map: see run/debugged.py. Return whether it could."""
-        process, descriptor = leader_of(call.thread), call.arguments[4] & 0xFFFFFFFF
+        process = leader_of(call.thread)
         if plan.file is None or len(plan.pieces) != 1 or plan.pieces[0].offset != call.arguments[5]:
             return False
         if not self._swaps.free(process):
             return False
-        home = Descriptor(fetch(process, descriptor))
-        if home.fileno() < 0:
-            return False
         try:
-            self.files.keep(plan.file, home.fileno())
+            self.files.keep(plan.file)
             place = Place(plan.descriptors[0].fileno(), plan.pieces[0].offset, plan.file.handle)
             self._swaps.place(call, process, place, lambda address: self.files.placed(plan, address))
         except OSError:
             return False
-        finally:
-            home.close()
         return True
 
     def _say_once(self, text: str) -> None:

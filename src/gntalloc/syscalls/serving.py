@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from gntalloc.abi.evtchn import DEVICE as EVTCHN
 from gntalloc.abi.evtchn import RESET
+from gntalloc.descriptors import inode_of_socket
 from gntalloc.errors import GntallocError
 from gntalloc.syscalls.listener import CallerGone
 from gntalloc.syscalls.memory import Denied, Memory
 from gntalloc.syscalls.threads import Threads, fetch
+from gntalloc.unasked import Disposal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +129,7 @@ class Serving(Generic[F]):
         self._files = files
         self._say = say
         self._threads = Threads()
+        self._disposal = Disposal()
         self._serve: dict[int, Callable[[Call], Steps[None] | None]] = {
             IOCTL: self._ioctl,
             MMAP: self._mmap,
@@ -236,7 +239,7 @@ class Serving(Generic[F]):
             return None
         process = self._threads.process(thread)
         if arguments[1] & _LOW_INT == RESET and self._files.name(file) == EVTCHN:
-            _empty(fetch(thread, descriptor), identity)
+            self._empty(fetch(thread, descriptor), identity)
         result = self._files.ioctl(call, process, file)
         if not isinstance(result, int):
             return self._answer_in_steps(call, result)
@@ -245,6 +248,20 @@ class Serving(Generic[F]):
 
     def _answer_in_steps(self, call: Call, steps: Steps[int]) -> Steps[None]:
         self._listener.answer(call, (yield from steps))
+
+    def _empty(self, home: int, identity: tuple[int, int] | None) -> None:
+        """Throw away the events on a home, if `home` still is that: the machine cannot take them back."""
+        if home < 0:
+            return
+        if identity is None or inode_of_socket(home) != identity[1]:
+            self._disposal.close([home])  # the program has another file there now, which may be slow to close
+            return
+        with socket.socket(fileno=home) as sock:
+            try:
+                while sock.recv(4096, socket.MSG_DONTWAIT):
+                    pass
+            except OSError:
+                pass  # nothing is left
 
     def _change_user(self, call: Call) -> None:
         """Let a program change its user, and stop serving it here: the server must not wait for another user's."""
@@ -275,19 +292,3 @@ class Serving(Generic[F]):
             yield from steps
         except GntallocError as error:
             self._refuse(call, error, device)
-
-
-def _empty(home: int, identity: tuple[int, int] | None) -> None:
-    """Throw away the events on a home, if `home` still is that: the machine cannot take them back."""
-    if home < 0:
-        return
-    try:
-        status = os.fstat(home)
-        if (status.st_dev, status.st_ino) == identity:
-            with socket.socket(fileno=os.dup(home)) as sock:
-                while sock.recv(4096, socket.MSG_DONTWAIT):
-                    pass
-    except OSError:
-        pass  # nothing is left
-    finally:
-        os.close(home)

@@ -39,7 +39,8 @@ class Threads:
     def identity(self, thread: int, descriptor: int) -> tuple[int, int] | None:
         """Give device and inode of the socket or memory file behind a descriptor of this thread.
 
-        None: there is no such descriptor, it cannot be seen, or it is a file of another kind, and none of ours.
+        The device of a memory file is 0 here. None: there is no such descriptor, it cannot be seen, or it is a file of
+        another kind, and none of ours.
         """
         known = self._known.get(thread)
         if known is not None:
@@ -57,9 +58,8 @@ class Threads:
         if link.startswith(_SOCKET):
             return self._sockets, int(link[len(_SOCKET) : -1])
         if link.startswith(_MEMORY):
-            status = os.stat(f"fd/{descriptor}", dir_fd=folder)
-            return status.st_dev, status.st_ino
-        return None  # no stat is made: it may have to wait for another computer (NFS), or another program (FUSE)
+            return 0, _inode(folder, descriptor)
+        return None
 
     def process(self, thread: int) -> int:
         """Give the process of a thread. Call it right after `identity`, which notices if a number was given anew."""
@@ -139,6 +139,21 @@ def _number(status: int, name: bytes, unknown: int) -> int:
         return unknown
     at = text.find(b"\n" + name)
     return unknown if at < 0 else int(text[at + 1 + len(name) :].split(b"\n", 1)[0])
+
+
+def _inode(folder: int, descriptor: int) -> int:
+    """Read the inode of a descriptor's file, since Linux 5.14. No stat(2) is made.
+
+    That may have to wait for another computer (NFS), or another program (FUSE), whose file may have any name.
+
+    Raises:
+        OSError: there is no such descriptor.
+    """
+    details = os.open(f"fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return _number(details, b"ino:", 0)
+    finally:
+        os.close(details)
 
 
 def fetch(thread: int, descriptor: int) -> int:

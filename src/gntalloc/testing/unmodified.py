@@ -85,8 +85,6 @@ class Unmodified:
         told = json.loads(data)
         if "failed" in told:
             raise GntallocError(told["errno"], told["failed"])
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
         self.pid, self._supervisor = told["pid"], told["supervisor"]
         self._descriptors = descriptors  # of both processes; numbers may be another's when they have ended
 

@@ -4,7 +4,7 @@ Always there is the port of an event channel, as libxenvchan has it: it also rin
 our own ends on one computer there may be a *direct* bell beside it: a connected pair of sockets, so that a wake-up does
 not go through the machine, and the end of a process is heard at once. Both have names in the abstract namespace, and
 the server takes only the client whose name it was told in the shared page. Sending never waits: a peer that does not
-read has enough there to wake up from.
+read has enough there to wake up from. No end takes descriptors there: see unasked.py.
 
 One thread sleeps for all: what it hears is told to those who wait beside it.
 """
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc import waits
 from gntalloc.errors import Closed
+from gntalloc.unasked import Disposal, Inlet, refuse
 
 if TYPE_CHECKING:
     from gntalloc.guest.events import Port
@@ -41,6 +42,8 @@ class Bells:
         self._own = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._listening: waits.Socket | None = None
         self._direct: waits.Socket | None = None
+        self._inlet: Inlet | None = None  # of the direct bell
+        self._disposal = Disposal()
         self._direct_number = -1
         self._limit = -1  # microseconds that its recv waits; not known yet
         self.hung_up = False  # the peer's process has closed its direct bell, or ended
@@ -90,11 +93,12 @@ class Bells:
                 if name and whose == name:
                     self.use(direct)
                     break
-                direct.close()
+                Inlet(direct, self._disposal).close()
         self._listening = None
 
     def _socket(self) -> waits.Socket | None:
         made = waits.Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        refuse(made)  # before anybody can connect
         try:
             made.bind(b"")  # the kernel finds a name
         except OSError:
@@ -106,6 +110,7 @@ class Bells:
         """Have a direct bell, which is connected."""
         direct.setblocking(True)
         self._direct = direct
+        self._inlet = Inlet(direct, self._disposal)
         self._direct_number = direct.fileno()
         self._epoll.register(direct, select.EPOLLIN)
 
@@ -189,17 +194,17 @@ class Bells:
 
     def _take_direct(self, flags: int) -> None:
         """One wake-up: hardly ever are there two, and then the next look finds it."""
-        direct = self._direct
-        assert direct is not None
+        inlet = self._inlet
+        assert inlet is not None
         try:
-            heard = direct.recv(1, flags)
+            heard = inlet.receive(1, flags)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:  # or Unasked: such a peer is not listened to there any more
             heard = b""
         if not heard and not self._closing:  # the end, and not by `ring_own`
             self.hung_up = True
-            self._epoll.unregister(direct)
+            self._epoll.unregister(self._direct_number)
             self._direct_number = -1
 
     def hear_now(self) -> None:
@@ -247,5 +252,5 @@ class Bells:
             self._own = -1
         for each in self._direct, self._listening:
             if each is not None:
-                each.close()
-        self._direct = self._listening = None
+                Inlet(each, self._disposal).close()
+        self._direct = self._listening = self._inlet = None

@@ -42,6 +42,7 @@ __all__ = [
     "IoctlMmapAnswer",
     "IoctlTold",
     "Keep",
+    "Lend",
     "Mmap",
     "MmapAnswer",
     "Open",
@@ -60,7 +61,7 @@ __all__ = [
 
 M = TypeVar("M")
 
-VERSION = 5
+VERSION = 6
 MOST_UNANSWERED = 8
 """So many messages without an answer may be sent in a row."""
 NOBODY = 0
@@ -83,7 +84,14 @@ class Open(NamedTuple):
 
 
 class Show(NamedTuple):
-    """Show a home over a new channel. The result is the file's handle on this channel. Answer: ShowAnswer."""
+    """Show a home over a new channel. The result is the file's handle on this channel. Answer: ShowAnswer.
+
+    The home is named by its inode. A `token` (wire/token.py) has been written to it before, which only its holders can
+    do. EBADF: the domain has no such home. EACCES: this token was not read there.
+    """
+
+    inode: int
+    token: bytes
 
 
 class ShowAnswer(NamedTuple):
@@ -213,14 +221,21 @@ class IoctlMmapAnswer(NamedTuple):
     written: list[Region]
 
 
-class Serve(NamedTuple):
-    """Ask the machine to serve the calls of a `run`. The result is 1 if it does.
+class Lend(NamedTuple):
+    """Ask for a line over which the machine takes a seccomp listener. The result is 1 if it may take any.
 
-    The answer's descriptor is the page where calls are noted (syscalls/listener.py). `namespace` is the caller's, of
-    processes.
+    The answer's descriptor is the line: send the listener there, with one byte, and then Serve here. `namespace` is the
+    caller's, of processes.
     """
 
     namespace: int
+
+
+class Serve(NamedTuple):
+    """Ask the machine to serve the calls of a `run`, whose listener was sent over the line. The result is 1 if it does.
+
+    The answer's descriptor is the page where calls are noted (syscalls/listener.py).
+    """
 
 
 class Behalf(NamedTuple):
@@ -251,13 +266,13 @@ PLACE, TAKE_OVER = 1, 2
 
 
 class Keep(NamedTuple):
-    """Have the machine hold a home as well, as long as anything is mapped of its file."""
+    """Keep a file open without a home, as long as anything is mapped of it."""
 
     handle: int
 
 
 class Home(NamedTuple):
-    """Ask for the home that is kept, which is the answer's descriptor."""
+    """Ask for another home of a file that is kept, which is the answer's descriptor. The file lives in both."""
 
     handle: int
 
@@ -265,7 +280,7 @@ class Home(NamedTuple):
 FORMS: dict[type, Form] = {
     Hello: Form("=I", kind=1),
     Open: Form("=I", TEXT, kind=2),
-    Show: Form(kind=3, descriptors="the home"),
+    Show: Form("=Q16s", kind=3),
     ShowAnswer: Form("=I", TEXT),
     Ioctl: Form("=IIQ", REGIONS, kind=4),
     IoctlAnswer: Form("=", REGIONS),
@@ -280,11 +295,12 @@ FORMS: dict[type, Form] = {
     Control: Form("=", BYTES, kind=10),
     IoctlMmap: Form("=IIQIIQQ", REGIONS, kind=11),
     IoctlMmapAnswer: MapAndReason(),
-    Serve: Form("=Q", kind=12, descriptors="the seccomp listener"),
+    Serve: Form(kind=12),
     Behalf: Form("=II", kind=13),
     Brought: Form("=IIQ64s", PIECES, kind=14, descriptors="one for each memory file"),
-    Keep: Form("=I", kind=15, descriptors="the home"),
+    Keep: Form("=I", kind=15),
     Home: Form("=I", kind=16),
+    Lend: Form("=Q", kind=17),
 }
 """The form of each kind of message; of a request also its number."""
 KINDS: dict[int, type] = {form.kind: each for each, form in FORMS.items() if form.kind}

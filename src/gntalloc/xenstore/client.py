@@ -24,6 +24,7 @@ from gntalloc import waits
 from gntalloc.clock import Deadline
 from gntalloc.digits import whole_number
 from gntalloc.errors import NoMachine, PeerBroke, TimedOut
+from gntalloc.unasked import refuse
 from gntalloc.xenstore import wire
 from gntalloc.xenstore.connection import Connection
 from gntalloc.xenstore.errors import Conflict, NoNode, StoreError, error_for
@@ -323,5 +324,6 @@ def _connect(path: str) -> int:
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     with waits.Socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
+        refuse(connected)
         connected.connect(path)
         return connected.detach()

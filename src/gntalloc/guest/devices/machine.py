@@ -17,6 +17,7 @@ from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, Ma
 from gntalloc.guest.connection import Answer, Descriptor, MachineConnection
 from gntalloc.guest.control import ControlClient
 from gntalloc.guest.devices import Holders
+from gntalloc.guest.showing import show
 from gntalloc.maps import PAGE_SIZE, Mapping
 from gntalloc.wire.memory import MAX_REGIONS, Region
 from gntalloc.wire.messages import (
@@ -32,7 +33,6 @@ from gntalloc.wire.messages import (
     Open,
     Placed,
     Read,
-    Show,
     Write,
 )
 from gntalloc.wire.messages import Holders as HoldersRequest
@@ -320,7 +320,7 @@ class MachineFile:
     def _show(self, home: Descriptor) -> None:
         channel = self._channel
         try:
-            self._handle = channel.call(Show(), [home.fileno()]).number(_LARGEST_HANDLE)
+            self._handle = show(channel, home.fileno()).number(_LARGEST_HANDLE)
         except DeviceError as refusal:
             if refusal.errno == errno.EBADF:  # that machine, or that domain, is not the one that opened it
                 raise self._gone() from None
