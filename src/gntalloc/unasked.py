@@ -71,13 +71,12 @@ class Disposal:
     """Close descriptors of strangers in threads, which may be held up.
 
     Args:
+        most: with so many not closed yet it is `full`: no more shall be taken in from those that sent them.
         threads: the most threads at a time. What they have not come to yet stays open.
     """
 
-    MOST = 1024
-    """With so many descriptors open still, it is `full`: no more shall be taken in from those that sent them."""
-
-    def __init__(self, threads: int = 2) -> None:
+    def __init__(self, most: int = 1024, threads: int = 2) -> None:
+        self._most = most
         self._most_threads = threads
         self._threads = 0
         self._lock = _thread.allocate_lock()
@@ -92,7 +91,7 @@ class Disposal:
     @property
     def full(self) -> bool:
         """Whether too many are not closed yet."""
-        return self.held >= self.MOST
+        return self.held >= self._most
 
     def close(self, descriptors: Iterable[int]) -> None:
         """Have these descriptors closed. It never waits."""

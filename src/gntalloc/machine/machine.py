@@ -79,7 +79,7 @@ class Guest:
         drivers: tuple[Driver, ...] = (gntalloc, gntdev, evtchn, privcmd)
         self.drivers = {driver.name: driver for driver in drivers}
         self.files: set[File] = set()
-        self.disposal = Disposal()
+        self.disposal = Disposal(min(1024, max(1, descriptors.left // 4)))
         """Closes descriptors that its programs send, where they cannot be refused."""
 
 
