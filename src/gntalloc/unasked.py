@@ -156,6 +156,8 @@ class Inlet:
         """
         if self._only_bytes:
             return self._sock.recv(size, how)
+        if self._disposal.full:
+            raise Unasked("too many descriptors that were sent beside it cannot be closed")
         data, descriptors = receive(self._sock, size, how)
         if descriptors:
             self._disposal.close(descriptors)

@@ -24,6 +24,8 @@ from gntalloc.wire.messages import MORE, kind_of
 from gntalloc.wire.messages import Control as Order
 from gntalloc.wire.stream import MAX_PAYLOAD, Decoder, encode_reply
 
+PATIENCE = 30.0
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -61,7 +63,7 @@ def test_a_list_that_is_made_while_pages_come_and_go() -> None:
                 assert mine == list(kept.refs)
         finally:
             over.set()
-            thread.join()
+            thread.join(PATIENCE)
             kept.close()
 
 
@@ -78,7 +80,7 @@ class Pair:
 
     def close(self) -> None:
         self.client.close()
-        self.thread.join()
+        self.thread.join(PATIENCE)
         self.server.close()
 
 
@@ -158,7 +160,7 @@ def test_a_client_takes_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(MachineBroke, match="100000 bytes"):
             ControlClient("/nowhere", sock=waits.Socket(fileno=theirs.detach())).order("grants")
     finally:
-        thread.join()
+        thread.join(PATIENCE)
         ours.close()
 
 

@@ -286,7 +286,7 @@ def test_a_flood_of_refused_programs(read: bool, tmp_path: Path) -> None:
         process.communicate(timeout=PATIENCE)
         os.close(writer)
         if read:
-            thread.join()
+            thread.join(PATIENCE)
         os.close(reader)
     if read:
         lines = said.decode().splitlines()

@@ -71,6 +71,7 @@ def test_what_was_told_while_the_machine_was_listening_comes_first(
         clients.append(RawClient(domain_path(str(tmp_path), domid)))
     granter, peer = clients
     server.loop.hear(1)
+    server.turns.serve()  # lets them in
 
     def answer(client: RawClient, kind: int, payload: bytes) -> Answer:
         client.send(kind, payload)

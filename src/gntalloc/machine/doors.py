@@ -14,17 +14,22 @@ import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc import clock
 from gntalloc.errors import DeviceError, GntallocError
+from gntalloc.machine.loop import READABLE
+from gntalloc.machine.speaker import RUNNABLE
+from gntalloc.machine.turns import OWN
 from gntalloc.places import control_path, domain_path, store_path
 from gntalloc.unasked import Inlet, refuse
 from gntalloc.wire.messages import NOBODY, Hello, kind_of
 from gntalloc.wire.stream import encode_reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
-    from gntalloc.machine.loop import Loop
     from gntalloc.machine.machine import Guest
+    from gntalloc.machine.speaker import Speaker
+    from gntalloc.machine.turns import Turns
     from gntalloc.unasked import Disposal
 
 __all__ = ["Doors", "Peer"]
@@ -51,20 +56,71 @@ class Peer(NamedTuple):
         return cls(pid, uid)
 
 
+class Door:
+    """Be a socket that programs connect to: a `Speaker`. They are let in one after the other, in its turns.
+
+    Args:
+        listener: the socket.
+        let_in_one: lets the next program in, or refuses it. False: there is none.
+    """
+
+    companion: Speaker | None = None
+    weight = 0
+    has_notes = False
+    standing = READABLE
+
+    def __init__(self, listener: socket.socket, let_in_one: Callable[[], bool]) -> None:
+        self._listener = listener
+        self._let_in_one = let_in_one
+
+    def fileno(self) -> int:
+        """See `Speaker`."""
+        return self._listener.fileno()
+
+    def receive(self, events: int) -> None:
+        """See `Speaker`. A program has knocked."""
+        self.standing = RUNNABLE
+
+    def flush(self) -> None:
+        """See `Speaker`. Nothing is ever sent here."""
+
+    def admit(self) -> None:
+        """See `Speaker`."""
+
+    def take_notes(self, until: float) -> None:
+        """See `Speaker`. There are none."""
+
+    def take_turn(self, until: float) -> None:
+        """See `Speaker`. Let programs in until then, one at least."""
+        while self._let_in_one():
+            if clock.now() >= until:
+                return
+        self.standing = READABLE
+
+    def stalled(self, now: float) -> bool:
+        """See `Speaker`."""
+        return False
+
+    def close(self) -> None:
+        """See `Speaker`. `Doors` closes the socket."""
+
+
 class Doors:
     """Keep the sockets in a machine's folder.
 
     Args:
-        loop: tells of programs that connect.
+        turns: gives each door its turns. A domain's doors have an account of their own, so that programs that only
+            knock keep nobody waiting but those that knock there too.
         folder: the folder for the sockets.
         disposal: closes descriptors that come over the control socket, though none are due.
     """
 
-    def __init__(self, loop: Loop, folder: str, disposal: Disposal) -> None:
-        self._loop = loop
+    def __init__(self, turns: Turns, folder: str, disposal: Disposal) -> None:
+        self._turns = turns
         self._folder = folder
         self._disposal = disposal
         self._listeners: dict[str, socket.socket] = {}
+        self._doors: dict[str, Door] = {}
         self._disposals: dict[str, Disposal] = {}
         self._spare = _spare_descriptor()
 
@@ -81,7 +137,7 @@ class Doors:
             else:
                 Inlet(sock, self._disposal).close()
 
-        self._listen(control_path(self._folder), os.getuid(), accept, self._disposal)
+        self._listen(control_path(self._folder), os.getuid(), accept, self._disposal, OWN)
 
     def open_domain(
         self,
@@ -115,17 +171,20 @@ class Doors:
                 log.info("refused a program at xenstore: %s", why)
                 Inlet(sock, guest.disposal).close()
 
-        self._listen(store, guest.uid, accept_to_store, guest.disposal)
+        key = _key(guest.domid)
+        self._turns.open_account(key, guest.uid)
         try:
-            self._listen(domain, guest.uid, accept, guest.disposal)
+            self._listen(store, guest.uid, accept_to_store, guest.disposal, key)
+            self._listen(domain, guest.uid, accept, guest.disposal, key)
         except GntallocError:
-            self._shut(store)
+            self.shut_domain(guest.domid)
             raise
 
     def shut_domain(self, domid: int) -> None:
         """Let no program into a domain any more."""
         self._shut(domain_path(self._folder, domid))
         self._shut(store_path(self._folder, domid))
+        self._turns.close_account(_key(domid))
 
     def close(self) -> None:
         """Remove all sockets from the folder."""
@@ -134,13 +193,16 @@ class Doors:
         if self._spare >= 0:
             os.close(self._spare)
 
-    def _listen(self, path: str, uid: int, accept: Callable[[socket.socket], None], disposal: Disposal) -> None:
+    def _listen(
+        self, path: str, uid: int, accept: Callable[[socket.socket], None], disposal: Disposal, key: Hashable
+    ) -> None:
         try:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
             why = f"{path} cannot be listened on: {error.strerror}"
             raise GntallocError(error.errno or errno.EIO, why) from None
         refuse(listener)  # first: what is accepted has it from here
+        door = Door(listener, lambda: self._let_in_one(path, accept, disposal))
         unheard = path + "-"
         try:
             if os.path.lexists(path):
@@ -148,39 +210,45 @@ class Doors:
             listener.bind(unheard)
             _reserve(unheard, uid)
             listener.listen(_BACKLOG)
-            self._loop.watch(listener.fileno(), lambda _events: self._take_in(path, accept, disposal))
+            listener.setblocking(False)
+            self._turns.add(door, key)
             os.rename(unheard, path)  # a program that sees it there may connect at once
         except OSError as error:
-            self._loop.forget(listener.fileno())
+            self._turns.drop(door, "it cannot be opened")
             listener.close()
             with contextlib.suppress(OSError):
                 os.unlink(unheard)
             raise GntallocError(error.errno or errno.EIO, f"{path} cannot be listened on: {error.strerror}") from None
-        listener.setblocking(False)
         self._listeners[path] = listener
+        self._doors[path] = door
         self._disposals[path] = disposal
 
     def _shut(self, path: str) -> None:
         listener = self._listeners.pop(path, None)
         if listener is None:
             return  # it was shut because of what came there
-        self._loop.unwatch(listener.fileno())
+        self._turns.drop(self._doors.pop(path), "it is shut")
         Inlet(listener, self._disposals.pop(path)).close()
         try:
             os.unlink(path)
         except OSError:
             pass  # another process has cleared the folder before us, or has taken it from us
 
-    def _take_in(self, path: str, accept: Callable[[socket.socket], None], disposal: Disposal) -> None:
-        listener = self._listeners[path]
+    def _let_in_one(self, path: str, accept: Callable[[socket.socket], None], disposal: Disposal) -> bool:
+        """Let the next program in, or refuse it. False: no program is at that door, or it is shut."""
+        listener = self._listeners.get(path)
+        if listener is None:
+            return False
         if disposal.full:
             log.error("%s is shut: %d descriptors that were sent there cannot be closed", path, disposal.held)
             self._shut(path)
-            return
+            return False
         try:
             sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+        except BlockingIOError:
+            return False
+        except ConnectionAbortedError:
+            return True
         except OSError:
             # No descriptors are left. Accept the program with the spare one and hang up, or it would wake us for ever.
             if self._spare >= 0:
@@ -190,15 +258,21 @@ class Doors:
             except OSError:
                 pass  # the program gave up by itself
             self._spare = _spare_descriptor()
-            return
+            return True
         try:
             accept(sock)
         except OSError as error:
             log.info("refused a program: %s", error)
-            sock.close()
+            Inlet(sock, disposal).close()
         except Exception:
             log.exception("a program could not be let in")
-            sock.close()
+            Inlet(sock, disposal).close()
+        return True
+
+
+def _key(domid: int) -> Hashable:
+    """Name the account of a domain's doors."""
+    return "doors", domid
 
 
 def _spare_descriptor() -> int:

@@ -100,7 +100,7 @@ class Home:
         """Receive the bytes that the program wrote. Empty: its end is closed. None: nothing has come."""
         try:
             data = self._inlet.receive(size)
-        except OSError as error:  # or its holder sent a descriptor
+        except OSError as error:  # also if its holder sent a descriptor
             return None if error.errno in NOT_NOW else b""
         if len(data) >= SIZE_OF_TOKEN:
             self._written = (self._written + data)[-_MOST_WRITTEN:]

@@ -21,9 +21,12 @@ from gntalloc.maps import PAGE_SIZE
 from gntalloc.wire.token import is_token
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gntalloc.drivers.chardev import File
-    from gntalloc.machine.loop import Loop
     from gntalloc.machine.machine import Guest, Machine
+    from gntalloc.machine.speaker import Speaker
+    from gntalloc.machine.turns import Turns
 
 __all__ = ["Homes"]
 
@@ -40,18 +43,66 @@ class _Kept:
         self.homes = 1
 
 
+class Writer:
+    """Hear what programs write to a home of evtchn, and when it has room again: a `Speaker` that is never answered.
+
+    Args:
+        home: the home.
+        serve: takes what was written, or the end of the home.
+    """
+
+    companion: Speaker | None = None
+    weight = 0
+    has_notes = False
+    standing = READABLE
+
+    def __init__(self, home: Home, serve: Callable[[Home, int], None]) -> None:
+        self._home = home
+        self._serve = serve
+
+    def fileno(self) -> int:
+        """See `Speaker`."""
+        return self._home.sock.fileno()
+
+    def receive(self, events: int) -> None:
+        """See `Speaker`. What was written is served at once: it is as short as a note."""
+        self._serve(self._home, events)
+
+    def flush(self) -> None:
+        """See `Speaker`. There is room for events again."""
+        self.standing = READABLE
+        self._home.guest.evtchn.hand_over(self._home.file)
+
+    def admit(self) -> None:
+        """See `Speaker`."""
+
+    def take_notes(self, until: float) -> None:
+        """See `Speaker`."""
+
+    def take_turn(self, until: float) -> None:
+        """See `Speaker`."""
+
+    def stalled(self, now: float) -> bool:
+        """See `Speaker`."""
+        return False
+
+    def close(self) -> None:
+        """See `Speaker`. `Homes` closes the home."""
+
+
 class Homes:
     """Keep the homes of all files.
 
     Args:
-        loop: waits for bytes that programs write to homes of evtchn.
+        turns: hears what programs write to homes of evtchn.
         machine: opens and closes the files.
     """
 
-    def __init__(self, loop: Loop, machine: Machine) -> None:
-        self._loop = loop
+    def __init__(self, turns: Turns, machine: Machine) -> None:
+        self._turns = turns
         self._machine = machine
         self._homes: dict[int, Home] = {}
+        self._writers: dict[Home, Writer] = {}
         self._by_identity: dict[tuple[int, int], Home] = {}
         self._kept: dict[File, _Kept] = {}
         with socket.socket(socket.AF_UNIX) as sock:
@@ -113,8 +164,10 @@ class Homes:
         """
         descriptor, guest = home.sock.fileno(), home.guest
         if home.file.driver is guest.evtchn:
+            writer = Writer(home, self._serve)
             home.carry_events(self._want_room)
-            self._loop.watch(descriptor, lambda events: self._serve(home, events))
+            self._turns.add(writer, guest.domid)
+            self._writers[home] = writer
             guest.evtchn.attach_outlet(home.file, home)
         else:
             home.carry_nothing()
@@ -152,9 +205,6 @@ class Homes:
                 self._end(file)
 
     def _serve(self, home: Home, events: int) -> None:
-        if events & WRITABLE:
-            self._loop.change(home.sock.fileno(), READABLE)
-            home.guest.evtchn.hand_over(home.file)
         data = b"" if events & HUNG_UP else home.receive(PAGE_SIZE)
         if data == b"":
             self._close(home.sock.fileno())
@@ -162,13 +212,17 @@ class Homes:
             home.guest.evtchn.write(home.file, data)
 
     def _want_room(self, home: Home) -> None:
-        self._loop.change(home.sock.fileno(), READABLE | WRITABLE)
+        writer = self._writers.get(home)
+        if writer is not None:
+            writer.standing = READABLE | WRITABLE
+            self._turns.plan(writer)
 
     def _close(self, descriptor: int) -> None:
         home = self._homes.pop(descriptor)
         del self._by_identity[home.identity]
-        if home.carries_events:
-            self._loop.unwatch(descriptor)
+        writer = self._writers.pop(home, None)
+        if writer is not None:
+            self._turns.drop(writer, "its file is closed")
         home.close()  # and with it, it is out of the epoll
         home.guest.descriptors.give(1)
         kept = self._kept.get(home.file)

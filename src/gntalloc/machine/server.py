@@ -57,7 +57,7 @@ class Server:
         self.stopping = False
         self.loop = Loop()
         self.turns = Turns(self.loop, self._settle)
-        self.homes = Homes(self.loop, machine)
+        self.homes = Homes(self.turns, machine)
         self._waits = Waits()
         self._trimmed = 0  # so many speakers had been dropped when memory was given back
         self._disposal = Disposal()  # of what comes over control channels
@@ -79,7 +79,7 @@ class Server:
         self._orders = orders_of(
             machine, self._store, self.visits, self._faults, create=self.create, destroy=self.destroy
         )
-        self._doors = Doors(self.loop, folder, self._disposal)
+        self._doors = Doors(self.turns, folder, self._disposal)
         self._doors.open_control(self._let_in_control)
 
     # Domains.
@@ -188,7 +188,6 @@ class Server:
         self.turns.do(domid, work)
 
     def _note_homes(self, _events: int) -> None:
-        self._trimmed = 0  # so many speakers had been dropped when memory was given back
         self._news_of_homes = True
 
     def _note_waits(self, _events: int) -> None:
@@ -238,7 +237,15 @@ class Server:
         self.turns.add(control, OWN, ended)
 
     def _let_in_to_store(self, sock: socket.socket, guest: Guest, peer: Peer) -> None:
-        self._store.connect(sock, guest.domid, peer.pid, guest.disposal)
+        self._connect_to_store(sock, guest, peer.pid)
+
+    def _connect_to_store(self, sock: socket.socket, guest: Guest, pid: int) -> None:
+        guest.descriptors.take(1, errno.EMFILE, "a connection to xenstore")
+        try:
+            self._store.connect(sock, guest.domid, pid, guest.disposal, ended=lambda: guest.descriptors.give(1))
+        except DeviceError:
+            guest.descriptors.give(1)
+            raise
 
     def _open_store(self, guest: Guest, *, opener: int) -> socket.socket:
         """Make a connection to xenstore, as process `opener` of this domain, and return the program's end.
@@ -251,7 +258,7 @@ class Server:
         except OSError as error:
             raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
         try:
-            self._store.connect(ours, guest.domid, opener, guest.disposal)
+            self._connect_to_store(ours, guest, opener)
         except DeviceError:
             ours.close()
             theirs.close()

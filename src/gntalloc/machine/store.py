@@ -26,7 +26,7 @@ from gntalloc.xenstore.daemon.limits import Refused
 from gntalloc.xenstore.errors import error_for
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from gntalloc.machine.speaker import Speaker
     from gntalloc.machine.turns import Turns
@@ -62,8 +62,12 @@ class StoreFront:
         self._lines: dict[Session, StoreLine] = {}
         self._lines_of: Counter[int] = Counter()  # by domain
 
-    def connect(self, sock: socket.socket, domid: int, pid: int, disposal: Disposal) -> None:
+    def connect(
+        self, sock: socket.socket, domid: int, pid: int, disposal: Disposal, *, ended: Callable[[], None]
+    ) -> None:
         """Serve a program of this domain on `sock`: process `pid`. `disposal` is the domain's.
+
+        `ended` is called when it has gone, unless it was refused.
 
         Raises:
             DeviceError: ECONNREFUSED: domain 0 has released the domain. EMFILE: too many programs are connected.
@@ -76,7 +80,7 @@ class StoreFront:
             raise DeviceError(errno.ECONNREFUSED, f"xenstore was told to talk no more with domain {domid}") from None
         line = StoreLine(sock, session, pid, self, disposal)
         try:
-            self._turns.add(line, domid, lambda: self._ended(session))
+            self._turns.add(line, domid, lambda: self._ended(session, ended))
         except DeviceError:
             self._daemon.disconnect(session)
             raise
@@ -148,7 +152,8 @@ class StoreFront:
                 shown.append({"domid": domid, "pid": line.pid, "watches": watches, "transactions": transactions})
         return shown
 
-    def _ended(self, session: Session) -> None:
+    def _ended(self, session: Session, ended: Callable[[], None]) -> None:
+        ended()
         del self._lines[session]
         self._lines_of[session.domain.domid] -= 1
         self._daemon.disconnect(session)

@@ -312,6 +312,8 @@ class Turns:
             log.exception("a message could not be received")
             self.drop(speaker, "receiving from it failed, see above")
             return
+        if speaker not in self._seats:  # it was dropped for what came
+            return
         if speaker.weight != seat.weight or seat.account.favoured is seat:
             self._weigh(seat, speaker.weight)
         if not speaker.standing & RUNNABLE:

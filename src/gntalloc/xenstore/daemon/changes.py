@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from gntalloc.xenstore.daemon.permissions import Entry
-    from gntalloc.xenstore.daemon.session import Session
     from gntalloc.xenstore.daemon.tree import Node
 
-__all__ = ["Behind", "Change", "Firing"]
+__all__ = ["Change"]
 
 
 class Change(NamedTuple):
@@ -27,22 +23,3 @@ class Change(NamedTuple):
     """The permissions before the change. A domain that could read the node then is told too."""
     exactly: bool = False
     """Whether only watches on this very node fire."""
-
-
-class Firing(NamedTuple):
-    """Hold the changes of one moment, of which these sessions have watches."""
-
-    serial: int
-    changes: Sequence[Change]
-    sessions: Sequence[Session]
-    first: int
-    last: int
-    """The numbers of the watches that fire, from `first` to `last`. Those set since do not."""
-
-
-@dataclass(slots=True)
-class Behind:
-    """Say how far one session has been told of a firing: of `told` of its changes."""
-
-    firing: Firing
-    told: int = 0

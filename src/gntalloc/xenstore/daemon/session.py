@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from struct import Struct, pack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,13 +12,15 @@ from gntalloc.xenstore.daemon.permissions import ALL
 from gntalloc.xenstore.wire import Message, Type
 
 if TYPE_CHECKING:
-    from gntalloc.xenstore.daemon.changes import Behind
+    from collections.abc import Sequence
+
+    from gntalloc.xenstore.daemon.changes import Change
     from gntalloc.xenstore.daemon.domains import Domain
     from gntalloc.xenstore.daemon.limits import Refused
     from gntalloc.xenstore.daemon.permissions import Entry
     from gntalloc.xenstore.daemon.transactions import Transaction
 
-__all__ = ["MOST_UNREAD", "Session", "Watch"]
+__all__ = ["MOST_UNREAD", "Behind", "Firing", "Session", "Watch"]
 
 _EVENT = Struct("=I8xI")
 _AN_EVENT = pack("=I", Type.WATCH_EVENT)
@@ -138,3 +141,22 @@ class Session:
         self.domain.memory += len(data)
         if self.unread > MOST_UNREAD:
             self.closed = True
+
+
+class Firing(NamedTuple):
+    """Hold the changes of one moment, of which these sessions have watches."""
+
+    serial: int
+    changes: Sequence[Change]
+    sessions: Sequence[Session]
+    first: int
+    last: int
+    """The numbers of the watches that fire, from `first` to `last`. Those set since do not."""
+
+
+@dataclass(slots=True)
+class Behind:
+    """Say how far one session has been told of a firing: of `told` of its changes."""
+
+    firing: Firing
+    told: int = 0

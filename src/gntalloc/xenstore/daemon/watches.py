@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gntalloc.xenstore.daemon.changes import Behind, Change, Firing
+from gntalloc.xenstore.daemon.changes import Change
 from gntalloc.xenstore.daemon.permissions import READ, Entry
-from gntalloc.xenstore.daemon.session import Watch
+from gntalloc.xenstore.daemon.session import Behind, Firing, Watch
 from gntalloc.xenstore.daemon.tree import above, parent
 
 if TYPE_CHECKING:
