@@ -23,12 +23,23 @@ if TYPE_CHECKING:
 
     Order = Callable[..., Any]
 
-__all__ = ["Control"]
+__all__ = ["Control", "Pending"]
 
 log = logging.getLogger("gntalloc.machine")
 
 _TEXTS_A_PART = 64
 _LONG_PART = 65536  # bytes
+
+
+class Pending:
+    """Stand for work that an order has begun, and that is done in steps. The answer waits for it.
+
+    Attributes:
+        done: whether it is done.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
 
 
 class Control(MessageStream):
@@ -53,7 +64,12 @@ class Control(MessageStream):
     def _serve(self, message: Message) -> Generator[None]:
         try:
             last = b""
-            for part in _parts(_text(self._obey(json.loads(message.payload)))):
+            answer = self._obey(json.loads(message.payload))
+            if isinstance(answer, Pending):
+                while not answer.done:
+                    yield
+                answer = None
+            for part in _parts(_text(answer)):
                 if last:
                     self.answer(message, result=MORE, body=last)
                     yield

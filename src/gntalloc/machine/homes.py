@@ -18,6 +18,7 @@ from gntalloc.errors import DeviceError
 from gntalloc.machine.home import Home, identity_of
 from gntalloc.machine.loop import HUNG_UP, READABLE, WRITABLE
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import batches
 from gntalloc.wire.token import is_token
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from gntalloc.machine.machine import Guest, Machine
     from gntalloc.machine.speaker import Speaker
     from gntalloc.machine.turns import Turns
+    from gntalloc.steps import Steps
 
 __all__ = ["Homes"]
 
 _MOST_HOMES = 16  # of one file
+_CLOSED_AT_ONCE = 16
 
 
 class _Kept:
@@ -195,11 +198,15 @@ class Homes:
             raise DeviceError(errno.EACCES, "this token was not written to that file; write it there first")
         return home.file
 
-    def close_those_of(self, guest: Guest) -> None:
-        """Close the homes of a domain that ends."""
-        for descriptor, home in list(self._homes.items()):
-            if home.guest is guest:
-                self._close(descriptor)
+    def close_those_of(self, guest: Guest) -> Steps[None]:
+        """Close the homes of a domain that ends, in steps."""
+        theirs = [descriptor for descriptor, home in self._homes.items() if home.guest is guest]
+        for descriptors in batches(theirs, _CLOSED_AT_ONCE):
+            for descriptor in descriptors:
+                home = self._homes.get(descriptor)
+                if home is not None and home.guest is guest:  # else its program was faster
+                    self._close(descriptor)
+            yield
         for file, kept in list(self._kept.items()):
             if kept.guest is guest:
                 self._end(file)

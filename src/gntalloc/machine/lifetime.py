@@ -38,7 +38,7 @@ class Visits:
         *,
         is_there: Callable[[int], bool],
         create: Callable[[int], object],
-        destroy: Callable[[int], None],
+        destroy: Callable[[int], object],
         settle: Callable[[], None],
     ) -> None:
         self.ends_when_left = False

@@ -21,7 +21,7 @@ from gntalloc.hypervisor.ports import EventChannels
 from gntalloc.machine.disturbed import DisturbedPorts
 from gntalloc.machine.quotas import Share, descriptors_of_this_process
 from gntalloc.machine.toolstack import furnish, strip
-from gntalloc.steps import finish_steps
+from gntalloc.steps import batches, finish_steps
 from gntalloc.unasked import Disposal
 from gntalloc.xenstore.daemon.server import Daemon as Store
 
@@ -35,6 +35,7 @@ __all__ = ["BEHAVIOURS", "Guest", "Machine"]
 BEHAVIOURS = {"ours": OURS, "linux": LINUX}
 
 _LENT_AT_ONCE = 16  # extents
+_CLOSED_AT_ONCE = 16  # files
 MAX_FILES = 4096  # open at once in one domain, so that it cannot use up the machine's descriptors
 
 
@@ -74,6 +75,7 @@ class Guest:
         self.gntdev = gntdev
         self.evtchn = evtchn
         self.descriptors = descriptors
+        self.ending = False  # whether it is being destroyed
         self.waits = 0  # for releases of its pages
         self.connections = 0  # of programs to the domain, beside those to xenstore
         drivers: tuple[Driver, ...] = (gntalloc, gntdev, evtchn, privcmd)
@@ -163,9 +165,15 @@ class Machine:
 
     def destroy(self, domid: int) -> None:
         """End a domain: its files close. Pages that others, or its own programs, map stay until they unmap them."""
+        finish_steps(self.begin_to_destroy(domid))
+
+    def begin_to_destroy(self, domid: int) -> Steps[None]:
+        """Give the steps to what `destroy` does: a domain may have thousands of files."""
         guest = self.guest(domid)
-        for file in list(guest.files):
-            self.close(guest, file)
+        for files in batches(list(guest.files), _CLOSED_AT_ONCE):
+            for file in files:
+                self.close(guest, file)
+            yield
         self._event_channels.destroy(domid)
         self._hypervisor.destroy(domid)
         strip(self.store, domid)

@@ -25,7 +25,7 @@ def orders_of(
     faults: Faults,
     *,
     create: Callable[..., str],
-    destroy: Callable[[int], None],
+    destroy: Callable[[int], object],
 ) -> Mapping[str, Callable[..., Any]]:
     """Give each order's function by its name. It is called with the connection that gave the order, and its arguments.
 
@@ -37,7 +37,7 @@ def orders_of(
         visits: the visits of runs.
         faults: the faults for tests.
         create: makes a domain, and gives the path of its socket.
-        destroy: ends one.
+        destroy: begins to end one, and gives a `Pending`.
     """
 
     def create_domain(_owner: Hashable, *, domid: int, uid: int, limit: int | None = None) -> str:

@@ -16,7 +16,7 @@ from gntalloc import clock
 from gntalloc.errors import DeviceError, GntallocError
 from gntalloc.libc import trim
 from gntalloc.machine.connection import Connection, handlers_with
-from gntalloc.machine.control import Control
+from gntalloc.machine.control import Control, Pending
 from gntalloc.machine.doors import Doors
 from gntalloc.machine.faults import Faults
 from gntalloc.machine.homes import Homes
@@ -28,6 +28,7 @@ from gntalloc.machine.supervision import Supervision
 from gntalloc.machine.turns import OWN, Turns
 from gntalloc.machine.waits import Waits
 from gntalloc.places import domain_path
+from gntalloc.steps import batches
 from gntalloc.unasked import Disposal
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ log = logging.getLogger("gntalloc.machine")
 
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
+_DROPPED_AT_ONCE = 8  # speakers of a domain that ends
 _MANY_DROPPED = 64  # speakers, after which there may be much memory to be given back
 _SETTLING = 0.001  # seconds of a round
 _QUIET = 0.25  # seconds without a message, until that is done
@@ -68,7 +70,7 @@ class Server:
         self._faults = Faults(machine)
         self.visits = Visits(
             folder,
-            is_there=lambda domid: domid in machine.guests,
+            is_there=lambda domid: domid in machine.guests and not machine.guests[domid].ending,
             create=lambda domid: self.create(domid, uid=os.getuid()),
             destroy=self.destroy,
             settle=machine.settle,
@@ -101,23 +103,38 @@ class Server:
         self._store.settle()  # tells the domains that watch
         return domain_path(self.folder, domid)
 
-    def destroy(self, domid: int) -> None:
-        """End a domain: no program comes in any more, its programs are disconnected, its files close.
+    def destroy(self, domid: int) -> Pending:
+        """Begin to end a domain. No program comes in any more, its programs are disconnected, its files close.
+
+        A small domain has ended when this returns. Of a large one the rest is done in steps.
 
         Raises:
-            GntallocError: ESRCH: there is none of that number.
+            GntallocError: ESRCH: there is none of that number, or it is ending already.
         """
         guest = self.machine.guest(domid)
+        if guest.ending:
+            raise GntallocError(errno.ESRCH, f"domain {domid} is being ended already")
+        guest.ending = True
         self._doors.shut_domain(domid)
-        for speaker in self.turns:
-            if isinstance(speaker, Connection) and speaker.guest is guest:
-                self.turns.drop(speaker, "its domain was destroyed")
-        self.homes.close_those_of(guest)
         self.visits.forget(domid)
-        self.machine.destroy(domid)
-        self._store.deliver()  # hangs up on its programs
-        self.turns.close_account(domid)
-        self._store.settle()  # tells the domains that watch
+        pending = Pending()
+        self.turns.do(OWN, self._end(guest, pending))
+        return pending
+
+    def _end(self, guest: Guest, pending: Pending) -> Steps[None]:
+        try:
+            theirs = [each for each in self.turns if isinstance(each, Connection) and each.guest is guest]
+            for connections in batches(theirs, _DROPPED_AT_ONCE):
+                for connection in connections:
+                    self.turns.drop(connection, "its domain was destroyed")
+                yield
+            yield from self.homes.close_those_of(guest)
+            yield from self.machine.begin_to_destroy(guest.domid)
+            self._store.deliver()  # hangs up on its programs
+            self.turns.close_account(guest.domid)
+            self._store.settle()  # tells the domains that watch
+        finally:
+            pending.done = True
 
     # The loop.
 
