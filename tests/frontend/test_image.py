@@ -20,6 +20,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fuse import GETATTR, silent_files
 from tests.frontend.conftest import DEVICE, PATIENCE, serve
 from tests.frontend.kit import SIZE, run
 
@@ -134,10 +135,18 @@ def test_what_is_no_image_is_refused_before_it_is_opened(tmp_path: Path) -> None
 # Who else may use it.
 
 
-def held(path: Path, how: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+def start(script: str, *arguments: str, stderr: int | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
     )
+
+
+def held(path: Path, how: str) -> subprocess.Popen[str]:
+    process = start(HOLDER, str(path), how)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -161,6 +170,24 @@ def test_many_may_read_or_one_may_write(image: Path, first: str, second: str, to
     finally:
         end(process)
     opened(image).close()  # the locks went with a process that was killed
+
+
+def test_the_holder_is_found_though_some_process_has_a_file_that_never_answers(image: Path, tmp_path: Path) -> None:
+    """A stranger's file on FUSE: a look at it would never end."""
+    first = held(image, "w")
+    with silent_files(tmp_path / "silent", GETATTR) as files:
+        script = "import os, sys; os.open(sys.argv[1], os.O_RDWR); print('ready', flush=True); sys.stdin.read()"
+        stranger = start(script, files.path)
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "ready\n"
+        second = start(HOLDER, str(image), "w", stderr=subprocess.PIPE)
+        try:
+            said = second.communicate(timeout=PATIENCE)[1]
+        finally:
+            files.end()
+            for process in (first, stranger, second):
+                end(process)
+    assert f"process {first.pid} (" in said
 
 
 @pytest.mark.parametrize(("byte", "how"), [(200, "r"), (200, "w"), (201, "w"), (103, "r"), (101, "r")])

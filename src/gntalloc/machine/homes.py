@@ -1,6 +1,6 @@
 """Keep the homes of all open files. A home is a program's hold on an open file.
 
-Each home ends when its last copy is closed, in any program. The machine sees that here: `fileno` is readable then.
+Each home ends when its last copy is closed, in any program. The machine hears that, as it hears messages.
 
 A file can also be kept without a home, while anything is mapped of it, and get another home then. That is for programs
 under a debugger: for a while they have the pages' memory in place of the home (run/debugged.py). Nothing is lost by it:
@@ -10,7 +10,6 @@ a file lives as long as its maps.
 from __future__ import annotations
 
 import errno
-import select
 import socket
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ class _Kept:
 
 
 class Writer:
-    """Hear what programs write to a home of evtchn, and when it has room again: a `Speaker` that is never answered.
+    """Hear what programs write to a home, its end, and when it has room again: a `Speaker` that is never answered.
 
     Args:
         home: the home.
@@ -97,7 +96,7 @@ class Homes:
     """Keep the homes of all files.
 
     Args:
-        turns: hears what programs write to homes of evtchn.
+        turns: hears what programs write to homes, and their ends.
         machine: opens and closes the files.
     """
 
@@ -110,23 +109,11 @@ class Homes:
         self._kept: dict[File, _Kept] = {}
         with socket.socket(socket.AF_UNIX) as sock:
             self._device, _ = identity_of(sock.fileno())  # the file system of all sockets
-        self._hang_ups = select.epoll()  # of homes that carry nothing: their ends, and bytes that programs write there
-
-    def fileno(self) -> int:
-        """Give a descriptor that is readable when `settle` has something to do."""
-        return self._hang_ups.fileno()
 
     def close(self) -> None:
         """End all homes."""
         for home in self._homes.values():
             home.close()
-        self._hang_ups.close()
-
-    def settle(self) -> None:
-        """Take in the files that programs have closed."""
-        for descriptor, events in self._hang_ups.poll(0, len(self._homes) + 1):
-            if descriptor in self._homes:
-                self._serve(self._homes[descriptor], events)
 
     # Files.
 
@@ -165,19 +152,18 @@ class Homes:
         Raises:
             OSError: it cannot be listened to. Nothing is left then.
         """
-        descriptor, guest = home.sock.fileno(), home.guest
+        guest, writer = home.guest, Writer(home, self._serve)
         if home.file.driver is guest.evtchn:
-            writer = Writer(home, self._serve)
             home.carry_events(self._want_room)
-            self._turns.add(writer, guest.domid)
-            self._writers[home] = writer
-            guest.evtchn.attach_outlet(home.file, home)
         else:
             home.carry_nothing()
-            # Any holder may write to a home, and may send the home through itself. Then only its own queue holds it. So
-            # all that comes is taken out.
-            self._hang_ups.register(descriptor, select.EPOLLIN)
-        self._homes[descriptor] = home
+        # Any holder may write to a home, and may send the home through itself. Then only its own queue holds it. So all
+        # that comes is taken out.
+        self._turns.add(writer, guest.domid)
+        self._writers[home] = writer
+        if home.file.driver is guest.evtchn:
+            guest.evtchn.attach_outlet(home.file, home)
+        self._homes[home.sock.fileno()] = home
         self._by_identity[home.identity] = home
 
     def file_of(self, guest: Guest, identity: tuple[int, int]) -> File | None:

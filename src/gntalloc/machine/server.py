@@ -63,8 +63,7 @@ class Server:
         self._waits = Waits()
         self._trimmed = 0  # so many speakers had been dropped when memory was given back
         self._disposal = Disposal()  # of what comes over control channels
-        self._news_of_homes = self._news_of_waits = self._news_of_pages = False
-        self.loop.watch(self.homes.fileno(), self._note_homes)
+        self._news_of_waits = self._news_of_pages = False
         self.loop.watch(self._waits.fileno(), self._note_waits)
         self.loop.watch(machine.frames.fileno(), self._note_pages)
         self._faults = Faults(machine)
@@ -189,10 +188,7 @@ class Server:
         return min(wait for wait in waits if wait is not None)
 
     def _settle(self) -> None:
-        """Take in the files, maps and waits that programs have given up."""
-        if self._news_of_homes:
-            self._news_of_homes = False
-            self.homes.settle()
+        """Take in the maps and waits that programs have given up."""
         if self._news_of_waits:
             self._news_of_waits = False
             self._waits.settle()
@@ -203,9 +199,6 @@ class Server:
 
     def _later(self, domid: int, work: Steps[None]) -> None:
         self.turns.do(domid, work)
-
-    def _note_homes(self, _events: int) -> None:
-        self._news_of_homes = True
 
     def _note_waits(self, _events: int) -> None:
         self._news_of_waits = True

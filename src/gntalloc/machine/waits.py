@@ -20,6 +20,9 @@ MAX_WAITS = 1024
 """The most waits of one domain, so that it cannot use up the machine's descriptors."""
 
 
+_FORGOTTEN_AT_ONCE = 64
+
+
 class Waits:
     """Keep the waits of all programs."""
 
@@ -32,8 +35,8 @@ class Waits:
         return self._hang_ups.fileno()
 
     def settle(self) -> None:
-        """Forget waits that their programs have ended."""
-        for descriptor, _ in self._hang_ups.poll(0, len(self._waiters) + 1):
+        """Forget waits that their programs have ended, some of them if they are many: the others are told again."""
+        for descriptor, _ in self._hang_ups.poll(0, _FORGOTTEN_AT_ONCE):
             if descriptor in self._waiters:
                 _, _, waiter = self._waiters[descriptor]
                 waiter.forget()
