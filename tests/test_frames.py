@@ -488,7 +488,7 @@ def test_a_lock_that_goes_long_after_its_event_is_seen(bench: Bench, monkeypatch
     monkeypatch.setattr(clock, "now", lambda: moment)
     lives = holders._lives
     monkeypatch.setattr(holders, "_lives", lambda _loan: True)  # the kernel has not got round to it
-    monkeypatch.setattr(holders, "_lease_is_free", lambda _master: False)
+    monkeypatch.setattr(holders, "lease_is_free", lambda _master: False)
     extent = bench.allocate()
     bench.map(extent).close()
     bench.look()
@@ -625,7 +625,7 @@ def test_an_event_without_an_end_is_never_forgotten(
     """The lock of a process that the computer lets run once an hour."""
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(holders, "_lives", lambda _loan: True)
-        meanwhile.setattr(holders, "_lease_is_free", lambda _master: False)
+        meanwhile.setattr(holders, "lease_is_free", lambda _master: False)
         extent = bench.allocate()
         bench.map(extent).close()
         bench.look()

@@ -22,8 +22,9 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
+from gntalloc.descriptions import open_again
 from gntalloc.errors import DeviceError
-from gntalloc.holders import Extent, Holder, Loans, open_again
+from gntalloc.holders import Extent, Holder, Loans
 from gntalloc.libc import libc
 from gntalloc.maps import PAGE_SIZE, Mapping
 from gntalloc.steps import Steps, finish

@@ -22,7 +22,6 @@ Sources: fcntl(2), inotify(7).
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import struct
@@ -31,6 +30,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc import clock
+from gntalloc.descriptions import is_locked, lease_is_free, lock, open_again, see_to_rights
 from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
 from gntalloc.libc import check, libc
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gntalloc.maps import Mapping
     from gntalloc.steps import Steps
 
-__all__ = ["Extent", "Holder", "Loan", "Loans", "News", "open_again"]
+__all__ = ["Extent", "Holder", "Loan", "Loans", "News"]
 
 Holder = TypeVar("Holder")
 
@@ -53,7 +53,6 @@ _IN_ONESHOT = 0x80000000
 _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
 _QUEUE_A_READ = 65536  # bytes of events
-_FLOCK = struct.Struct("=hh4xqqi4x")
 # The most live loans of an extent: so many of its granter's, so many of its peers', and one more of each for each page.
 # A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
@@ -62,8 +61,6 @@ _INTERVALS = (0.001, 0.004, 0.016, 0.064, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0) 
 _USUAL = 6
 _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
 _UNSOLVED = 60.0  # the same, if an event came and none of its looks has seen an end
-_NO_LEASES = {errno.EACCES, errno.EINVAL, errno.ENOLCK}  # root gave the file away; fs.leases-enable is 0
-_OWNER_MAY = 0o600  # the rights of a memory file without which its owner can neither open it nor watch it
 _ASKED_AT_ONCE = 8  # loans of an extent
 _EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 
@@ -182,14 +179,14 @@ class Loans(Generic[Holder]):
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:
-            _see_to_rights(extent.master)
+            see_to_rights(extent.master)
             descriptor = open_again(extent.master, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
             why = f"the machine could not open the page's memory again: {error.strerror}"
             raise DeviceError(errno.ENOMEM, why) from error
         exclusive = granters and writable
         try:
-            byte = _lock(descriptor, extent.next_byte, exclusive=exclusive)
+            byte = lock(descriptor, extent.next_byte, exclusive=exclusive)
         except OSError as error:
             os.close(descriptor)
             why = f"the computer gives no more locks for the page's memory: {error.strerror}"
@@ -209,7 +206,7 @@ class Loans(Generic[Holder]):
     def held(self, extent: Extent[Holder]) -> bool:
         """Say whether the kernel knows of any description outside the machine, whatever the locks say."""
         if extent.lent and not extent.loans:
-            extent.lent = _lease_is_free(extent.master) is False
+            extent.lent = lease_is_free(extent.master) is False
         return extent.lent
 
     def forget(self, extent: Extent[Holder]) -> None:
@@ -382,7 +379,7 @@ class Loans(Generic[Holder]):
     def _listen(self, extent: Extent[Holder]) -> None:
         path = f"/proc/self/fd/{extent.master}".encode()
         try:
-            _see_to_rights(extent.master)
+            see_to_rights(extent.master)
             extent.watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
         except OSError as error:
             why = f"the computer gives no inotify watch for the page's memory ({error.strerror})"
@@ -396,40 +393,6 @@ class Loans(Generic[Holder]):
         extent.watch = -1
 
 
-def open_again(descriptor: int, flags: int) -> int:
-    """Make another open file description of the same file, closed on exec.
-
-    Raises:
-        OSError: what open(2) answered.
-    """
-    return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
-
-
-def _see_to_rights(master: int) -> None:
-    """See that the machine may open and watch a memory file. Each program that has it open may take that away.
-
-    Raises:
-        OSError: another user owns the file by now.
-    """
-    mode = os.fstat(master).st_mode
-    if mode & _OWNER_MAY != _OWNER_MAY:
-        os.fchmod(master, mode | _OWNER_MAY)
-
-
-def _lock(descriptor: int, byte: int, *, exclusive: bool) -> int | None:
-    """Lock a byte, and return it. None: a hostile lock is in the way.
-
-    Raises:
-        OSError: what fcntl(2) answered.
-    """
-    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
-    except BlockingIOError:
-        return None
-    return byte
-
-
 def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
     """Find the loans that ended. A peer can make each question slow: the kernel goes through all locks of a file."""
     ended = []
@@ -438,7 +401,7 @@ def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
             yield
         if not _lives(loan):
             ended.append(loan)
-    if any(loan.byte is None for loan in extent.loans) and _lease_is_free(extent.master):
+    if any(loan.byte is None for loan in extent.loans) and lease_is_free(extent.master):
         ended = list(extent.loans)
     for loan in ended:
         del extent.loans[loan]
@@ -449,24 +412,7 @@ def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
 def _lives(loan: Loan[Holder]) -> bool:
     if loan.byte is None:
         return True
-    # A question for a read lock sees write locks only, so a peer's read locks cannot pose as the granter's.
-    kind = fcntl.F_RDLCK if loan.exclusive else fcntl.F_WRLCK
-    try:
-        answer = fcntl.fcntl(loan.extent.master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, loan.byte, 1, 0))
-    except OSError:
-        loan.extent.unsolved = True  # the kernel does not say: look again
-        return True
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-
-def _lease_is_free(master: int) -> bool | None:
-    """Say whether no other description is left. None: this computer, or root, lets nobody ask; then locks decide."""
-    try:
-        fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except OSError as error:
-        return None if error.errno in _NO_LEASES else False  # False: it is held, or there is no memory to find out
-    try:
-        fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:
-        pass  # the next look takes it back
-    return True
+    locked = is_locked(loan.extent.master, loan.byte, exclusive=loan.exclusive)
+    if locked is None:
+        loan.extent.unsolved = True  # look again
+    return locked is not False
