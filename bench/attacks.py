@@ -14,11 +14,13 @@ import select
 import socket
 import struct
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import gntalloc
 from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
 from gntalloc.abi.gntdev import COPY_SOURCE_GREF, GRANT_COPY, ForeignPage, GrantCopy, GrantCopySegment
+from gntalloc.guest.control import ControlClient
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import store_path
 from gntalloc.wire.memory import Region
@@ -284,6 +286,31 @@ def halves(connections: int, ours: str, _theirs: str) -> None:
         socks = kept
 
 
+def listings(connections: int, ours: str, theirs: str) -> None:
+    """List the grants of the whole machine, as its owner may, while there are very many."""
+    accomplice, domain = gntalloc.current_domain(theirs), gntalloc.current_domain(ours)
+    segments = [accomplice.share(domain.domid, pages=1000) for _ in range(connections // 1000)]
+    with closing(ControlClient(os.path.dirname(ours))) as control:
+        print("begun", flush=True)
+        while segments:
+            control.order("grants")
+
+
+def closings(connections: int, ours: str, _theirs: str) -> None:
+    """Open very many files and connections, and leave them all at once, again and again."""
+    print("begun", flush=True)
+    while True:
+        child = os.fork()
+        if not child:
+            domain = gntalloc.current_domain(ours)
+            files = [domain.devices.open("gntalloc") for _ in range(connections)]
+            socks = [socket.socket(socket.AF_UNIX) for _ in files]
+            for sock in socks:
+                sock.connect(ours)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
 def busy(_connections: int, _ours: str, _theirs: str) -> None:
     """Attack nobody: use a processor."""
     print("begun", flush=True)
@@ -309,6 +336,8 @@ ATTACKS: dict[str, Callable[[int, str, str], None]] = {
     "locks": locks,
     "knocks": knocks,
     "halves": halves,
+    "listings": listings,
+    "closings": closings,
     "busy": busy,
 }
 

@@ -43,10 +43,12 @@ ROWS = (
     ("chains", 1000),
     ("transactions", 1),
     ("maps", 1000),
-    ("big maps", 60_000),
+    ("big maps", 30_000),
     ("locks", 40_000),
     ("knocks", 1),
     ("halves", 1000),
+    ("listings", 10_000),
+    ("closings", 500),
 )
 
 
@@ -62,9 +64,9 @@ class Seen(NamedTuple):
 
 
 def memory(machine: gntalloc.Machine) -> float:
-    """Give the machine's resident memory, without the pages that it shares: MiB."""
+    """Give the machine's resident memory, without the pages that it shares out: MiB."""
     with open(f"/proc/{machine.pid}/status", encoding="ascii") as lines:
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        kilobytes = sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile")))
     return kilobytes / 1024
 
 

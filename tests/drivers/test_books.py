@@ -61,7 +61,7 @@ def a_reference_that_is_free_twice(scene: Scene) -> None:
 
 
 def a_reference_lost(scene: Scene) -> None:
-    scene.granter.guest.table._free.pop()
+    scene.granter.guest.table._free.take_newest(1)
 
 
 def a_reference_nobody_owns(scene: Scene) -> None:

@@ -173,3 +173,18 @@ def test_in_any_order_of_calls_the_counts_agree(seed: int) -> None:
                 ended.add(ref)
         assert table.usage() == (len(pins), 504 - len(pins), 504)
         assert all((2,) * bool(count) == table.mapped_by(ref) for ref, count in pins.items())
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+def test_references_are_given_out_in_order_however_many_there_were(oldest_first: bool) -> None:
+    table: GrantTable[str] = GrantTable(1, max_frames=64, oldest_first=oldest_first)
+    refs = table.permit(2, [""] * 30_000, readonly=False)
+    assert len(set(refs)) == 30_000
+    assert table.end(refs) == []
+    given = table.permit(2, [""] * 20_000, readonly=False)
+    assert len(set(given)) == 20_000
+    if not oldest_first:
+        assert given == refs[::-1][:20_000]  # those freed last come first
+    usage = table.usage()
+    assert (usage.live, usage.live + usage.free) == (20_000, table._frames * 512 - 8)
+    assert sorted([*given, *table._free]) == list(range(8, table._frames * 512))

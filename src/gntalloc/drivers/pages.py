@@ -184,6 +184,8 @@ class GrantedPages:
         for gref in ended:
             del self.grefs[gref]
             gref.state.released.pop(gref.index, None)
+        if not self.grefs:
+            self.grefs.clear()  # gives the memory of very many back
         if self._behaviour.count_held_pages:
             self.in_use -= len(ended)
 

@@ -21,7 +21,6 @@ a mapping is refused for, and with which status).
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc.abi.grants import (
@@ -32,6 +31,7 @@ from gntalloc.abi.grants import (
     V1_ENTRIES_PER_FRAME,
 )
 from gntalloc.errors import BooksWrong
+from gntalloc.hypervisor.references import References
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -104,7 +104,7 @@ class GrantTable(Generic[Frame]):
         self._oldest_first = oldest_first
         self._refuse_while_ending = refuse_while_ending
         self._frames = 1
-        self._free = deque(range(RESERVED_REFS, V1_ENTRIES_PER_FRAME))
+        self._free = References(range(RESERVED_REFS, V1_ENTRIES_PER_FRAME))
         self._entries: dict[int, Entry[Frame]] = {}
 
     def permit(self, domid: int, frames: Sequence[Frame], *, readonly: bool) -> list[int]:
@@ -113,15 +113,15 @@ class GrantTable(Generic[Frame]):
         Raises:
             TableFull: the table is at its maximum.
         """
-        take = self._free.popleft if self._oldest_first else self._free.pop
-        refs = [take() for _ in range(min(len(frames), len(self._free)))]
+        take = self._free.take_oldest if self._oldest_first else self._free.take_newest
+        refs = take(len(frames))
         while len(refs) < len(frames):
             try:
                 self._grow()
             except TableFull:
                 self._free.extend(refs)
                 raise
-            refs += [take() for _ in range(min(len(frames) - len(refs), len(self._free)))]
+            refs += take(len(frames) - len(refs))
         self._entries.update(zip(refs, [Entry(domid, frame, readonly) for frame in frames], strict=True))
         return refs
 
@@ -138,6 +138,8 @@ class GrantTable(Generic[Frame]):
                 del self._entries[ref]
                 freed.append(ref)
         self._free.extend(freed)
+        if not self._entries:
+            self._entries.clear()  # gives the memory of very many back
         return kept
 
     def look(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:

@@ -7,9 +7,11 @@ when.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from gntalloc import clock
@@ -43,8 +45,10 @@ log = logging.getLogger("gntalloc.machine")
 MAX_CONNECTIONS = 1024
 """The most connected programs of one domain, so that it cannot use up the machine's descriptors."""
 _DROPPED_AT_ONCE = 8  # speakers of a domain that ends
-_MANY_DROPPED = 64  # speakers, after which there may be much memory to be given back
+_MANY_ROUNDS = 1000  # after which there may be memory to be given back
 _SETTLING = 0.001  # seconds of a round
+_AFTER_A_FAULT = 0.01  # seconds, lest a fault that stays takes a whole processor
+_FEW_PAGES = 4096
 _QUIET = 0.25  # seconds without a message, until that is done
 _LEAVING = 0.05  # seconds between looks whether a run is coming in
 
@@ -61,7 +65,7 @@ class Server:
         self.turns = Turns(self.loop, self._settle)
         self.homes = Homes(self.turns, machine)
         self._waits = Waits()
-        self._trimmed = 0  # so many speakers had been dropped when memory was given back
+        self._rounds = 0  # since memory was given back
         self._disposal = Disposal()  # of what comes over control channels
         self._news_of_waits = self._news_of_pages = False
         self.loop.watch(self._waits.fileno(), self._note_waits)
@@ -144,20 +148,28 @@ class Server:
                 self._serve_a_round()
             except Exception:
                 log.exception("a round could not be served to its end")  # a fault of ours: the machine goes on
+                time.sleep(_AFTER_A_FAULT)
 
     def _serve_a_round(self) -> None:
         patience = self._patience()
-        untidy = self.turns.dropped - self._trimmed >= _MANY_DROPPED
+        self._rounds += 1
+        untidy = self._rounds >= _MANY_ROUNDS
         if untidy and not 0 <= patience < _QUIET:
             patience = _QUIET
         if not self.loop.hear(patience) and untidy and patience == _QUIET:
-            self._trimmed = self.turns.dropped
-            trim()
+            self._rounds = 0
+            self._tidy_up()
         if self._faults.late:
             self._faults.serve()
         self.turns.serve()
         if self.visits.over:
             self.stopping = self.visits.may_end()
+
+    def _tidy_up(self) -> None:
+        """Give memory back to the computer. With few pages the collector is quick, and it gives back some of its own."""
+        if self.machine.frames.pages <= _FEW_PAGES:
+            gc.collect()
+        trim()
 
     def close(self) -> None:
         """Disconnect all programs, and remove the sockets from the folder."""

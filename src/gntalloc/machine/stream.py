@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["MessageStream"]
 
 STALL = 10.0  # seconds without progress until a program is dropped
-_BYTES_A_TURN = 4096  # some sixty messages, if they are short
+_BYTES_A_TURN = 1024  # more than a correct program sends at once, if its messages are short
 _BYTES_OF_A_LONG_ONE = 65536
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
 _NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})

@@ -72,8 +72,6 @@ class Turns:
         self._came: list[Seat] = []  # with messages that were not admitted yet
         self._noted: dict[Seat, None] = {}  # with a note first
         self._slow: set[Speaker] = set()
-        self.dropped = 0
-        """The number of speakers that were dropped so far."""
         self._charged = clock.processor_time()  # all until then is charged
 
     def patience(self) -> float | None:
@@ -170,7 +168,6 @@ class Turns:
         self._slow.discard(speaker)
         seat.account.speakers -= 1
         seat.account.loop.unwatch(speaker.fileno())
-        self.dropped += 1
         if seat.weight or seat.account.favoured is seat:
             self._weigh(seat, 0)
         try:
