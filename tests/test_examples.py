@@ -266,4 +266,4 @@ def test_distrust_on_a_machine_of_a_third(for_all_users: tuple[str, Path]) -> No
         *said, stranger = [each.communicate(timeout=50)[0] for each in started]
         beside.terminate()
     assert sorted("".join(said).splitlines()) == SAID
-    assert "is for uid" in stranger
+    assert "makes one for you" in stranger  # it does not reach the socket at all

@@ -7,11 +7,11 @@ let go of them, which the machine tells by a descriptor: a peer may keep them ma
 from __future__ import annotations
 
 import os
-import select
 import threading
 from collections import Counter, deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from gntalloc import waits
 from gntalloc.errors import GntallocError, PeerQuotaReached
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Quotas:
     def _see_what_is_kept(self) -> None:
         still = []
         for kept in self._kept:
-            poll = select.poll()
-            poll.register(kept.released, select.POLLIN)
+            poll = waits.poll()
+            poll.register(kept.released, waits.POLLIN)
             if poll.poll(0):
                 os.close(kept.released)
                 self._pages[kept.peer] -= kept.pages

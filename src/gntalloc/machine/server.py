@@ -166,7 +166,7 @@ class Server:
             self.stopping = self.visits.may_end()
 
     def _tidy_up(self) -> None:
-        """Give memory back to the computer. With few pages the collector is quick, and it gives back some of its own."""
+        """Give memory back to the computer. With few pages the collector is quick, and gives back some of its own."""
         if self.machine.frames.pages <= _FEW_PAGES:
             gc.collect()
         trim()
