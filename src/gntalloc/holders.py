@@ -227,8 +227,10 @@ class Loans(Generic[Holder]):
             heard: whether `fileno` is readable, as far as is known. If it is not, only looks that are due are made.
             until: when to stop, by `clock.now`. What is left is looked at next time, each party's extents in turn.
         """
-        rare = dict.fromkeys([*self._unheard.take(), *self._unsolved.take()], len(_INTERVALS))
-        looks = {**rare, **self._due()}
+        looks = self._due()
+        rare = [*self._unheard.take(), *self._unsolved.take()] if self._unheard.things or self._unsolved.things else []
+        for extent in rare:
+            looks.setdefault(extent, len(_INTERVALS))
         for watch, mask in self._events() if heard else ():
             if mask & _IN_Q_OVERFLOW:  # some events were lost: look everywhere
                 for extent in list(self._watches.values()):
@@ -311,6 +313,8 @@ class Loans(Generic[Holder]):
 
     def _next(self) -> float | None:
         """Give the time of the next look that is planned."""
+        if not (self._planned or self._unheard.things or self._unsolved.things):  # as often
+            return None
         times = [due for due in (self._unheard.due, self._unsolved.due) if due is not None]
         if self._planned:
             times.append(self._timetable[0][0])

@@ -28,41 +28,43 @@ class Rounds(Generic[Thing]):
 
     def __init__(self, period: float) -> None:
         self._period = period
-        self._things: dict[Thing, None] = {}  # the first is the next
+        self.things: dict[Thing, None] = {}
+        """All things. The first is the next."""
         self._due = 0.0
 
     def __contains__(self, thing: Thing) -> bool:
-        return thing in self._things
+        return thing in self.things
 
     def __iter__(self) -> Iterator[Thing]:
-        return iter(self._things)
+        return iter(self.things)
 
     def add(self, thing: Thing) -> None:
         """Look at a thing from now on, a period from now for the first time. A thing that is there keeps its place."""
-        if not self._things:
+        if not self.things:
             self._due = clock.now() + self._period
-        self._things.setdefault(thing)
+        self.things.setdefault(thing)
 
     def discard(self, thing: Thing) -> None:
         """Look at a thing no more."""
-        self._things.pop(thing, None)
+        if self.things:
+            self.things.pop(thing, None)
 
     @property
     def due(self) -> float | None:
         """The time of the next turn. None: there is nothing to look at."""
-        return self._due if self._things else None
+        return self._due if self.things else None
 
     def take(self) -> list[Thing]:
         """Give the things whose turn is now. They stay, at the end of the line."""
         now = clock.now()
-        if not self._things or self._due > now:
+        if not self.things or self._due > now:
             return []
-        turns = -(-len(self._things) // _AT_ONCE)
+        turns = -(-len(self.things) // _AT_ONCE)
         self._due = now + max(self._period / turns, _LEAST)
-        things = list(islice(self._things, _AT_ONCE))
+        things = list(islice(self.things, _AT_ONCE))
         for thing in things:
-            del self._things[thing]
-            self._things[thing] = None
+            del self.things[thing]
+            self.things[thing] = None
         return things
 
     def took(self, seconds: float) -> None:

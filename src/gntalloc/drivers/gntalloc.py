@@ -127,7 +127,7 @@ class GntallocDriver:
         state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
         self._pages.grefs.update(dict.fromkeys(grefs))
         try:
-            _answer_alloc(address, caller, head, index, grefs)
+            _answer_alloc(address, caller, head, asked._replace(index=index), grefs)
         except DeviceError:
             # The program does not know the index, so it could not free them.
             if self._behaviour.undo_unwritable_reply:
@@ -157,7 +157,7 @@ class GntallocDriver:
                 made += self._grant(file, index, extent, pages, asked)
                 self._pages.coming -= len(pages)
                 yield
-            _answer_alloc(address, caller, head, index, made)
+            _answer_alloc(address, caller, head, asked._replace(index=index), made)
         except BaseException as error:  # the program's end, too
             unmade = asked.count - len(made)
             self._pages.coming -= unmade
@@ -415,14 +415,14 @@ def _state(file: File) -> FileState:
     return cast("FileState", file.state)
 
 
-def _answer_alloc(address: int, caller: Caller, head: bytes, index: int, grefs: list[Gref]) -> None:
+def _answer_alloc(address: int, caller: Caller, head: bytes, answer: AllocGref, grefs: list[Gref]) -> None:
     """Write the answer: Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
 
     Raises:
         DeviceError: EFAULT: the caller's memory cannot be written.
     """
-    answer = AllocGref.unpack_from(head)._replace(index=index).pack()
-    caller.write(address, answer + head[len(answer) :])
+    packed = answer.pack()
+    caller.write(address, packed + head[len(packed) :])
     if grefs:
         refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
         caller.write(address + AllocGref.REFS_OFFSET, refs)

@@ -160,6 +160,11 @@ class Accounts:
         """Whether anything can be served."""
         return bool(self._ready)
 
+    @property
+    def contended(self) -> bool:
+        """Whether several accounts have something to be served."""
+        return len(self._ready) > 1
+
     def next(self) -> Account | None:
         """Give the account that has had the least, of those that have something to be served. None: none has."""
         ready = self._ready

@@ -37,7 +37,20 @@ class Pool:
         self.most = most
         self.remedy = remedy
         self.taken = 0
-        self.by_user: dict[Hashable, int] = {}
+        self._users: dict[Hashable, User] = {}
+
+    def user(self, user: Hashable) -> User:
+        """Give what is counted of a user."""
+        return self._users.setdefault(user, User())
+
+
+class User:
+    """Count what the domains of one user have together."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self) -> None:
+        self.taken = 0
 
 
 class Share:
@@ -51,7 +64,7 @@ class Share:
 
     def __init__(self, pool: Pool, user: Hashable, domid: int) -> None:
         self._pool = pool
-        self._user = user
+        self._user = pool.user(user)
         self._domid = domid
         self.taken = 0
 
@@ -59,8 +72,7 @@ class Share:
     def left(self) -> int:
         """How much more this domain may take now. 0 or less: nothing."""
         pool = self._pool
-        for_user = pool.most - pool.taken - pool.by_user.get(self._user, 0)
-        return for_user - self.taken
+        return pool.most - pool.taken - self._user.taken - self.taken
 
     def take(self, number: int, why: int, what: str) -> None:
         """Take so much, for `what`.
@@ -75,13 +87,15 @@ class Share:
                 f"{what} takes {number} of the machine's {pool.most} {pool.name}, and domain {self._domid} has its "
                 f"share of them: {self.taken}, with {pool.most - pool.taken} still free for all; {pool.remedy}",
             )
-        self.give(-number)
+        self.taken += number
+        self._user.taken += number
+        self._pool.taken += number
 
     def give(self, number: int) -> None:
         """Give so much back."""
         self.taken -= number
         self._pool.taken -= number
-        self._pool.by_user[self._user] = self._pool.by_user.get(self._user, 0) - number
+        self._user.taken -= number
 
 
 def descriptors_of_this_process() -> Pool:

@@ -97,7 +97,9 @@ class MessageStream:
             Dropped: the program is gone, or the bytes are no message.
         """
         try:
-            size = min(max(_BYTES_A_TURN, self._decoder.missing), _BYTES_OF_A_LONG_ONE)
+            size = _BYTES_A_TURN
+            if self._decoder.in_the_middle:
+                size = min(max(size, self._decoder.missing), _BYTES_OF_A_LONG_ONE)
             data = self._inlet.receive(size)
         except Unasked as error:
             raise Dropped(str(error)) from None

@@ -72,6 +72,7 @@ class Turns:
         self._came: list[Seat] = []  # with messages that were not admitted yet
         self._noted: dict[Seat, None] = {}  # with a note first
         self._slow: set[Speaker] = set()
+        self._running: Account | None = None
         self._charged = clock.processor_time()  # all until then is charged
 
     def patience(self) -> float | None:
@@ -115,6 +116,7 @@ class Turns:
         if account.chores:
             account.chores.append(chore)
             return
+        self._run_for(account)
         if not _go_on(chore, clock.now() + _SLICE):
             account.chores.append(chore)
             self._accounts.wake(account)
@@ -227,8 +229,8 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
-            self._let(seat, seat.speaker.admit)
             if seat.speaker in self._seats:
+                seat.speaker.admit()
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
@@ -243,8 +245,8 @@ class Turns:
         for seat in noted:
             del self._noted[seat]
             if seat.speaker.has_notes:
+                self._run_for(seat.account)
                 self._let(seat, seat.speaker.take_notes, end)
-                self._charge(seat.account)
             if clock.now() >= end:
                 break
 
@@ -257,8 +259,10 @@ class Turns:
 
     def _serve_slice(self, account: Account, end: float) -> float:
         """Serve one account for a slice, and return the time."""
+        self._run_for(account)
         now = clock.now()
-        until = min(end, now + _SLICE)
+        until = now + _SLICE
+        until = min(until, end)
         while account.chores and now < until:
             if _go_on(account.chores[0], until):
                 account.chores.popleft()
@@ -271,20 +275,28 @@ class Turns:
             seat.queued = False
             self._let(seat, seat.speaker.take_turn, until)
             now = clock.now()
-        self._charge(account)
+        if self._accounts.contended:
+            self._charge()
         if not account.has_work:
             self._accounts.rest(account)
         return now
 
-    def _charge(self, account: Account) -> None:
-        """Charge an account for what was done since the last charge."""
-        now = clock.processor_time()
-        account.spent += (now - self._charged) * (account.user.busy or 1)
+    def _run_for(self, account: Account) -> None:
+        """Do for an account whatever is done until the next call of this."""
+        if account is not self._running:
+            self._charge()
+            self._running = account
+
+    def _charge(self) -> None:
+        """Charge the account for which something is done, for the time since the last charge."""
+        now, account = clock.processor_time(), self._running
+        if account is not None:
+            account.spent += (now - self._charged) * (account.user.busy or 1)
         self._charged = now
 
     def _heard(self, seat: Seat, events: int) -> None:
+        self._run_for(seat.account)
         self._take_in(seat, events)
-        self._charge(seat.account)
 
     def _take_in(self, seat: Seat, events: int) -> None:
         speaker = seat.speaker
