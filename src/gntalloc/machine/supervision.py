@@ -100,8 +100,17 @@ class Supervision:
             connection.answer(message)
             return
         run = _Run(connection, self._turns, self._carry_out)
-        calls = Syscalls(connection.guest, listener, self._homes, self._open_store, run)
-        run.begin(calls)
+        try:
+            calls = Syscalls(connection.guest, listener, self._homes, self._open_store, run)
+        except OSError as error:
+            os.close(listener)
+            raise DeviceError(errno.ENOMEM, f"the machine cannot serve these calls: {error.strerror}") from None
+        try:
+            run.begin(calls)
+        except DeviceError:
+            calls.close()
+            os.close(calls.notes)
+            raise
         self._runs[connection] = run
         connection.when_ended(lambda: self._ended(connection))
         try:
@@ -148,9 +157,9 @@ class _Run:
 
     def begin(self, calls: Syscalls) -> None:
         """Serve these calls in turn, as long as the supervisor reads the calls that it is handed."""
+        self._turns.add(calls, self._connection.guest.domid, self._forget)
         self._calls = calls
         self._connection.companion = calls
-        self._turns.add(calls, self._connection.guest.domid, self._forget)
 
     def end(self) -> None:
         """Stop serving the run's calls."""
