@@ -229,12 +229,20 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
-            if seat.speaker in self._seats:
-                seat.speaker.admit()
+            if seat.speaker in self._seats and self._could_admit(seat.speaker):
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
                 self._accounts.rest(account)
+
+    def _could_admit(self, speaker: Speaker) -> bool:
+        try:
+            speaker.admit()
+        except Exception:
+            log.exception("a message could not be admitted")  # a fault of ours, or no memory is left
+            self.drop(speaker, "admitting its messages failed, see above")
+            return False
+        return True
 
     def _serve_notes(self) -> None:
         """Serve the notes that wait first."""
