@@ -14,7 +14,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gntalloc.errors import Closed, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone
+from gntalloc.errors import Closed, DeviceError, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone
 from gntalloc.vchan.extension import FINISHED, GOODBYE
 from gntalloc.vchan.layout import GONE, NOT_YET, NOTIFY_READ, NOTIFY_WRITE
 
@@ -252,9 +252,10 @@ class End:
         if self._left:
             return  # said already
         self._left = True
-        with contextlib.suppress(MachineGone):
+        # The machine or this port may have gone before. Then the peer hears of it by itself.
+        with contextlib.suppress(MachineGone, DeviceError):
             self.say(GOODBYE)
         self._page[self.role.my_live] = GONE
         self.atomics.fence()
-        with contextlib.suppress(MachineGone):  # then the peer hears of it by itself
+        with contextlib.suppress(MachineGone, DeviceError):
             self.bells.ring_both()
