@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,12 +17,13 @@ from gntalloc.xenstore import wire
 from gntalloc.xenstore.wire import Decoder, Message, Type, join
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from gntalloc.machine.store import StoreLine
 
 NODES = 300
+PATIENCE = 30.0
 PAST = 0.0
 SOCKETS: list[socket.socket] = []
 
@@ -87,6 +89,13 @@ def rounds(server: Server, number: int) -> None:
         server.turns.serve()
 
 
+def rounds_until(server: Server, done: Callable[[], bool], seen: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < deadline, seen()
+        rounds(server, 1)
+
+
 def a_long_commit(server: Server) -> Client:
     """A client whose commit fires the watches of 30 tokens for each of many nodes, sent and heard but not served."""
     client = Client(server, 1)
@@ -115,7 +124,11 @@ def test_a_turn_is_a_piece_and_the_rest_waits(server: Server) -> None:
             assert other.ask(Type.READ, join("domid")) == b"2"
             assert len(client.answers) == there or turns > NODES
     assert client.answers[there:] == [b"OK\0"], "the next request was served before the one in front of it"
-    rounds(server, 50)
+    rounds_until(
+        server,
+        lambda: len(client.answers) >= there + 2 and client.events >= 30 + 30 * NODES,
+        lambda: (client.answers[there:], client.events),
+    )
     assert client.answers[there:] == [b"OK\0", b"1"]
     assert client.events == 30 + 30 * NODES
 
@@ -131,11 +144,11 @@ def test_others_hear_of_it_though_its_client_has_gone(server: Server, end: str) 
     client.line.take_turn(PAST)
     if end == "hangs up":
         server.turns.drop(client.line, "the test says so")
-        rounds(server, NODES)
+        rounds_until(server, lambda: listener.events >= heard + NODES, lambda: listener.events - heard)
         assert listener.events == heard + NODES
     else:
         server.destroy(1)
-        rounds(server, 2 * NODES)
-        assert listener.events >= heard + NODES
+        rounds_until(server, lambda: listener.events >= heard + NODES, lambda: listener.events - heard)
+        rounds(server, NODES)  # and what else its end causes
     assert not server.machine.store._watches._lagging
     assert Client(server, 2).ask(Type.READ, join("domid")) == b"2"
