@@ -117,13 +117,16 @@ def test_a_turn_is_a_piece_and_the_rest_waits(server: Server) -> None:
     there = len(client.answers)
     turns = 0
     while len(client.answers) == there:
-        assert client.line.standing & RUNNABLE
+        if not client.line.standing & RUNNABLE:  # it is served, and the answer goes as soon as there is room
+            rounds_until(server, lambda: len(client.answers) > there, lambda: client.line.standing)
+            break
         client.line.take_turn(PAST)
         turns += 1
         if turns < 5:
             assert other.ask(Type.READ, join("domid")) == b"2"
             assert len(client.answers) == there or turns > NODES
-    assert client.answers[there:] == [b"OK\0"], "the next request was served before the one in front of it"
+    assert turns > 1
+    assert client.answers[there:][:1] == [b"OK\0"], "the next request was served before the one in front of it"
     rounds_until(
         server,
         lambda: len(client.answers) >= there + 2 and client.events >= 30 + 30 * NODES,
