@@ -27,6 +27,7 @@ from scarce import descriptors_left
 from gntalloc.errors import DeviceError
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
+from gntalloc.steps import finish_steps
 from gntalloc.testing import recount
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Placed:
         self._core = program.machine
         with taken_away(fault):
             plan = program.plan(index * PAGE_SIZE, pages, prot)
-            loans = self._core.carry_out(plan)
+            loans = finish_steps(self._core.carry_out(plan))
         self._mapping = Mapping(pages * PAGE_SIZE, prot=prot)
         descriptors = {loan.extent: loan.descriptor for loan in loans}
         at = 0

@@ -11,6 +11,7 @@ import pytest
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
+from gntalloc.steps import finish_steps
 from gntalloc.testing import FakeMemory
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Map:
     def __init__(self, machine: Machine, file: File, plan: Plan, prot: int) -> None:
         self._machine = machine
         self._mapping = Mapping(plan.record.length, prot=prot)
-        loans = {loan.extent: loan for loan in machine.carry_out(plan)}
+        loans = {loan.extent: loan for loan in finish_steps(machine.carry_out(plan))}
         at = 0
         for piece in plan.pieces:
             size = piece.pages * PAGE_SIZE

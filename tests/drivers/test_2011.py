@@ -16,6 +16,7 @@ from scarce import descriptors_left
 
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE
+from gntalloc.steps import finish_steps
 from gntalloc.testing import FakeMemory
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def test_use_counts_kept_when_an_insertion_fails(core: Core, left: int) -> None:
         program.alloc(2)
     plan = program.plan(0, COUNT)
     with descriptors_left(left), refused(errno.ENOMEM):
-        core.carry_out(plan)
+        finish_steps(core.carry_out(plan))
     program.dealloc(0, COUNT)
     assert counts(program) == NOTHING
 

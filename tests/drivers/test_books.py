@@ -221,7 +221,7 @@ def test_the_machine_ends_and_says_why(tmp_path: Path) -> None:
     def go_wrong(*_: object) -> None:
         raise BooksWrong("on purpose")
 
-    server.machine.guest(1).gntalloc.begin_to_find_holders = go_wrong  # type: ignore[method-assign, assignment]
+    server.machine.guest(1).gntalloc.holders = go_wrong  # type: ignore[method-assign, assignment]
     with socket.socket(socket.AF_UNIX) as program:
         program.connect(str(tmp_path / "1"))
         opened = wire.encode(wire.OPEN, 1, wire.OPEN_REQUEST.pack(os.O_RDWR) + b"gntalloc")

@@ -17,6 +17,7 @@ from gntalloc.abi.grants import BAD_DOMAIN, BAD_GNTREF, DOMID_SELF, GENERAL_ERRO
 from gntalloc.drivers.copy import MAX_SEGMENTS
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_READ
+from gntalloc.steps import finish_steps
 from gntalloc.testing import FakeMemory
 from gntalloc.wire.memory import MessageCaller, Region
 
@@ -229,7 +230,7 @@ def test_the_first_of_two_refusals_is_the_status(copying: Copying) -> None:
 def test_a_granter_that_seals_its_pages_spoils_only_its_own_segments(copying: Copying) -> None:
     """With a read-only grant it may: the machine can then make no map of it any more."""
     sealed = copying.granter.alloc(2, 1, 0)
-    (loan,) = copying.core.carry_out(copying.granter.plan(sealed.at))
+    (loan,) = finish_steps(copying.core.carry_out(copying.granter.plan(sealed.at)))
     fcntl.fcntl(loan.descriptor, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
     loan.close()
     copying.core.settle()

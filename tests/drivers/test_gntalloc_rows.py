@@ -12,6 +12,7 @@ from fake_program import ADDRESS, ALLOC, DEALLOC, RW, Program, refused
 
 from gntalloc.abi.grants import DOMID_SELF
 from gntalloc.maps import PAGE_SIZE, PROT_READ
+from gntalloc.steps import finish_steps
 from gntalloc.testing import FakeMemory
 
 if TYPE_CHECKING:
@@ -310,9 +311,9 @@ def test_row_40_dealloc_while_mapped_page_and_grant_live_on(program: Program) ->
     assert (program.in_use(), program.references()) == (1, 1)
     theirs = Program(program.machine, 2, "gntdev").map(1, *granted.refs)
     assert bytes(theirs.memory[:4]) == b"kept"
-    assert program.guest.gntalloc.holders(program.file, granted.at, 1) == (True, (2,))
+    assert finish_steps(program.guest.gntalloc.holders(program.file, granted.at, 1)) == (True, (2,))
     theirs.unmap()
-    assert program.guest.gntalloc.holders(program.file, granted.at, 1) == (False, ())
+    assert finish_steps(program.guest.gntalloc.holders(program.file, granted.at, 1)) == (False, ())
     mine.unmap()
     nothing_is_left(program)
 
@@ -370,7 +371,7 @@ def test_length_is_rounded_up_to_pages(program: Program) -> None:
     program.alloc(2, 3)
     plan = program.file.mmap(0, PAGE_SIZE + 1, prot=RW, shared=True)
     assert 2 * PAGE_SIZE == plan.record.length == sum(piece.pages for piece in plan.pieces) * PAGE_SIZE
-    for loan in program.machine.carry_out(plan):
+    for loan in finish_steps(program.machine.carry_out(plan)):
         loan.close()
     program.machine.settle()
 
@@ -554,7 +555,7 @@ def test_a_neighbour_that_is_still_mapped_does_not_keep_a_freed_page_readable(pr
         mine[0].memory[:6] = mine[1].memory[:6] = b"secret"
         peer = Program(program.machine, 2, "gntdev")
         index = peer.map_refs(1, granted.refs[:1])
-        loans = program.machine.carry_out(peer.plan(index, prot=PROT_READ))
+        loans = finish_steps(program.machine.carry_out(peer.plan(index, prot=PROT_READ)))
         peer.unmap_refs(index, 1)
         mine[1].unmap()
         program.dealloc(granted.at + PAGE_SIZE)

@@ -11,6 +11,7 @@ import pytest
 from fake_program import ADDRESS, MAP, RW, UNMAP, Granted, Program, close_loans, refused
 
 from gntalloc.maps import PAGE_SIZE, PROT_READ
+from gntalloc.steps import finish_steps
 from gntalloc.testing import FakeMemory
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def test_a_file_opened_for_reading_can_map_for_reading(core: Core) -> None:
 def test_private_and_read_only_is_allowed(pair: Pair) -> None:
     granted = pair.granter.alloc(2)
     index = pair.peer.map_refs(1, granted.refs)
-    close_loans(pair.core.carry_out(pair.peer.plan(index, prot=PROT_READ, shared=False)))
+    close_loans(finish_steps(pair.core.carry_out(pair.peer.plan(index, prot=PROT_READ, shared=False))))
     pair.core.settle()
     pair.peer.unmap_refs(index, 1)
 
@@ -303,7 +304,7 @@ def test_a_read_only_peer_cannot_write_by_opening_its_descriptor_again(pair: Pai
     granted = pair.granter.alloc(2, flags=0)
     mine = pair.granter.mmap(granted.at)
     index = pair.peer.map_refs(1, granted.refs)
-    (loan,) = pair.core.carry_out(pair.peer.plan(index, prot=PROT_READ))
+    (loan,) = finish_steps(pair.core.carry_out(pair.peer.plan(index, prot=PROT_READ)))
     pair.peer.unmap_refs(index, 1)
     again = os.open(f"/proc/self/fd/{loan.descriptor}", os.O_RDWR)
     with pytest.raises(PermissionError):
@@ -372,7 +373,7 @@ def test_the_mapping_domain_ends_its_grants_come_back(pair: Pair) -> None:
     granted = pair.granter.alloc(2)
     pair.peer.map_refs(1, granted.refs)
     index = pair.peer.map_refs(1, granted.refs)
-    loans = pair.core.carry_out(pair.peer.plan(index, prot=RW))
+    loans = finish_steps(pair.core.carry_out(pair.peer.plan(index, prot=RW)))
     pair.core.destroy(2)
     assert pair.pins(granted) == 1  # its process has it mapped still
     close_loans(loans)

@@ -12,6 +12,7 @@ from scarce import descriptors_left
 from gntalloc.drivers import gntdev
 from gntalloc.hypervisor import domains
 from gntalloc.maps import PAGE_SIZE, PROT_READ
+from gntalloc.steps import finish_steps
 
 if TYPE_CHECKING:
     from gntalloc.machine.machine import Machine as Core
@@ -64,7 +65,7 @@ def test_mmap_of_gntalloc_when_descriptors_run_out_after_some(core: Core, left: 
     before = everything(core)
     plan = granter.plan(0, PAGES)
     with descriptors_left(left), refused(errno.ENOMEM, "Too many open files"):
-        core.carry_out(plan)
+        finish_steps(core.carry_out(plan))
     assert everything(core) == before
     granter.mmap(0, PAGES).unmap()
     assert everything(core) == before
@@ -79,7 +80,7 @@ def test_mmap_of_gntdev_when_descriptors_run_out_after_some(core: Core, left: in
     index = peer.map_refs(1, refs)
     plan = peer.plan(index, PAGES)
     with descriptors_left(left), refused(errno.ENOMEM, "Too many open files"):
-        core.carry_out(plan)
+        finish_steps(core.carry_out(plan))
     peer.unmap_refs(index, PAGES)
     assert everything(core) == before
 
@@ -134,7 +135,7 @@ def test_a_map_whose_answer_never_arrived_is_undone(core: Core) -> None:
     peer.map(1, *refs).unmap()
     before = everything(core)
     index = peer.map_refs(1, refs)
-    loans = core.carry_out(peer.plan(index, PAGES))
+    loans = finish_steps(core.carry_out(peer.plan(index, PAGES)))
     peer.unmap_refs(index, PAGES)
     close_loans(loans[1:])
     core.settle()

@@ -38,7 +38,7 @@ from gntalloc.drivers.pages import AT_ONCE, GrantedPages
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.steps import Later, Steps, batches, finish, finish_steps
+from gntalloc.steps import Later, Steps, batches, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -342,12 +342,8 @@ class GntallocDriver:
 
     # Questions: the pages that are there, and their holders.
 
-    def holders(self, file: File, index: int, count: int) -> tuple[bool, tuple[int, ...]]:
-        """Say whether a peer holds any of these pages, and list the domains that are known to map one."""
-        return finish_steps(self.begin_to_find_holders(file, index, count))
-
-    def begin_to_find_holders(self, file: File, index: int, count: int) -> Steps[tuple[bool, tuple[int, ...]]]:
-        """Give the steps to the answer of `holders`."""
+    def holders(self, file: File, index: int, count: int) -> Steps[tuple[bool, tuple[int, ...]]]:
+        """Say, in steps, whether a peer holds any of these pages, and list the domains that are known to map one."""
         held = False
         mapped_by: set[int] = set()
         for number, grefs in enumerate(batches(self._span(file, index, count))):

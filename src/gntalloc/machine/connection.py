@@ -335,7 +335,7 @@ class Connection(MessageStream):
         driver = self.guest.gntalloc
         if file.driver is not driver:
             raise DeviceError(errno.EINVAL, "only pages of gntalloc have holders")
-        held, mapped_by = yield from driver.begin_to_find_holders(file, asked.start, asked.pages)
+        held, mapped_by = yield from driver.holders(file, asked.start, asked.pages)
         body = encode(HoldersAnswer(tuple(mapped_by)))
         if not (asked.wait and held):
             self.answer(message, result=held, body=body)

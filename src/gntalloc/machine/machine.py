@@ -206,16 +206,14 @@ class Machine:
         guest.files.discard(file)
         file.close()
 
-    def carry_out(self, plan: Plan) -> list[Loan]:
-        """Make descriptions for a plan, one for each extent in the order they first appear. Send them, then close them.
+    def carry_out(self, plan: Plan) -> Steps[list[Loan]]:
+        """Make descriptions for a plan, in steps: one for each extent in the order they first appear.
+
+        Send them, then close them.
 
         Raises:
             DeviceError: ENOMEM. Nothing is left of the plan.
         """
-        return finish_steps(self.begin_to_carry_out(plan))
-
-    def begin_to_carry_out(self, plan: Plan) -> Steps[list[Loan]]:
-        """Give the steps to what `carry_out` does: a plan of a thousand extents takes long."""
         loans: dict[object, Loan] = {}
         try:
             for piece in plan.pieces:

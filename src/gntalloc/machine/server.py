@@ -79,7 +79,7 @@ class Server:
             settle=machine.settle,
         )
         self._store = StoreFront(machine.store, self.turns)
-        supervision = Supervision(self.turns, self.homes, self._open_store, machine.begin_to_carry_out)
+        supervision = Supervision(self.turns, self.homes, self._open_store, machine.carry_out)
         self._handlers = handlers_with(supervision.handlers)
         self._orders = orders_of(
             machine, self._store, self.visits, self._faults, create=self.create, destroy=self.destroy
@@ -237,7 +237,7 @@ class Server:
             peer,
             homes=self.homes,
             waits=self._waits,
-            carry_out=self.machine.begin_to_carry_out,
+            carry_out=self.machine.carry_out,
             handlers=self._handlers,
         )
         try:
