@@ -1,10 +1,11 @@
 """What a quiet program waits for while another one attacks the machine.
 
-    python bench/neighbours.py [--only NAME] [--calls N] [--json FILE]
+    python bench/neighbours.py [--only NAME] [--calls N] [--times N] [--json FILE]
 
 A neighbour in a domain of its own shares a page and closes it, again and again, with a pause in between. First it is
 alone, then beside programs that only use the processors as an attack does, then beside each attack: bench/attacks.py.
-Each attack has a machine of its own. Its memory is looked at before, and some seconds after.
+Each attack has a machine of its own. Its memory is looked at before, and some seconds after. With --times the attack is
+repeated on that machine before the last look: does the memory grow?
 """
 
 from __future__ import annotations
@@ -86,38 +87,48 @@ def measure(machine: gntalloc.Machine, calls: int) -> tuple[list[float], bool]:
     return took, False
 
 
-def beside(attacks: list[tuple[str, int]], calls: int) -> Seen:
-    """Measure the neighbour of these attacks on a machine of their own."""
+def beside(attacks: list[tuple[str, int]], calls: int, times: int = 1) -> Seen:
+    """Measure the neighbour of these attacks, the last of so many times, on a machine of their own."""
     with gntalloc.Machine(limit=200_000) as machine:
         addresses = [machine.domain(3).address, machine.domain(4).address]
         machine.domain(2)
         measure(machine, 50)
         before = memory(machine)
-        started = []
-        for name, connections in attacks:
-            command = [sys.executable, str(ATTACKS), name, str(connections), *addresses]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            started.append(process)
-            assert process.stdout is not None
-            if process.stdout.readline() != "begun\n":
-                sys.exit(f"{name} did not begin")
-        time.sleep(0.3)
-        took, gone = measure(machine, calls)
-        for process in started:
-            if process.poll() is not None:
-                print(f"an attack has ended by itself: {process.args}", file=sys.stderr)
-            process.kill()
-            process.wait()
-        time.sleep(CALMS_DOWN)
+        for _ in range(times):
+            took, gone = attacked(machine, attacks, addresses, calls)
         after = memory(machine)
     took.sort()
     return Seen(statistics.median(took), took[len(took) * 99 // 100], took[-1], gone, before, after)
+
+
+def attacked(
+    machine: gntalloc.Machine, attacks: list[tuple[str, int]], addresses: list[str], calls: int
+) -> tuple[list[float], bool]:
+    """Measure the neighbour while these attacks go on, and let the machine calm down afterwards."""
+    started = []
+    for name, connections in attacks:
+        command = [sys.executable, str(ATTACKS), name, str(connections), *addresses]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        if process.stdout.readline() != "begun\n":
+            sys.exit(f"{name} did not begin")
+    time.sleep(0.3)
+    found = measure(machine, calls)
+    for process in started:
+        if process.poll() is not None:
+            print(f"an attack has ended by itself: {process.args}", file=sys.stderr)
+        process.kill()
+        process.wait()
+    time.sleep(CALMS_DOWN)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAME")
     parser.add_argument("--calls", type=int, default=800)
+    parser.add_argument("--times", type=int, default=1, metavar="N")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -128,7 +139,7 @@ def main() -> None:
     print(f"{'ms':28}{'median':>8}{'p99':>8}{'longest':>9}{'MiB':>8}{'after':>8}")
     for name, connections in (None, None), *ROWS:
         if name is not None and connections is not None and options.only in {None, name}:
-            found[f"{name}, {connections:,}"] = beside([(name, connections)], options.calls)
+            found[f"{name}, {connections:,}"] = beside([(name, connections)], options.calls, options.times)
         elif name is not None:
             continue
         for each in list(found)[-2 if name is None else -1 :]:
