@@ -5,22 +5,35 @@ from __future__ import annotations
 import array
 import os
 import socket
+from typing import TYPE_CHECKING
 
-__all__ = ["inode_of_socket", "open_files", "receive_with"]
+if TYPE_CHECKING:
+    import _socket
 
+__all__ = ["MOST", "inode_of_socket", "open_files", "receive_with"]
+
+MOST = 253
+"""The most descriptors of one message: the kernel's SCM_MAX_FD."""
 _SOCKET = "socket:["
 
 
-def receive_with(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+def receive_with(sock: _socket.socket, size: int, most: int = MOST, *, how: int = 0) -> tuple[bytes, list[int]]:
     """Receive up to `size` bytes, and up to `most` descriptors with them, which no program that we start inherits.
 
     `socket.recv_fds` takes flags and ignores them, so its descriptors are inherited (seen in Python 3.11 to 3.14).
+
+    Args:
+        sock: a Unix socket.
+        size: bytes.
+        most: descriptors.
+        how: flags of recvmsg(2).
 
     Raises:
         OSError: what recvmsg(2) answered.
     """
     numbers = array.array("i")
-    data, controls, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(most * numbers.itemsize), socket.MSG_CMSG_CLOEXEC)
+    room = socket.CMSG_SPACE(most * numbers.itemsize)
+    data, controls, _, _ = sock.recvmsg(size, room, how | socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in controls:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers.frombytes(content[: len(content) // numbers.itemsize * numbers.itemsize])

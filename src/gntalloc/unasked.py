@@ -14,13 +14,14 @@ Sources: unix(7), socket(7) on SO_LINGER, linux/net.h on SO_PASSRIGHTS.
 from __future__ import annotations
 
 import _thread
-import array
 import fcntl
 import os
 import socket
 import termios
 from collections import deque
 from typing import TYPE_CHECKING
+
+from gntalloc.descriptors import receive_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,14 +30,10 @@ if TYPE_CHECKING:
 
     AnySocket = socket.socket | waits.Socket
 
-__all__ = ["Disposal", "Inlet", "Unasked", "receive", "refuse"]
+__all__ = ["Disposal", "Inlet", "Unasked", "refuse"]
 
 _SO_PASSRIGHTS = 83  # since Linux 6.16
-_MOST = 253  # descriptors of one message: SCM_MAX_FD
-_SPACE = socket.CMSG_SPACE(_MOST * 4)
-_NOW = int(socket.MSG_DONTWAIT)  # as numbers: flag by flag they cost as much as the call
-_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
-_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+_NOW = int(socket.MSG_DONTWAIT)  # as a number: a flag costs as much as the call
 _SIZE_OF_INT = 4
 
 
@@ -51,20 +48,6 @@ def refuse(sock: AnySocket) -> bool:
     except OSError:
         return False
     return True
-
-
-def receive(sock: AnySocket, size: int, how: int = _NOW) -> tuple[bytes, list[int]]:
-    """Receive up to `size` bytes, and the descriptors that came with them. They do not survive an exec.
-
-    Raises:
-        OSError: EAGAIN: nothing is there. Another: the socket cannot be read any more.
-    """
-    data, controls, _, _ = sock.recvmsg(size, _SPACE, how | _CLOSE_ON_EXEC)
-    descriptors = array.array("i")
-    for level, kind, content in controls:
-        if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
-            descriptors.frombytes(content[: len(content) // 4 * 4])
-    return data, list(descriptors)
 
 
 class Disposal:
@@ -158,7 +141,7 @@ class Inlet:
             return self._sock.recv(size, how)
         if self._disposal.full:
             raise Unasked("too many descriptors that were sent beside it cannot be closed")
-        data, descriptors = receive(self._sock, size, how)
+        data, descriptors = receive_with(self._sock, size, how=how)
         if descriptors:
             self._disposal.close(descriptors)
             raise Unasked("it sent descriptors, and none are due")

@@ -15,11 +15,11 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from gntalloc.descriptors import receive_with
 from gntalloc.errors import DeviceError
 from gntalloc.machine.connection import pieces_of_plan
 from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.syscalls import Syscalls, is_listener, may_be_served
-from gntalloc.unasked import receive
 from gntalloc.wire.messages import (
     PLACE,
     TAKE_OVER,
@@ -123,7 +123,7 @@ class Supervision:
         if connection in self._runs or connection not in self._lines:
             return None
         try:
-            _, descriptors = receive(self._lines[connection], 1)
+            _, descriptors = receive_with(self._lines[connection], 1, how=socket.MSG_DONTWAIT)
         except OSError:
             return None
         if len(descriptors) == 1 and is_listener(descriptors[0]):
