@@ -1,4 +1,4 @@
-"""Share out what the machine has only so much of: descriptors, and memory for messages.
+"""Share out what the machine has only so much of: its descriptors.
 
 A user's domains together may take as much as is still free in the machine. One domain may take as much as is still free
 for its user. So nobody can take all: one domain gets a third, two domains of one user a quarter each, and there is
@@ -9,7 +9,9 @@ Source: the rule is that of dynamic thresholds, by which switches share memory a
 
 from __future__ import annotations
 
+import errno
 import resource
+import socket
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import DeviceError
@@ -90,6 +92,19 @@ class Share:
         self.taken += number
         self._user.taken += number
         self._pool.taken += number
+
+    def socketpair(self, what: str) -> tuple[socket.socket, socket.socket]:
+        """Make a pair of sockets, the first of which the machine keeps and counts: give it back when it is closed.
+
+        Raises:
+            DeviceError: EMFILE: there is too little left for this domain, or for the machine.
+        """
+        self.take(1, errno.EMFILE, what)
+        try:
+            return socket.socketpair()
+        except OSError as error:
+            self.give(1)
+            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
 
     def give(self, number: int) -> None:
         """Give so much back."""

@@ -79,12 +79,7 @@ class Supervision:
         if connection in self._lines or not may:
             connection.answer(message)
             return
-        guest.descriptors.take(1, errno.EMFILE, "a line for a listener")
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            guest.descriptors.give(1)
-            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        ours, theirs = guest.descriptors.socketpair("a line for a listener")
         self._lines[connection] = ours
         connection.when_ended(lambda: self._take_down(connection))
         with theirs:

@@ -229,20 +229,11 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
-            if seat.speaker in self._seats and self._could_admit(seat.speaker):
+            if self._could(seat, seat.speaker.admit):
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
                 self._accounts.rest(account)
-
-    def _could_admit(self, speaker: Speaker) -> bool:
-        try:
-            speaker.admit()
-        except Exception:
-            log.exception("a message could not be admitted")  # a fault of ours, or no memory is left
-            self.drop(speaker, "admitting its messages failed, see above")
-            return False
-        return True
 
     def _serve_notes(self) -> None:
         """Serve the notes that wait first."""
@@ -303,10 +294,8 @@ class Turns:
         self._charged = now
 
     def _heard(self, seat: Seat, events: int) -> None:
+        """Take in what a speaker has sent, unless it or its domain has sent more than it may."""
         self._run_for(seat.account)
-        self._take_in(seat, events)
-
-    def _take_in(self, seat: Seat, events: int) -> None:
         speaker = seat.speaker
         if seat.queued and not speaker.standing & _EVENTS:  # it has sent more than it may: hear no more of it
             self._plan(seat)
@@ -314,25 +303,10 @@ class Turns:
         if self._is_too_heavy(seat) and not events & WRITABLE:
             self._hold_back(seat)
             return
-        try:
-            if events & WRITABLE:
-                speaker.flush()
-            if events & SOMETHING_CAME:
-                speaker.receive(events)
-        except Dropped as reason:
-            self.drop(speaker, str(reason))
+        if events & WRITABLE and not self._could(seat, speaker.flush):
             return
-        except MemoryError:
-            self.drop(speaker, "the machine has no memory left for what it sends")
+        if events & SOMETHING_CAME and not self._could(seat, speaker.receive, events):
             return
-        except Exception:
-            log.exception("a message could not be received")
-            self.drop(speaker, "receiving from it failed, see above")
-            return
-        if speaker not in self._seats:  # it was dropped for what came
-            return
-        if speaker.weight != seat.weight or seat.account.favoured is seat:
-            self._weigh(seat, speaker.weight)
         if not speaker.standing & RUNNABLE:
             self._plan(seat)
         elif not seat.queued:  # it is looked at again when it has had its turn
@@ -346,28 +320,31 @@ class Turns:
         if seat.speaker.has_notes:
             self._noted[seat] = None
 
-    def _let(self, seat: Seat, work: Callable[..., None], *arguments: float) -> None:
-        """Serve a speaker's messages with `work`. No other speaker notices if that fails."""
+    def _let(self, seat: Seat, work: Callable[..., None], until: float) -> None:
+        """Serve a speaker's messages with `work`."""
+        if self._could(seat, work, until) and not seat.queued:  # else it is looked at when it has had its turn
+            self._plan(seat)
+
+    def _could(self, seat: Seat, work: Callable[..., None], *arguments: float) -> bool:
+        """Let a speaker do its work, and say whether it is there afterwards. No other speaker notices if that fails."""
         speaker = seat.speaker
         if speaker not in self._seats:
-            return
+            return False
         try:
             work(*arguments)
         except Dropped as reason:
             self.drop(speaker, str(reason))
-            return
         except MemoryError:
-            self.drop(speaker, "the machine has no memory left to serve it")
-            return
+            self.drop(speaker, "the machine has no memory left for its messages")
         except Exception:
             # This is our own fault. The program must not wait for ever, no other may notice, and the log shows it.
             log.exception("a message could not be served")
             self.drop(speaker, "serving it failed, see above")
-            return
+        if speaker not in self._seats:  # this or what it did has ended it
+            return False
         if speaker.weight != seat.weight or seat.account.favoured is seat:
             self._weigh(seat, speaker.weight)
-        if speaker in self._seats and not seat.queued:  # else it is looked at when it has had its turn
-            self._plan(seat)
+        return True
 
     def _plan(self, seat: Seat) -> None:
         speaker = seat.speaker

@@ -52,12 +52,7 @@ class Waits:
         """
         if guest.waits >= MAX_WAITS:
             raise DeviceError(errno.EMFILE, f"programs of this domain wait for {MAX_WAITS} releases already; end some")
-        guest.descriptors.take(1, errno.EMFILE, "a wait")
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            guest.descriptors.give(1)
-            raise DeviceError(errno.EMFILE, f"the machine has no descriptors left: {error.strerror}") from None
+        ours, theirs = guest.descriptors.socketpair("a wait")
         descriptor = ours.fileno()
         try:
             ours.shutdown(socket.SHUT_RD)  # nothing can be sent here, so nothing can hide here
