@@ -18,13 +18,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import gntalloc
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
+from gntalloc.abi.gntalloc import ALLOC_GREF, AllocGref
 from gntalloc.abi.gntdev import COPY_SOURCE_GREF, GRANT_COPY, ForeignPage, GrantCopy, GrantCopySegment
 from gntalloc.guest.control import ControlClient
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import store_path
 from gntalloc.wire.memory import Region
-from gntalloc.wire.messages import Holders, Ioctl, IoctlTold, Open, frame
+from gntalloc.wire.messages import Holders, Ioctl, Notify, Open, frame
 from gntalloc.xenstore import wire as store
 
 if TYPE_CHECKING:
@@ -95,11 +95,9 @@ def copy(connections: int, ours: str, theirs: str, *, refused: bool) -> None:
 
 
 def notes(connections: int, ours: str, _theirs: str) -> None:
-    """Give pages back that are not there, and ask for no answer."""
-    told = IoctlTold(1, DEALLOC_GREF, ARGUMENT, [Region(ARGUMENT, bytearray(DeallocGref(0, 1).pack()), writable=False)])
-    flood(
-        [ours] * connections, [frame(Open(os.O_RDWR, "gntalloc"), 1)] * connections, [frame(told, 2) * 60] * connections
-    )
+    """Send events through a port that is not there, and ask for no answer."""
+    opening, message = frame(Open(os.O_RDWR, "evtchn"), 1), frame(Notify(1, 77), 2) * 60
+    flood([ours] * connections, [opening] * connections, [message] * connections)
 
 
 def allocations(connections: int, ours: str, _theirs: str) -> None:

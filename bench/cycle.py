@@ -20,7 +20,7 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import TYPE_CHECKING
 
 import gntalloc
-from gntalloc.wire.messages import VERSION, Hello, Placed
+from gntalloc.wire.messages import VERSION, Hello
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,24 +89,16 @@ def grant_cycle(domain: Domain, line: Line, pages: int, *, writable: bool) -> No
         line.ask(str(shared.grant))
 
 
-def call_and_tell(domain: Domain, notes: int) -> None:
-    channel = domain.devices._channel  # noqa: SLF001  the floor is below the API
-    channel.call(Hello(VERSION))
-    for _ in range(notes):
-        channel.tell(Placed(0, 0), channel.generation)
-
-
 def messages_server(domain: Domain) -> Callable[[str], None]:
     def serve(_text: str) -> None:
-        call_and_tell(domain, 1)  # MAP and mmap; UNMAP
+        domain.devices._channel.call(Hello(VERSION))  # noqa: SLF001  instead of ATTACH: the floor is below the API
 
     return serve
 
 
 def messages_cycle(domain: Domain, line: Line) -> None:
-    call_and_tell(domain, 1)  # ALLOC and mmap; PLACED
+    domain.devices._channel.call(Hello(VERSION))  # noqa: SLF001  instead of SHARE
     line.ask("1:8:ro")
-    domain.devices._channel.tell(Placed(0, 0), 1)  # noqa: SLF001  DEALLOC
 
 
 def many_segments() -> None:

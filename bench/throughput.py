@@ -42,7 +42,7 @@ def cycle(file: DeviceFile, pages: int) -> None:
     """Allocate, and free."""
     argument = bytearray(AllocGref(0, 1, pages, 0).pack() + bytes(max(8, 4 * pages)))
     file.ioctl(ALLOC_GREF, argument)
-    file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(AllocGref.unpack_from(argument).index, pages).pack())
+    file.ioctl(DEALLOC_GREF, DeallocGref(AllocGref.unpack_from(argument).index, pages).pack())
 
 
 def work(address: str, line: Connection) -> None:
@@ -118,7 +118,7 @@ def latencies(domain: Domain) -> tuple[float, float, float]:
         started = time.perf_counter()
         file.ioctl(ALLOC_GREF, argument)
         took.append((time.perf_counter() - started) * 1e3)
-        file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(AllocGref.unpack_from(argument).index, 1).pack())
+        file.ioctl(DEALLOC_GREF, DeallocGref(AllocGref.unpack_from(argument).index, 1).pack())
     file.close()
     took.sort()
     return statistics.median(took), took[len(took) * 99 // 100], took[-1]

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from scarce import descriptors_left
 
+from gntalloc.descriptions import lock_place
 from gntalloc.errors import DeviceError
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.maps import PAGE_SIZE, PROT_READ, Mapping
@@ -64,9 +65,9 @@ class Placed:
             at += size
         self._childs = [os.dup(loan.descriptor) for loan in loans] if inherited else []
         for loan in loans:
+            if plan.locks:
+                lock_place(loan.descriptor, plan.record.mark, self._mapping.address, self._mapping.length)
             loan.close()
-        if plan.confirm or plan.locate:
-            program.file.driver.placed(plan.record)
 
     def read(self, position: int) -> int:
         return self._mapping.memory[position * PAGE_SIZE]

@@ -9,17 +9,13 @@ import inspect
 from typing import Any, get_type_hints
 
 from gntalloc.wire import memory, messages
-from gntalloc.wire.form import MapAndReason
-from gntalloc.wire.stream import UNANSWERED
 
-_NUMBERS = {"B": "u8", "I": "u32", "i": "i32", "Q": "u64", "s": "bytes"}
+_NUMBERS = {"H": "u16", "I": "u32", "i": "i32", "Q": "u64", "s": "bytes"}
 
 
 def _layout(kind: Any) -> str:
     form = messages.FORMS[kind]
     fields = list(get_type_hints(kind, vars(messages) | {"Region": memory.Region}))
-    if isinstance(form, MapAndReason):
-        return "error i32, length of why u32, record u64, confirm u32, length of pieces u32, why, pieces, regions"
     words = form.head.format.lstrip("=")
     codes = "".join(code for code in words if not code.isdigit())
     shown = [f"{name} {_NUMBERS[code]}" for name, code in zip(fields, codes, strict=False)]
@@ -35,9 +31,8 @@ def table() -> str:
     """Make the table, in Markdown."""
     lines = ["| number | message | payload | what it does |", "|---|---|---|---|"]
     for kind, form in messages.FORMS.items():
-        number = f"{form.kind & ~UNANSWERED}, told" if form.kind & UNANSWERED else str(form.kind or "")
         words = " ".join((inspect.getdoc(kind) or "").split())
-        lines.append(f"| {number} | {kind.__name__} | {_layout(kind)} | {words} |")
+        lines.append(f"| {form.kind or ''} | {kind.__name__} | {_layout(kind)} | {words} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,9 @@
 """Ask the kernel about open file descriptions of a memory file: locks, leases, and another one of the same file.
 
+A program says where it has mapped a memory file by a lock on its own description, far beyond the file's end: of a map
+with mark M, the bytes M + (address / page) up to its end. It takes the lock before it closes the descriptor. The kernel
+keeps the lock for as long as a piece of the map is left, and tells the machine of it.
+
 Sources: fcntl(2), memfd_create(2).
 """
 
@@ -10,11 +14,25 @@ import fcntl
 import os
 import struct
 
-__all__ = ["is_locked", "lease_is_free", "lock", "open_again", "see_to_rights"]
+__all__ = [
+    "is_at",
+    "is_locked",
+    "is_placed",
+    "lease_is_free",
+    "lock",
+    "lock_place",
+    "mark_of",
+    "open_again",
+    "see_to_rights",
+]
 
 _FLOCK = struct.Struct("=hh4xqqi4x")
 _NO_LEASES = {errno.EACCES, errno.EINVAL, errno.ENOLCK}  # root gave the file away; fs.leases-enable is 0
 _OWNER_MAY = 0o600  # the rights of a memory file without which its owner can neither open it nor watch it
+_PAGE_SHIFT = 12
+_FIRST_MARK = 1 << 62
+_PAGES_OF_A_MARK = 1 << 44  # more than an address space has
+_MARKS = 1 << 17
 
 
 def open_again(descriptor: int, flags: int) -> int:
@@ -51,17 +69,48 @@ def lock(descriptor: int, byte: int, *, exclusive: bool) -> int | None:
     return byte
 
 
-def is_locked(master: int, byte: int, *, exclusive: bool) -> bool | None:
-    """Say whether another description has locked a byte. None: the kernel does not say just now.
+def is_locked(master: int, byte: int, *, exclusive: bool, length: int = 1) -> bool | None:
+    """Say whether another description has locked one of these bytes. None: the kernel does not say just now.
 
     A question about an exclusive lock sees no shared ones, so a peer's shared locks cannot pose as the granter's.
     """
     kind = fcntl.F_RDLCK if exclusive else fcntl.F_WRLCK
     try:
-        answer = fcntl.fcntl(master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        answer = fcntl.fcntl(master, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, length, 0))
     except OSError:
         return None
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def mark_of(number: int) -> int:
+    """Give the mark of map `number`. Of two maps with the same mark, more than a hundred thousand were made between."""
+    return _FIRST_MARK + number % _MARKS * _PAGES_OF_A_MARK
+
+
+def lock_place(descriptor: int, mark: int, address: int, length: int) -> None:
+    """Say that the pages of this description are mapped at `address`, in a map of `length` bytes in all.
+
+    Raises:
+        OSError: what fcntl(2) answered.
+    """
+    start = mark + (address >> _PAGE_SHIFT)
+    place = os.SEEK_SET, start, max(1, length >> _PAGE_SHIFT), 0
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, *place))
+    except OSError as error:
+        if error.errno != errno.EBADF:  # it can only be read
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, *place))
+
+
+def is_placed(master: int, mark: int) -> bool:
+    """Say whether a description that can be written is mapped somewhere, with this mark."""
+    return bool(is_locked(master, mark, exclusive=True, length=_PAGES_OF_A_MARK))
+
+
+def is_at(master: int, mark: int, address: int) -> bool:
+    """Say whether `address` is in a map with this mark."""
+    return bool(is_locked(master, mark + (address >> _PAGE_SHIFT), exclusive=False))
 
 
 def lease_is_free(master: int) -> bool | None:

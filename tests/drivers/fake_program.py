@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from gntalloc.descriptions import lock_place
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
 from gntalloc.steps import finish_steps
@@ -17,7 +18,7 @@ from gntalloc.testing import FakeMemory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gntalloc.drivers.chardev import File, Loan, Plan
+    from gntalloc.drivers.chardev import Loan, Plan
     from gntalloc.machine.machine import Guest, Machine
 
 ALLOC = 0x00184705
@@ -48,7 +49,7 @@ class Granted(NamedTuple):
 class Map:
     """A map as a process has it: the machine's plan, placed."""
 
-    def __init__(self, machine: Machine, file: File, plan: Plan, prot: int) -> None:
+    def __init__(self, machine: Machine, plan: Plan, prot: int) -> None:
         self._machine = machine
         self._mapping = Mapping(plan.record.length, prot=prot)
         loans = {loan.extent: loan for loan in finish_steps(machine.carry_out(plan))}
@@ -58,14 +59,18 @@ class Map:
             self._mapping.place(at, size, loans[piece.extent].descriptor, piece.offset)
             at += size
         for loan in loans.values():
+            if plan.locks:
+                lock_place(loan.descriptor, plan.record.mark, self._mapping.address, self._mapping.length)
             loan.close()
-        if plan.confirm or plan.locate:
-            file.driver.placed(plan.record)
         machine.settle()
 
     @property
     def memory(self) -> memoryview:
         return self._mapping.memory
+
+    @property
+    def address(self) -> int:
+        return self._mapping.address
 
     def unmap(self, first: int = 0, pages: int | None = None) -> None:
         """munmap(2): all of it, or some pages."""
@@ -114,7 +119,7 @@ class Program:
         return self.file.mmap(offset, pages * PAGE_SIZE, prot=prot, shared=shared)
 
     def mmap(self, offset: int, pages: int = 1, prot: int = RW, *, shared: bool = True) -> Map:
-        return Map(self.machine, self.file, self.plan(offset, pages, prot, shared=shared), prot)
+        return Map(self.machine, self.plan(offset, pages, prot, shared=shared), prot)
 
     def map(self, granter: int, *refs: int, prot: int = RW) -> Map:
         """MAP_GRANT_REF, mmap, UNMAP_GRANT_REF: what is left is the map, and munmap is its end in any behaviour."""

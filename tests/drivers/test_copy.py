@@ -336,6 +336,13 @@ def test_a_fault_at_every_copy(copying: Copying) -> None:
 # GET_OFFSET_FOR_VADDR.
 
 
+def place(program: Program, address: int, process: int) -> None:
+    """Say where a process has the map that no place is known of."""
+    record = next(record for record in program.file.records if record.addresses is None)
+    record.place(address)
+    record.process = process
+
+
 class Placed:
     """Domain 2 has mapped entries of 1 and 2 pages, as process 7, at made-up addresses."""
 
@@ -349,8 +356,7 @@ class Placed:
         self.maps = []
         for index, pages, address in ((self.indexes[0], 1, 0x10000), (self.indexes[1], 2, 0x20000)):
             self.maps.append(self.program.mmap(index, pages))
-            record = next(record for record in self.program.file.records if not record.addresses)
-            record.place(7, address)
+            place(self.program, address, 7)
 
     def ask(self, vaddr: int, process: int = 7, *, size: int = 24, writable: bool = True) -> tuple[int, int]:
         memory = FakeMemory(process=process)
@@ -390,7 +396,8 @@ def test_after_unmap_of_the_entry_and_after_munmap(placed: Placed) -> None:
 
 def test_two_processes_with_maps_at_one_address(placed: Placed) -> None:
     record = next(record for record in placed.program.file.records if record.length == 2 * PAGE_SIZE)
-    record.place(8, 0x10000)
+    record.place(0x10000)
+    record.process = 8
     assert placed.ask(0x10000, 7) == (placed.indexes[0], 1)
     assert placed.ask(0x10000, 8) == (placed.indexes[1], 2)
     assert placed.ask(0x11000, 9) == (placed.indexes[1], 2)  # a child has what its parent mapped
@@ -402,9 +409,32 @@ def test_a_later_map_where_pages_of_an_earlier_one_were_unmapped(placed: Placed,
     for ref in refs:
         index = placed.program.map_refs(1, (ref,))
         placed.maps.append(placed.program.mmap(index, 1))
-        next(record for record in placed.program.file.records if not record.addresses).place(7, 0x20000)
+        place(placed.program, 0x20000, 7)
         assert placed.ask(0x20000) == (index, 1)
     assert placed.ask(0x21000) == (placed.indexes[1], 2)
+
+
+def test_the_offset_of_an_address_that_the_kernel_keeps(core: Core) -> None:
+    """A program under `run` does not say where it has its map: the lock on its description does."""
+    granted = Program(core, 1, "gntalloc").alloc(2, 2)
+    program = Program(core, 2, "gntdev")
+    index = program.map_refs(1, granted.refs)
+    there = program.mmap(index, 2)
+    address = there.address
+
+    def ask(vaddr: int) -> tuple[int, int]:
+        memory = FakeMemory(process=7)
+        argument = memory.put(ADDRESS, pack("=QQII", vaddr, 99, 98, 97))
+        assert program.file.ioctl(GET_OFFSET_FOR_VADDR, ADDRESS, memory) == 0
+        return unpack_from("=QI", argument, 8)
+
+    assert ask(address) == ask(address + 2 * PAGE_SIZE - 1) == (index, 2)
+    for nowhere in (address - 1, address + 2 * PAGE_SIZE, 0, (1 << 64) - 1):
+        with refused(errno.EINVAL, hex(nowhere)):
+            ask(nowhere)
+    there.unmap()
+    with refused(errno.EINVAL):
+        ask(address)
 
 
 def test_faults_of_get_offset(placed: Placed) -> None:
@@ -437,7 +467,7 @@ def test_read_only_maps_can_be_asked_for(core: Core) -> None:
     program = Program(core, 2, "gntdev", os.O_RDONLY)
     index = program.map_refs(1, Program(core, 1, "gntalloc").alloc(2).refs)
     mapped = program.mmap(index, prot=PROT_READ)
-    next(iter(program.file.records)).place(0, 0x5000)
+    next(iter(program.file.records)).place(0x5000)
     memory = FakeMemory()
     there = memory.put(ADDRESS, pack("=QQII", 0x5000, 99, 98, 97))
     program.file.ioctl(GET_OFFSET_FOR_VADDR, ADDRESS, memory)

@@ -8,8 +8,8 @@ from gntalloc.wire import memory
 from gntalloc.wire.memory import MAX_REGIONS, decode_regions, encode_regions
 from gntalloc.wire.messages import (
     FORMS,
-    MOST_UNANSWERED,
     VERSION,
+    Attach,
     Behalf,
     Brought,
     Control,
@@ -17,15 +17,16 @@ from gntalloc.wire.messages import (
     Holders,
     Home,
     Ioctl,
-    IoctlMmap,
     Keep,
     Lend,
+    MapAnswer,
     Mmap,
-    MmapAnswer,
+    Notify,
     Open,
-    Placed,
     Read,
     Serve,
+    Share,
+    ShareAnswer,
     Show,
     Write,
     kind_of,
@@ -34,7 +35,6 @@ from gntalloc.wire.stream import (
     HEADER,
     MAX_PAYLOAD,
     REPLY,
-    UNANSWERED,
     Decoder,
     Garbage,
     Message,
@@ -49,9 +49,7 @@ __all__ = [
     "HEADER",
     "MAX_PAYLOAD",
     "MAX_REGIONS",
-    "MOST_UNANSWERED",
     "REPLY",
-    "UNANSWERED",
     "VERSION",
     "Decoder",
     "Garbage",
@@ -70,12 +68,13 @@ OPEN = kind_of(Open)
 SHOW = kind_of(Show)
 IOCTL = kind_of(Ioctl)
 MMAP = kind_of(Mmap)
-PLACED = kind_of(Placed)
+NOTIFY = kind_of(Notify)
 READ = kind_of(Read)
 WRITE = kind_of(Write)
 HOLDERS = kind_of(Holders)
 CONTROL = kind_of(Control)
-IOCTL_MMAP = kind_of(IoctlMmap)
+SHARE = kind_of(Share)
+ATTACH = kind_of(Attach)
 SERVE = kind_of(Serve)
 BEHALF = kind_of(Behalf)
 BROUGHT = kind_of(Brought)
@@ -86,14 +85,16 @@ HELLO_REQUEST = FORMS[Hello].head
 OPEN_REQUEST = FORMS[Open].head
 IOCTL_REQUEST = FORMS[Ioctl].head
 MMAP_REQUEST = FORMS[Mmap].head
-IOCTL_MMAP_REQUEST = FORMS[IoctlMmap].head
-PLACED_REQUEST = FORMS[Placed].head
+SHARE_REQUEST = FORMS[Share].head
+SHARE_ANSWER = FORMS[ShareAnswer].head
+ATTACH_REQUEST = FORMS[Attach].head
+NOTIFY_REQUEST = FORMS[Notify].head
 HOLDERS_REQUEST = FORMS[Holders].head
 LEND_REQUEST = FORMS[Lend].head
 SHOW_REQUEST = FORMS[Show].head
 KEEP_REQUEST = FORMS[Keep].head
 HOME_REQUEST = FORMS[Home].head
-CONFIRM = FORMS[MmapAnswer].head
+MARK = FORMS[MapAnswer].head
 PIECE = Struct("=IQQ")
 
 

@@ -53,11 +53,10 @@ GARBAGE = {
     "ioctl half a region": wire.encode(wire.IOCTL, 1, bytes(16) + bytes(15)),
     "ioctl region too short": wire.encode(wire.IOCTL, 1, bytes(16) + pack("=QII", 0, 5, 1) + b"four"),
     "mmap too short": wire.encode(wire.MMAP, 1, bytes(27)),
-    "ioctl_mmap too short": wire.encode(wire.IOCTL_MMAP, 1, bytes(39)),
-    "ioctl_mmap of what maps nothing": wire.encode(wire.IOCTL_MMAP, 1, bytes(wire.IOCTL_MMAP_REQUEST.size)),
-    "unanswered, and not an ioctl": wire.encode(wire.OPEN | wire.UNANSWERED, 1, pack("=I", 0) + b"gntalloc"),
-    "unanswered too short": wire.encode(wire.IOCTL | wire.UNANSWERED, 1, bytes(15)),
-    "placed too short": wire.encode(wire.PLACED, 1, bytes(15)),
+    "share too short": wire.encode(wire.SHARE, 1, bytes(wire.SHARE_REQUEST.size - 1)),
+    "attach too short": wire.encode(wire.ATTACH, 1, bytes(wire.ATTACH_REQUEST.size - 1)),
+    "attach half a reference": wire.encode(wire.ATTACH, 1, bytes(wire.ATTACH_REQUEST.size + 3)),
+    "notify too short": wire.encode(wire.NOTIFY, 1, bytes(wire.NOTIFY_REQUEST.size - 1)),
     "descriptors that do not come": wire.encode(wire.SHOW, 1, b"", 1),
     "very many descriptors that do not come": wire.encode(wire.SHOW, 1, b"", 0xFFFF),
 }
@@ -164,7 +163,7 @@ def test_a_client_that_stops_in_the_middle_of_a_message_is_dropped(impatient: In
 
 def test_a_client_that_stops_after_a_message_without_an_answer_is_dropped(impatient: InThread) -> None:
     with RawClient(impatient.path) as client:
-        client.sock.sendall(client.request(wire.PLACED, bytes(16)) + client.request(wire.HELLO, bytes(4))[:-1])
+        client.sock.sendall(client.request(wire.NOTIFY, bytes(8)) + client.request(wire.HELLO, bytes(4))[:-1])
         assert client.dropped()
 
 

@@ -1,30 +1,55 @@
-"""PLACED is posted, not called: what if the machine hears of it late."""
+"""A granter says by a lock that it has its pages mapped; and a file that is kept without a home."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
-from struct import pack
+from contextlib import suppress
+from struct import Struct, pack
 from typing import TYPE_CHECKING
 
+import pytest
 import rawwire as wire
 from raw_client import RawClient
+
+from gntalloc import TimedOut
+from gntalloc.descriptions import lock_place
+from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
     from gntalloc import Domain, Machine
 
-ANYWHERE = 0x10000
+FLOCK = Struct("=hh4xqqi4x")
 
 
-def test_a_map_that_was_gone_before_the_machine_heard_of_it_was_there(alice: Domain, bob: Domain) -> None:
+def test_a_granter_that_has_not_mapped_yet_is_waited_for(alice: Domain, bob: Domain) -> None:
+    """The lock on its own description says that it has. A lock of another mark, or a shared one, says nothing."""
     with RawClient(alice) as client:
         handle, home = client.open("gntalloc")
         index, refs = client.alloc(handle, bob.domid, flags=0)
-        mapped = client.mmap(handle, index).close()
+        mapped = client.mmap(handle, index)
+        (mark,) = wire.MARK.unpack_from(mapped.body)
+        (description,) = mapped.descriptors
+        for wrong, kind in ((mark + (1 << 44), fcntl.F_WRLCK), (mark, fcntl.F_RDLCK), (0, fcntl.F_WRLCK)):
+            with suppress(BlockingIOError):
+                fcntl.fcntl(description, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, wrong + 16, 1, 0))
+            with pytest.raises(TimedOut, match="its granter has not mapped it yet"):
+                bob.map(alice.domid, refs, timeout=0)
+        lock_place(description, mark, 0x10000, PAGE_SIZE)
+        with bob.map(alice.domid, refs, timeout=0) as pages:
+            assert bytes(pages.memory[:4]) == bytes(4)
+        mapped.close()
+        os.close(home)
+
+
+def test_a_granters_map_that_is_gone_was_there(alice: Domain, bob: Domain) -> None:
+    with RawClient(alice) as client:
+        handle, home = client.open("gntalloc")
+        index, refs = client.alloc(handle, bob.domid, flags=0)
+        client.mmap(handle, index).close()
         client.call(wire.HELLO, pack("=I", wire.VERSION))  # when that is answered the munmap has been seen
-        client.send(wire.PLACED, wire.PLACED_REQUEST.pack(mapped.result, ANYWHERE))
-        client.call(wire.HELLO, pack("=I", wire.VERSION))
         with bob.map(alice.domid, refs, timeout=0) as pages:
             assert bytes(pages.memory[:4]) == bytes(4)
         os.close(home)

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 from collections import defaultdict
+from struct import error as struct_error
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from limits import status_of
 from raw_client import ALLOC, ARGUMENT, DEALLOC, MAP, UNMAP, RawClient
 
 from gntalloc.abi import evtchn
+from gntalloc.descriptions import lock_place
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ class Client:
             self.close_home,
             self.holders,
             self.show,
-            self.placed,
+            self.share,
+            self.attach,
+            self.notify,
             self.read_or_write,
             self.any_ioctl,
             self.cheat,
@@ -150,16 +154,8 @@ class Client:
         answer = self.call(wire.MMAP, request)
         if not answer:
             return
-        for descriptor in answer[1]:
-            if self.chance.random() < 0.7:
-                with contextlib.suppress(OSError):
-                    self.maps.append(mmap.mmap(descriptor, PAGE_SIZE, prot=self.chance.choice((1, 3))))
-            if self.chance.random() < 0.8:
-                os.close(descriptor)
-            else:
-                self.descriptors.append(descriptor)
-        if not answer[0].error and answer[0].result and self.chance.random() < 0.8:
-            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(answer[0].result, 0x10000))
+        if not answer[0].error:
+            self.map_what_came(answer)
 
     def munmap(self) -> None:
         if self.maps:
@@ -189,9 +185,44 @@ class Client:
         if not answer.error:
             self.handles[answer.body[4:]].append(answer.result)
 
-    def placed(self) -> None:
+    def share(self) -> None:
+        numbers = self.number(32, self.handles[b"gntalloc"]), self.number(16, [1, 2]), self.number(16, [0, 1])
+        pages, keep = self.number(32, [1, 1, 2, 3, 20]), self.chance.choice((0, 1))
+        answer = self.call(wire.SHARE, wire.SHARE_REQUEST.pack(*numbers, pages, keep))
+        if answer and not answer[0].error:
+            self.indexes[b"gntalloc"].append(answer[0].result)
+            self.refs += unpack_from(f"={(len(answer[0].body) - wire.SHARE_ANSWER.size) // 4}I", answer[0].body, 16)
+            self.map_what_came(answer)
+
+    def attach(self) -> None:
+        refs = b"".join(pack("=I", self.number(32, self.refs)) for _ in range(self.chance.choice((0, 1, 1, 1, 2, 20))))
+        numbers = self.number(32, self.handles[b"gntdev"]), self.number(32, [1, 2]), self.chance.choice((0, 0, 1))
+        keep, place = self.chance.choice((0, 1)), self.number(64, [0x10000])
+        refs = refs if self.chance.random() < 0.99 else refs + b"!"
+        answer = self.call(wire.ATTACH, wire.ATTACH_REQUEST.pack(*numbers, keep, place) + refs)
+        if answer and not answer[0].error:
+            self.indexes[b"gntdev"].append(answer[0].result)
+            self.map_what_came(answer)
+
+    def map_what_came(self, answer: tuple[wire.Reply, list[int]]) -> None:
+        """Lock, map and keep some of what an answer brought, or not."""
+        (mark,) = wire.MARK.unpack_from(answer[0].body)
+        for descriptor in answer[1]:
+            if self.chance.random() < 0.8:
+                with contextlib.suppress(OSError, OverflowError, struct_error):
+                    lock_place(descriptor, self.number(64, [mark]), self.number(64, [0x10000]), PAGE_SIZE)
+            if self.chance.random() < 0.7:
+                with contextlib.suppress(OSError):
+                    self.maps.append(mmap.mmap(descriptor, PAGE_SIZE, prot=self.chance.choice((1, 3))))
+            if self.chance.random() < 0.8:
+                os.close(descriptor)
+            else:
+                self.descriptors.append(descriptor)
+
+    def notify(self) -> None:
         with contextlib.suppress(OSError):
-            self.raw.send(wire.PLACED, wire.PLACED_REQUEST.pack(self.number(64, [1, 2, 3]), self.number(64, [0])))
+            handle, port = self.number(32, self.handles[b"evtchn"]), self.number(32, [1, 2, 5, 6])
+            self.raw.send(wire.NOTIFY, wire.NOTIFY_REQUEST.pack(handle, port))
 
     def read_or_write(self) -> None:
         handle = pack("=I", self.number(32, self.handles[self.chance.choice((b"gntdev", b"evtchn"))]))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gntalloc.machine.speaker import Speaker
 
 MILLISECOND = 0.001
-NOTE, REQUEST, LONG, HALF = b"n", b"r", b"l", b"h"
+REQUEST, LONG, HALF = b"r", b"l", b"h"
 STEPS = 10  # of a long request
 
 
@@ -60,10 +60,6 @@ class Talker:
     def standing(self) -> int:
         return RUNNABLE if self._inbox or self._steps else READABLE
 
-    @property
-    def has_notes(self) -> bool:
-        return bool(self._inbox) and self._inbox[0] == NOTE and not self._steps
-
     def receive(self, _events: int) -> None:
         data = self.ours.recv(4096)
         if not data:
@@ -80,10 +76,6 @@ class Talker:
 
     def admit(self) -> None:
         self._admitted = len(self._inbox)
-
-    def take_notes(self, until: float) -> None:
-        while self.has_notes and self._house.clock() < until:
-            self._serve()
 
     def take_turn(self, until: float) -> None:
         for _ in range(min(max(self._admitted, 1), MESSAGES_A_TURN)):
@@ -223,16 +215,6 @@ def test_others_are_served_between_the_pieces_of_a_long_message(house: House) ->
         house.round()
     first, last = house.served.index("slow"), len(house.served) - 1 - house.served[::-1].index("slow")
     assert house.served[first:last].count("quick") >= STEPS - 2
-
-
-def test_a_note_is_served_before_a_request_that_another_sends_later(house: House) -> None:
-    for domain in (1, 2):
-        house.turns.open_account(domain, uid=1)
-    one, two = house.talker("one", 1), house.talker("two", 2)
-    two.say(REQUEST)  # so that it is the first to be ready
-    one.say(NOTE)
-    two.say(REQUEST)
-    assert house.round() == ["one", "two", "two"]
 
 
 def test_chores_come_before_messages_and_outlive_their_domain(house: House) -> None:

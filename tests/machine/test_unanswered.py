@@ -1,22 +1,21 @@
-"""What is told and not asked comes first; what was answered and not heard is undone."""
+"""What was given up comes before what is asked; what was answered and not heard is undone."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-from struct import pack
+from struct import pack, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
-from raw_client import ALLOC, ARGUMENT, DEALLOC, MAP, UNMAP, Answer, RawClient
+from raw_client import ALLOC, DEALLOC, MAP, UNMAP, Answer, RawClient
 
 import gntalloc
 from gntalloc.machine.connection import Connection
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
-from gntalloc.maps import PAGE_SIZE
 from gntalloc.places import domain_path
 
 if TYPE_CHECKING:
@@ -24,44 +23,41 @@ if TYPE_CHECKING:
 
     from gntalloc import Domain, Machine
 
-READ_WRITE = 3
+
+def share(handle: int, peer: int, pages: int = 1, *, keep: int = 0) -> bytes:
+    return wire.SHARE_REQUEST.pack(handle, peer, 1, pages, keep)
 
 
-def free(handle: int, request: int, index: int, count: int = 1) -> bytes:
-    region = wire.encode_regions([wire.Region(ARGUMENT, False, pack("=QI4x", index, count))])
-    return wire.IOCTL_REQUEST.pack(handle, request, ARGUMENT) + region
-
-
-def make(handle: int, request: int, argument: bytes, pages: int = 1) -> bytes:
-    head = wire.IOCTL_MMAP_REQUEST.pack(handle, request, ARGUMENT, READ_WRITE, 1, pages * PAGE_SIZE, 0x10000)
-    return head + wire.encode_regions([wire.Region(ARGUMENT, True, argument)])
+def attach(handle: int, granter: int, *refs: int) -> bytes:
+    return wire.ATTACH_REQUEST.pack(handle, granter, 1, 0, 0x10000) + pack(f"={len(refs)}I", *refs)
 
 
 def hello(client: RawClient) -> bytes:
     return client.request(wire.HELLO, pack("=I", wire.VERSION))
 
 
-def test_what_was_told_before_comes_first(machine: Machine, alice: Domain, bob: Domain) -> None:
+def test_what_was_given_up_before_comes_first(machine: Machine, alice: Domain, bob: Domain) -> None:
+    """Pages by munmap, a file by close: the peer's channel is the first to be ready all the same."""
     with RawClient(alice) as granter, RawClient(bob) as peer:
         files, granters_home = granter.open("gntalloc")
         maps, peers_home = peer.open("gntdev")
-        index, refs = granter.alloc(files, bob.domid, count=8)
-        noted = peer.map_refs(maps, alice.domid, refs[-1:])
+        shared = granter.call(wire.SHARE, share(files, bob.domid))
+        (ref,) = unpack_from("=I", shared.body, wire.SHARE_ANSWER.size)
+        _, (kept,) = granter.alloc(files, bob.domid)
         os.kill(machine.pid, signal.SIGSTOP)
         try:
-            peer.sock.sendall(hello(peer))  # so that its channel is the first to be ready
-            for page in range(wire.MOST_UNANSWERED):
-                granter.send(wire.IOCTL | wire.UNANSWERED, free(files, DEALLOC, index + page * PAGE_SIZE))
-            peer.send(wire.MMAP, wire.MMAP_REQUEST.pack(maps, READ_WRITE, 1, noted, PAGE_SIZE))
+            peer.sock.sendall(hello(peer))
+            shared.close()
+            os.close(granters_home)
+            peer.send(wire.ATTACH, attach(maps, alice.domid, ref))
+            peer.send(wire.ATTACH, attach(maps, alice.domid, kept))
         finally:
             os.kill(machine.pid, signal.SIGCONT)
-        assert peer.answer().error == 0
-        assert peer.answer().error == errno.EINVAL
-        os.close(granters_home)
+        assert [peer.answer().error for _ in range(3)] == [0, errno.EINVAL, errno.EINVAL]
         os.close(peers_home)
 
 
-def test_what_was_told_while_the_machine_was_listening_comes_first(
+def test_what_was_given_up_while_the_machine_was_listening_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(Core(), str(tmp_path))
@@ -82,22 +78,20 @@ def test_what_was_told_while_the_machine_was_listening_comes_first(
         return reply
 
     opened = answer(granter, wire.OPEN, wire.OPEN_REQUEST.pack(os.O_RDWR) + b"gntalloc")
-    files = opened.result
-    answer(granter, wire.IOCTL_MMAP, make(files, ALLOC, pack("=HHIQQ", 2, 1, 1, 0, 0))).close()
-    answer(granter, wire.HELLO, pack("=I", wire.VERSION))
+    shared = answer(granter, wire.SHARE, share(opened.result, 2))
     grants = server.machine.guest(1).gntalloc
     assert grants.in_use == 1
 
-    # The granter's note comes after the peer's question has been received, and before that was sent the peer can have
-    # been told: the machine knows no better than to look again.
+    # The granter lets go after the peer's question has been received, and before that was sent the peer can have been
+    # told: the machine knows no better than to look again.
     admit = Connection.admit
 
-    def admit_and_tell(channel: Connection) -> None:
+    def admit_and_let_go(channel: Connection) -> None:
         admit(channel)
         if channel.guest.domid == 2:
-            granter.send(wire.IOCTL | wire.UNANSWERED, free(files, DEALLOC, 0))
+            shared.close()
 
-    monkeypatch.setattr(Connection, "admit", admit_and_tell)
+    monkeypatch.setattr(Connection, "admit", admit_and_let_go)
     seen = []
     serve = Connection.serve
 
@@ -124,8 +118,10 @@ def test_what_nobody_heard_of_is_undone(machine: Machine, alice: Domain, bob: Do
         asker = alice if request_ == ALLOC else bob
         with RawClient(asker) as client:
             handle, home = client.open("gntalloc" if request_ == ALLOC else "gntdev")
-            argument = pack("=HHIQQ", 2, 1, 1, 0, 0) if request_ == ALLOC else pack("=IIQII", 1, 0, 0, 1, *shared.refs)
-            client.send(wire.IOCTL_MMAP, make(handle, request_, argument))
+            if request_ == ALLOC:
+                client.send(wire.SHARE, share(handle, bob.domid))
+            else:
+                client.send(wire.ATTACH, attach(handle, alice.domid, *shared.refs))
         with RawClient(asker) as client:
             shown = client.show(home).result
             undo = client.ioctl(shown, DEALLOC if request_ == ALLOC else UNMAP, pack("=QI4x", 0, 1))
@@ -143,6 +139,16 @@ def test_what_is_mapped_stays_when_its_program_hangs_up(alice: Domain, bob: Doma
             mapped.memory[0] = 1
             assert shared.memory[0] == 1
             assert shared.mapped_by == (bob.domid,)
+
+
+def test_what_is_kept_stays_on_the_list_without_a_map(alice: Domain, bob: Domain) -> None:
+    with RawClient(alice) as client:
+        handle, home = client.open("gntalloc")
+        for keep in (0, 1):
+            answer = client.call(wire.SHARE, share(handle, bob.domid, keep=keep)).close()
+            client.call(wire.HELLO, pack("=I", wire.VERSION))
+            assert client.ioctl(handle, DEALLOC, pack("=QI4x", answer.result, 1)).error == (0 if keep else errno.EINVAL)
+        os.close(home)
 
 
 def test_many_frees_in_a_row_come_before_what_is_asked_then(machine: Machine) -> None:

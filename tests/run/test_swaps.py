@@ -13,6 +13,7 @@ from runs import python
 
 from gntalloc.embed import Machine
 from gntalloc.places import domain_path
+from gntalloc.run import debugged
 from gntalloc.run import injector as injector_module
 from gntalloc.run.files import Files
 from gntalloc.run.supervisor import Supervisor
@@ -55,7 +56,7 @@ def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: py
     monkeypatch.setattr(injector_module, "_ptrace", refuse)
     told: list[str] = []
     placed: list[str] = []
-    monkeypatch.setattr(Files, "placed", lambda _files, _plan, address: placed.append(str(address)))
+    monkeypatch.setattr(debugged, "tell_place", lambda _memory, _mark, address, _length: placed.append(str(address)))
     with Machine() as machine:
         machine.domain(1)
         supervisor = Supervisor(domain_path(machine.folder, 1), say=told.append)

@@ -234,7 +234,7 @@ def test_what_a_machine_answers_goes_only_where_the_call_said(tmp_path: Path) ->
     evil = wire.encode_regions([wire.Region(ctypes.addressof(memory), True, b"evil")])
     bodies = {
         wire.IOCTL: [evil, wire.encode_regions([wire.Region(ctypes.addressof(argument), True, bytes(25))])],
-        wire.MMAP: [wire.CONFIRM.pack(0) + wire.PIECE.pack(place, 0, size) for place, size in ((0, 8192), (1, 4096))],
+        wire.MMAP: [wire.MARK.pack(0) + wire.PIECE.pack(place, 0, size) for place, size in ((0, 8192), (1, 4096))],
     }
     with socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(path)

@@ -6,6 +6,8 @@ SET_UNMAP_NOTIFY has the same number and layout as gntalloc's: only the file it 
 
 from __future__ import annotations
 
+import sys
+from array import array
 from struct import Struct
 from typing import NamedTuple, Self
 
@@ -47,6 +49,7 @@ __all__ = [
     "SetMaxGrants",
     "UnmapGrantRef",
     "UnmapNotify",
+    "grant_refs",
 ]
 
 DEVICE = "gntdev"
@@ -73,6 +76,17 @@ class GrantRef(KernelStruct, NamedTuple("GrantRef", [("domid", int), ("ref", int
     LAYOUT = Struct("=II")
     SIZE = 8
     FIELDS = (("domid", 0, 4), ("ref", 4, 4))
+
+
+def grant_refs(granter: int, refs: bytes) -> bytes:
+    """Make the GrantRefs of pages of one domain. `refs` are their references, each u32."""
+    count = len(refs) // 4
+    if count == 1:
+        return granter.to_bytes(4, sys.byteorder) + refs
+    named = array("I", bytes(8 * count))
+    named[0::2] = array("I", [granter]) * count
+    named[1::2] = array("I", refs)
+    return named.tobytes()
 
 
 class MapGrantRef(KernelStruct, NamedTuple("MapGrantRef", [("count", int), ("index", int)])):

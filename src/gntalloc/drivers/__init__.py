@@ -8,6 +8,7 @@ gntdev     map what others granted
 indexes    choose the index of a map, as Linux does
 copy       copy from and to granted pages
 evtchn     event channels: bind, send, wait
+placing    find out whether a granter has its pages mapped
 notify     keep the promises that the two grant drivers make for when pages go
 releases   tell programs when no peer holds pages any more
 privcmd    the hypercalls that channel libraries make

@@ -14,6 +14,7 @@ import os
 from itertools import count
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from gntalloc.descriptions import is_at, mark_of
 from gntalloc.errors import DeviceError
 from gntalloc.maps import PAGE_SIZE, PROT_WRITE
 from gntalloc.steps import Steps, finish
@@ -72,7 +73,7 @@ class Caller(Protocol):
 class Record:
     """Stand for one mmap call. It lives until its last piece is unmapped, in every process that inherited it."""
 
-    __slots__ = ("addresses", "file", "length", "loans", "payload", "process", "turn")
+    __slots__ = ("addresses", "ends", "file", "length", "loans", "made", "payload", "placed", "process", "turn")
 
     _turns: ClassVar[Iterator[int]] = count(1)
 
@@ -81,15 +82,27 @@ class Record:
         self.length = length
         self.payload = payload  # the driver's note of the pages
         self.loans: set[Loan] = set()  # the loans that the front end handed out for this map
-        self.addresses = range(0)  # where the program has it, noted by the front end
+        self.made = False  # whether all of them were made, noted by the front end
+        self.ends = False  # what is mapped goes off the file's list with it, noted by the front end
+        self.addresses: range | None = None  # where the program has it. None: it says so by locks
+        self.placed = False  # whether such a lock of the granter's was seen
         self.process = 0  # the program, noted by the front end
-        self.turn = 0  # of two at one address the later one is there: the other was unmapped to make room
+        self.turn = next(self._turns)  # of two at one address the later one is there: the other was unmapped for it
 
-    def place(self, process: int, address: int) -> None:
-        """Note that the program `process` has these pages at `address`."""
+    @property
+    def mark(self) -> int:
+        """The mark by which the program locks the place of this map: see `descriptions`."""
+        return mark_of(self.turn)
+
+    def place(self, address: int) -> None:
+        """Note that the program has these pages at `address`."""
         self.addresses = range(address, address + self.length)
-        self.process = process
-        self.turn = next(self._turns)
+
+    def is_at(self, address: int) -> bool:
+        """Say whether the program has this map at `address`."""
+        if self.addresses is not None:
+            return address in self.addresses
+        return any(is_at(loan.extent.master, self.mark, address) for loan in self.loans)
 
 
 Frames: TypeAlias = "frames.Frames[Record]"
@@ -124,8 +137,7 @@ class Plan(NamedTuple):
     pieces: list[Piece]
     writable: bool  # whether its descriptions allow writing; a granter's always do, whatever PROT it asked for
     granters: bool
-    confirm: bool = False  # the driver wants to be told when the program has placed it: `Driver.placed`
-    locate: bool = False  # the driver wants to know where: `Record.addresses`
+    locks: bool = False  # the program locks its place, so that the driver can ask for it
 
 
 Serve: TypeAlias = "Callable[[File, int, Caller], int | Steps[int]]"
@@ -147,9 +159,6 @@ class Driver(Protocol):
 
     def mmap(self, file: File, offset: int, length: int, *, writable: bool, shared: bool) -> Plan | Steps[Plan]:
         """Say what to map. `length` is whole pages, `offset` aligned."""
-
-    def placed(self, record: Record) -> None:
-        """Note that the program has placed the pages of a plan with `confirm`."""
 
     def unmapped(self, record: Record) -> None:
         """Note that the last piece of this mmap is gone."""

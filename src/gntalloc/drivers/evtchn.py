@@ -374,9 +374,6 @@ class EvtchnDriver:
         """
         raise DeviceError(errno.ENODEV, "evtchn has no pages to map; it is for ioctl, read, write and poll")
 
-    def placed(self, record: Record) -> None:
-        """Do nothing: no map is ever made."""
-
     def unmapped(self, record: Record) -> None:
         """Do nothing: no map is ever made."""
 

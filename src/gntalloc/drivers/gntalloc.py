@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from struct import pack
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gntalloc import clock
 from gntalloc.abi.gntalloc import (
@@ -35,6 +35,7 @@ from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, 
 from gntalloc.drivers.grefs import FileState, GrantInfo, Gref
 from gntalloc.drivers.notify import PortReferences, Promise, check_action
 from gntalloc.drivers.pages import AT_ONCE, GrantedPages
+from gntalloc.drivers.placing import note_placed
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
@@ -46,9 +47,16 @@ if TYPE_CHECKING:
     from gntalloc.drivers.pages import Descriptors
     from gntalloc.drivers.releases import ReleaseWaiter
 
-__all__ = ["DEFAULT_LIMIT", "GntallocDriver"]
+__all__ = ["DEFAULT_LIMIT", "Allocated", "GntallocDriver"]
 
 DEFAULT_LIMIT = 1024
+
+
+class Allocated(NamedTuple):
+    """Name the pages that an ALLOC made: the index of the first, and their references, each u32."""
+
+    first: int
+    refs: bytes
 
 
 class GntallocDriver:
@@ -107,14 +115,46 @@ class GntallocDriver:
     # ALLOC_GREF: pages, references, and the index under which mmap finds them.
 
     def _alloc(self, file: File, address: int, caller: Caller) -> int | Steps[int]:
-        state = _state(file)
         head = caller.read(address, AllocGref.SIZE)
         asked = AllocGref.unpack_from(head)
+        made = self.allocate(file, asked)
+        if not isinstance(made, Allocated):
+            return self._answer_in_steps(file, address, caller, head, made)
+        self._answer(file, address, caller, head, made)
+        return 0
+
+    def _answer_in_steps(
+        self, file: File, address: int, caller: Caller, head: bytes, steps: Steps[Allocated]
+    ) -> Steps[int]:
+        self._answer(file, address, caller, head, (yield from steps))
+        return 0
+
+    def _answer(self, file: File, address: int, caller: Caller, head: bytes, made: Allocated) -> None:
+        """Write the answer: Linux copies all 24 bytes out, the last eight as they came in, the references over them."""
+        asked = AllocGref.unpack_from(head)
+        packed = asked._replace(index=made.first).pack()
+        try:
+            caller.write(address, packed + head[len(packed) :])
+            if made.refs:
+                caller.write(address + AllocGref.REFS_OFFSET, made.refs)
+        except DeviceError:
+            # The program does not know the index, so it could not free them.
+            if self._behaviour.undo_unwritable_reply:
+                self.take_back(file, made.first, asked.count)
+            raise
+
+    def allocate(self, file: File, asked: AllocGref) -> Allocated | Steps[Allocated]:
+        """Do all of ALLOC_GREF but reading the argument and writing the answer. Of many pages, give the steps to that.
+
+        Raises:
+            DeviceError: here, or in a step. ENOSPC: the limit or the grant table is exhausted. ENOMEM: no memory.
+        """
+        state = _state(file)
         if self._behaviour.strict:
             _check_sense(asked, self._table.owner)
         self._check_limit(asked.count)
         if asked.count > AT_ONCE:
-            return self._alloc_in_steps(file, address, caller, head)
+            return self._allocate_in_steps(file, asked)
         index = state.next_index
         try:
             grefs = self._make(file, index, asked)
@@ -126,22 +166,23 @@ class GntallocDriver:
         state.next_index += asked.count * PAGE_SIZE
         state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
         self._pages.grefs.update(dict.fromkeys(grefs))
-        try:
-            _answer_alloc(address, caller, head, asked._replace(index=index), grefs)
-        except DeviceError:
-            # The program does not know the index, so it could not free them.
-            if self._behaviour.undo_unwritable_reply:
-                self._pages.drop(grefs)
-                # A page whose reference a peer has guessed lingers, and keeps its index.
-                if self._behaviour.put_index_back and not any(gref in self._pages.grefs for gref in grefs):
-                    state.next_index = index
-            raise
         self._pages.check_books()
-        return 0
+        return Allocated(index, _refs_of(grefs))
 
-    def _alloc_in_steps(self, file: File, address: int, caller: Caller, head: bytes) -> Steps[int]:
+    def take_back(self, file: File, index: int, count: int) -> None:
+        """Undo `allocate`, as the program does not know of it. Pages that it has given back are no error."""
+        state = _state(file)
+        span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
+        grefs = [gref for at in span if (gref := state.grefs.get(at)) is not None]
+        self._pages.drop(grefs)
+        # A page whose reference a peer has guessed lingers, and keeps its index.
+        left = any(gref in self._pages.grefs for gref in grefs)
+        if self._behaviour.put_index_back and state.next_index == index + count * PAGE_SIZE and not left:
+            state.next_index = index
+
+    def _allocate_in_steps(self, file: File, asked: AllocGref) -> Steps[Allocated]:
         """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between."""
-        state, asked = _state(file), AllocGref.unpack_from(head)
+        state = _state(file)
         index, readonly, made = state.next_index, not asked.flags & FLAG_WRITABLE, list[Gref]()
         self._pages.take_descriptor()
         end = state.next_index = index + asked.count * PAGE_SIZE
@@ -157,8 +198,7 @@ class GntallocDriver:
                 made += self._grant(file, index, extent, pages, asked)
                 self._pages.coming -= len(pages)
                 yield
-            _answer_alloc(address, caller, head, asked._replace(index=index), made)
-        except BaseException as error:  # the program's end, too
+        except BaseException:  # the program's end, too
             unmade = asked.count - len(made)
             self._pages.coming -= unmade
             self._pages.in_use -= unmade
@@ -166,14 +206,13 @@ class GntallocDriver:
                 self._pages.give_descriptor()
             elif unmade:
                 self._pages.give_back(extent, len(made), unmade)
-            if unmade or self._behaviour.undo_unwritable_reply or not isinstance(error, DeviceError):
-                self._pages.drop(made)
+            self._pages.drop(made)
             left = any(gref in self._pages.grefs for gref in made)
             if self._behaviour.put_index_back and state.next_index == end and not left:
                 state.next_index = index
             raise
         self._pages.check_books()
-        return 0
+        return Allocated(index, _refs_of(made))
 
     def _grant(self, file: File, index: int, extent: Extent, pages: list[int], asked: AllocGref) -> list[Gref]:
         """Grant these pages of an extent whose first page has this index."""
@@ -318,21 +357,20 @@ class GntallocDriver:
                 "map it before the peer does, and keep that map",
             )
         record = Record(file, length, grefs)
-        confirm = False
+        readonly = False
         for gref in grefs:
             gref.users += 1
-            confirm = confirm or gref.readonly
-        confirm = confirm and not sealed
-        return Plan(record, pieces, writable=not sealed, granters=True, confirm=confirm)
-
-    def placed(self, record: Record) -> None:
-        """Note that the granter has its map of these pages. Now a peer may map them read-only, which seals them."""
-        for gref in cast("list[Gref]", record.payload):
-            gref.frame.extent.placed[gref.frame.page] = 1
+            readonly = readonly or gref.readonly
+        return Plan(record, pieces, writable=not sealed, granters=True, locks=readonly and not sealed)
 
     def unmapped(self, record: Record) -> None:
         """Count one user less for each page, as the last piece of this mmap is gone."""
-        self._pages.let_go_of_map(cast("list[Gref]", record.payload))
+        grefs = cast("list[Gref]", record.payload)
+        if record.made:
+            note_placed(record)
+        self._pages.let_go_of_map(grefs)
+        if record.ends:
+            self._pages.drop([gref for gref in grefs if gref.state.grefs.get(gref.index) is gref])
 
     # Release: the file goes, and with it all that is on its list.
 
@@ -411,17 +449,8 @@ def _state(file: File) -> FileState:
     return cast("FileState", file.state)
 
 
-def _answer_alloc(address: int, caller: Caller, head: bytes, answer: AllocGref, grefs: list[Gref]) -> None:
-    """Write the answer: Linux copies all 24 bytes out, the last eight as they came in, then the references over them.
-
-    Raises:
-        DeviceError: EFAULT: the caller's memory cannot be written.
-    """
-    packed = answer.pack()
-    caller.write(address, packed + head[len(packed) :])
-    if grefs:
-        refs = pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
-        caller.write(address + AllocGref.REFS_OFFSET, refs)
+def _refs_of(grefs: list[Gref]) -> bytes:
+    return pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
 
 
 def _asked_for(count: int) -> str:

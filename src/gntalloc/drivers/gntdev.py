@@ -31,10 +31,11 @@ from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Piece,
 from gntalloc.drivers.copy import Copier
 from gntalloc.drivers.indexes import Indexes
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
+from gntalloc.drivers.placing import see_placed
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.steps import Later, Steps, batches, finish, finish_steps
+from gntalloc.steps import PAGES_A_STEP, Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,22 +122,48 @@ class GntdevDriver:
     def _map(self, file: File, address: int, caller: Caller) -> int:
         head = caller.read(address, MapGrantRef.SIZE)
         asked = MapGrantRef.unpack_from(head)
-        if not 0 < asked.count <= MAX_REFS:
-            raise DeviceError(
-                errno.EINVAL, f"{asked.count} references were given; 1 to {MAX_REFS} can be mapped at once"
-            )
-        if self._noted + asked.count > MAX_NOTED:
-            what = f"{asked.count} references were given, and this domain has more than {MAX_NOTED - asked.count}"
-            raise DeviceError(errno.ENOMEM, f"{what} of {MAX_NOTED} references noted already; unmap some")
+        self._check_count(asked.count)
         refs = caller.read(address + MapGrantRef.REFS_OFFSET, asked.count * GrantRef.SIZE)
-        entries = _state(file).entries
-        first = self._by_offset(refs, entries) if caller.by_offset else entries.first_gap(asked.count)
-        entry = Entry(first, refs)
+        entry = self.note(file, refs, by_offset=caller.by_offset)
         answer = asked._replace(index=entry.first * PAGE_SIZE).pack()
-        caller.write(address, answer + head[len(answer) :])
-        entries.put(entry.first, entry.count, entry)
-        self._noted += entry.count
+        try:
+            caller.write(address, answer + head[len(answer) :])
+        except DeviceError:
+            self.forget(file, entry)
+            raise
         return 0
+
+    def _check_count(self, count: int) -> None:
+        if not 0 < count <= MAX_REFS:
+            raise DeviceError(errno.EINVAL, f"{count} references were given; 1 to {MAX_REFS} can be mapped at once")
+        if self._noted + count > MAX_NOTED:
+            what = f"{count} references were given, and this domain has more than {MAX_NOTED - count}"
+            raise DeviceError(errno.ENOMEM, f"{what} of {MAX_NOTED} references noted already; unmap some")
+
+    def note(self, file: File, refs: bytes, *, by_offset: bool = False) -> Entry:
+        """Do all of MAP_GRANT_REF but reading the argument and writing the answer. `refs` are (domid, reference), u32.
+
+        Raises:
+            DeviceError: EINVAL: no references, or too many. ENOMEM: the domain has noted too many.
+        """
+        count = len(refs) // GrantRef.SIZE
+        self._check_count(count)
+        entries = _state(file).entries
+        first = self._by_offset(refs, entries) if by_offset else entries.first_gap(count)
+        entry = Entry(first, refs)
+        entries.put(first, count, entry)
+        self._noted += count
+        return entry
+
+    def forget(self, file: File, entry: Entry) -> None:
+        """Take an entry off its file's list, if it is there. What is mapped lives on."""
+        entries = _state(file).entries
+        if entries.at(entry.first) is not entry:
+            return
+        entries.remove(entry.first)
+        self._noted -= entry.count
+        if entry.record is None:
+            self._end(entry)
 
     def _by_offset(self, refs: bytes, entries: Indexes[Entry]) -> int:
         """Give the place of these pages in their file, if they are in order there; else one that disturbs no other.
@@ -199,7 +226,7 @@ class GntdevDriver:
             self._give_up(file, entry, handles)
             raise
         entry.handles = handles
-        return Plan(entry.record, pieces, writable=writable, granters=False, locate=True)
+        return Plan(entry.record, pieces, writable=writable, granters=False, locks=True)
 
     def _map_some(
         self, refs: list[tuple[int, int]], handles: list[Handle[Frame]], *, writable: bool
@@ -226,11 +253,15 @@ class GntdevDriver:
         The granter cannot either, so it must have its map first.
         """
         sealing: dict[Extent, None] = {}
+        asked: set[Extent] = set()
         for some in batches(handles):
             for handle in some:
                 extent, page = handle.frame
                 if extent.sealed or not handle.table.readonly(handle.ref):
                     continue
+                if not extent.placed[page] and extent not in asked:
+                    asked.add(extent)
+                    yield from see_placed(extent)
                 if not extent.placed[page]:
                     what = f"page {handle.ref} of domain {handle.table.owner} is granted read-only"
                     raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
@@ -244,10 +275,18 @@ class GntdevDriver:
 
     # GET_OFFSET_FOR_VADDR: what is mapped there?
 
-    def _get_offset(self, file: File, address: int, caller: Caller) -> int:
+    def _get_offset(self, file: File, address: int, caller: Caller) -> int | Steps[int]:
+        steps = self._find_offset(file, address, caller)
+        return steps if len(file.records) > PAGES_A_STEP else finish_steps(steps)
+
+    def _find_offset(self, file: File, address: int, caller: Caller) -> Steps[int]:
         head = caller.read(address, GetOffsetForVaddr.SIZE)
         asked = GetOffsetForVaddr.unpack_from(head)
-        there = [record for record in file.records if asked.vaddr in record.addresses]
+        there: list[Record] = []
+        for some in batches(list(file.records)):
+            there += [record for record in some if record.is_at(asked.vaddr)]
+            if len(file.records) > PAGES_A_STEP:
+                yield
         if not there:
             raise DeviceError(errno.EINVAL, f"no pages of this file are mapped at {asked.vaddr:#x}")
         # A child made by fork has its parent's maps, where it has not made its own since.
@@ -300,14 +339,14 @@ class GntdevDriver:
             self._hypervisor.unmap(some)
             yield
 
-    def placed(self, record: Record) -> None:
-        """Do nothing: nothing waits for that."""
-
     def unmapped(self, record: Record) -> None:
         """Give the grants up, as the last piece of this mmap is gone."""
         entry = cast("Entry", record.payload)
         entry.record = None
-        if _state(record.file).entries.at(entry.first) is not entry:
+        listed = _state(record.file).entries.at(entry.first) is entry
+        if listed and record.ends:
+            self.forget(record.file, entry)
+        elif not listed:
             self._end(entry)
         elif self._behaviour.munmap_releases:
             self._let_go(entry)
@@ -337,10 +376,7 @@ class GntdevDriver:
         if entry is None or asked.count not in {0, entry.count}:
             what = f"{asked.count} pages at index {asked.index:#x} were to be unmapped"
             raise DeviceError(errno.ENOENT, f"{what}, and there was no MAP_GRANT_REF of just that")
-        entries.remove(first)
-        self._noted -= entry.count
-        if entry.record is None:
-            self._end(entry)
+        self.forget(file, entry)
         return 0
 
     def release(self, file: File) -> None:

@@ -123,8 +123,5 @@ class PrivcmdDriver:
         """
         raise DeviceError(errno.ENODEV, "privcmd has no pages to map here; it is for hypercalls")
 
-    def placed(self, record: Record) -> None:
-        """Do nothing: no map is ever made."""
-
     def unmapped(self, record: Record) -> None:
         """Do nothing: no map is ever made."""

@@ -170,7 +170,6 @@ class MachineConnection:
                 except (BrokenPipeError, ConnectionResetError):
                     number = self._number  # it hung up on us; it may have said why
                 came, received = self._receive(number)
-                self.unanswered = 0
                 return Answer(came.payload, received)
             except OSError as error:
                 self.close()
@@ -212,22 +211,21 @@ class MachineConnection:
                 body += answer.body
             return bytes(body)
 
-    def tell(self, message: tuple[Any, ...], generation: int) -> bool:
-        """Say something and wait for nothing. False: not said, the channel of that generation is gone.
+    def tell(self, message: tuple[Any, ...]) -> None:
+        """Say something and wait for nothing. It is served in its turn.
 
         Raises:
             MachineGone: there is nobody to tell.
         """
         with self.lock:
-            if self._sock is None or self.generation != generation:
-                return False
             try:
                 self._send(message, ())
             except OSError as error:
                 self.close()
                 raise self._gone(error) from error
-            self.unanswered += 1
-            return True
+            except BaseException:  # it may be half sent
+                self.close()
+                raise
 
     def hear(self, generation: int) -> tuple[Message, list[Descriptor]] | None:
         """Take the next message that the machine sent unasked. It never waits. None: there is none, for now.
@@ -315,7 +313,6 @@ class MachineConnection:
 
     def _begin(self) -> None:
         self.generation += self._sock is not None
-        self.unanswered = 0  # told since the last answer: more than MOST_UNANSWERED could be overtaken
         self._decoder = Decoder()
         self._messages: deque[Message] = deque()
         self._descriptors: deque[Descriptor] = deque()

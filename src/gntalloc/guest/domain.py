@@ -6,10 +6,8 @@ import errno
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
-from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef
 from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, MachineGone, TimedOut
 from gntalloc.guest.devices.machine import MachineDevices
@@ -18,18 +16,19 @@ from gntalloc.guest.grant import Grant
 from gntalloc.guest.pages import MappedPages, SharedPages
 from gntalloc.guest.peers import count_of, domid_of
 from gntalloc.guest.quotas import Quotas
-from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
+from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from gntalloc.guest.devices import DeviceFile
+    from gntalloc.guest.devices import Attached, DeviceFile, Shared
     from gntalloc.guest.devices.kernel import KernelDevices
     from gntalloc.guest.quotas import Charge
-    from gntalloc.maps import Mapping
     from gntalloc.xenstore.client import Store
 
 __all__ = ["BareDomain"]
+
+Made = TypeVar("Made")
 
 _MOST_PAGES = 0xFFFF_FFFF  # that one call can ask for
 _LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
@@ -125,22 +124,15 @@ class BareDomain:
     def _share(
         self, domid: int, count: int, charge: Charge, *, writable: bool, mirrored: bool, file: DeviceFile | None
     ) -> SharedPages:
-        flags = FLAG_WRITABLE if writable else 0
-        head = AllocGref(domid, flags, count, 0).pack()
-        argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + 4 * count))
-        argument[: len(head)] = head
-        prot, times = PROT_READ | PROT_WRITE, 2 if mirrored else 1
-        file, mapping = self._make_and_map(
-            file or "gntalloc", ALLOC_GREF, argument, count * PAGE_SIZE, prot=prot, times=times
-        )
-        index = AllocGref.unpack_from(argument).index
-        if isinstance(mapping, DeviceError):
-            file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(index, count).pack())
-            raise mapping
-        array = memoryview(argument)[AllocGref.REFS_OFFSET : AllocGref.REFS_OFFSET + 4 * count].cast("I")
-        grant = Grant(self.domid, tuple(array), writable)
-        mapping.name = "grant", grant
-        return SharedPages(file, index, grant, mapping, charge)
+        times, kept = 2 if mirrored else 1, file is not None
+
+        def make(device: DeviceFile) -> Shared:
+            return device.share(domid, count, writable=writable, times=times, keep=kept)
+
+        device, made = self._make(file or "gntalloc", make)
+        grant = Grant(self.domid, made.refs, writable)
+        made.mapping.name = "grant", grant
+        return SharedPages(device, made.first, grant, made.mapping, charge, kept=kept)
 
     def see_to_quota(self, peer: int, pages: int, most_per_peer: int) -> None:
         """See that `peer` may have so many pages more, which are shared in several pieces then.
@@ -177,20 +169,26 @@ class BareDomain:
         """
         grant = _grant(granter, refs, writable)
         wanted = grant.refs * 2 if mirrored else grant.refs
-        count = len(wanted)
-        head = MapGrantRef(count, 0).pack()
-        argument = bytearray(head + b"".join(GrantRef(grant.granter, ref).pack() for ref in wanted))
-        prot = PROT_READ | PROT_WRITE if grant.writable else PROT_READ
-        file, mapping = self._make_and_map(file or "gntdev", MAP_GRANT_REF, argument, count * PAGE_SIZE, prot=prot)
-        index = MapGrantRef.unpack_from(argument).index
-        if isinstance(mapping, DeviceError):
+        kept = file is not None
+
+        def attach(device: DeviceFile) -> Attached:
+            return device.attach(grant.granter, wanted, writable=grant.writable, keep=kept)
+
+        deadline = Deadline(timeout)
+        nap = 0.0005
+        while True:
             try:
-                mapping = self._mmap_when_ready(file, index, count, grant, prot, mapping, timeout)
-            except BaseException:
-                file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack())
-                raise
-        mapping.name = "the map of grant", grant
-        return MappedPages(file, index, grant, mapping, count)
+                device, made = self._make(file or "gntdev", attach)
+                break
+            except DeviceError as refusal:
+                if refusal.errno != errno.EAGAIN:
+                    raise
+                if deadline.expired:
+                    raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP)
+        made.mapping.name = "the map of grant", grant
+        return MappedPages(device, made.first, grant, made.mapping, len(wanted), kept=kept)
 
     def destroy(self) -> None:
         """End the domain: nobody enters it any more, its device files close. Only the machine's owner may.
@@ -214,39 +212,19 @@ class BareDomain:
     def __repr__(self) -> str:
         return f"<Domain {self.domid} at {self.address}>"
 
-    def _mmap_when_ready(
-        self, file: DeviceFile, index: int, count: int, grant: Grant, prot: int, refusal: DeviceError, timeout: float
-    ) -> Mapping:
-        """Try again until the granter is ready: the first try ended in `refusal`."""
-        deadline = Deadline(timeout)
-        nap = 0.0005
-        while True:
-            if refusal.errno != errno.EAGAIN:
-                raise refusal
-            if deadline.expired:
-                raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
-            try:
-                return file.mmap(index, count * PAGE_SIZE, prot=prot)
-            except DeviceError as again:
-                refusal = again
-
-    def _make_and_map(
-        self, which: DeviceFile | str, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
-    ) -> tuple[DeviceFile, Mapping | DeviceError]:
-        """See `DeviceFile.ioctl_mmap`; of a device by name on a new file, if the old one's domain ended and is back."""
+    def _make(self, which: DeviceFile | str, make: Callable[[DeviceFile], Made]) -> tuple[DeviceFile, Made]:
+        """Make something with a device: of a name on a new file, if the old one's domain ended and is back."""
         if not isinstance(which, str):
-            return which, which.ioctl_mmap(request, argument, length, prot=prot, times=times)
+            return which, make(which)
         file = self._file(which)
         try:
-            return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
+            return file, make(file)
         except MachineGone:
             if not (file.lost and self.devices.is_back()):
                 raise
         del self._files[os.getpid(), which]  # and not closed: what was made with it says that it is gone
         file = self._file(which)
-        return file, file.ioctl_mmap(request, argument, length, prot=prot, times=times)
+        return file, make(file)
 
     @property
     def _quotas(self) -> Quotas:

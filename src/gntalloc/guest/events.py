@@ -119,7 +119,7 @@ class Port:
 
     def notify_soon(self) -> None:
         """Notify without waiting for it: the event may come a moment after the call."""
-        self._file.ioctl_unanswered(NOTIFY, self._notify)
+        self._file.notify(self.number)
 
     def wait(self, *, timeout: float | None = None) -> None:
         """Wait for an event. The port stays masked until the next `wait` or `rearm`.

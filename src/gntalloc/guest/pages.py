@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Self
 
 from gntalloc import waits
 from gntalloc.abi.gntalloc import (
-    DEALLOC_GREF,
     SET_UNMAP_NOTIFY,  # gntdev's is the same
     UNMAP_NOTIFY_CLEAR_BYTE,
     UNMAP_NOTIFY_SEND_EVENT,
-    DeallocGref,
     UnmapNotify,
 )
-from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
 from gntalloc.clock import Deadline
 from gntalloc.errors import Closed, GntallocError, MachineGone, TimedOut, ViewsStillExported
 from gntalloc.maps import PAGE_SIZE
@@ -35,8 +32,10 @@ __all__ = ["MappedPages", "SharedPages"]
 class _Pages:
     """What both kinds have in common: memory, and an end that never loses anything."""
 
-    def __init__(self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping) -> None:
+    def __init__(self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, *, kept: bool) -> None:
         self.grant = grant
+        self._count = len(grant.refs)
+        self._kept = kept  # on the file's list, until it is given back
         self._file = file
         self._index = index
         self._mapping = mapping
@@ -120,22 +119,19 @@ class _Pages:
             return
         self._closed = True
         if _warn(self, self._pid):
-            self._give_back()  # a view may still be alive. The map goes with it; the grant goes now
+            self._give_back()  # a view may still be alive: what is not kept goes with it
             self._count_no_more(ask=False)  # a question has no place in whatever this thread does just now
 
     def _give_back(self) -> None:
         if os.getpid() == self._pid:
             try:
-                self._undo()
+                self._file.end(self._index, self._count, kept=self._kept)
             except (MachineGone, Closed):
                 pass  # then there is nothing left to undo: what was on a file's list went with the file
             except GntallocError:
                 if not self._mapping.closed:
                     raise
                 # The domain was destroyed, and its files with it. The map is gone too, so all is done.
-
-    def _undo(self) -> None:
-        raise AssertionError  # each kind has its own
 
     def _count_no_more(self, *, ask: bool = True) -> None:
         """Only what this side has granted counts for a peer. Without `ask` the machine is not asked about the peer."""
@@ -148,9 +144,16 @@ class SharedPages(_Pages):
     """
 
     def __init__(
-        self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, charge: Charge | None = None
+        self,
+        file: DeviceFile,
+        index: int,
+        grant: Grant,
+        mapping: Mapping,
+        charge: Charge | None = None,
+        *,
+        kept: bool = False,
     ) -> None:
-        super().__init__(file, index, grant, mapping)
+        super().__init__(file, index, grant, mapping, kept=kept)
         self._charge = charge
 
     @property
@@ -217,20 +220,16 @@ class SharedPages(_Pages):
         if self._charge is not None:
             self._charge.end(self.released_descriptor if ask else None)
 
-    def _undo(self) -> None:
-        self._file.ioctl_unanswered(DEALLOC_GREF, DeallocGref(self._index, len(self.refs)).pack())
-
 
 class MappedPages(_Pages):
     """Pages of a peer, mapped here. Made by `Domain.map`; `memory` is read-only unless mapped writable."""
 
-    def __init__(self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, count: int) -> None:
-        super().__init__(file, index, grant, mapping)
+    def __init__(
+        self, file: DeviceFile, index: int, grant: Grant, mapping: Mapping, count: int, *, kept: bool = False
+    ) -> None:
+        super().__init__(file, index, grant, mapping, kept=kept)
         self._count = count  # references mapped: each twice, if mirrored
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         return f"<{state} MappedPages {self.grant}, {len(self.grant.refs) * PAGE_SIZE} bytes>"
-
-    def _undo(self) -> None:
-        self._file.ioctl_unanswered(UNMAP_GRANT_REF, UnmapGrantRef(self._index, self._count).pack())

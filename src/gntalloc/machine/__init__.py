@@ -14,7 +14,6 @@ homes        keep the homes of all open files
 home         be one home: a program's hold on an open file, and the machine's end of it
 waits        tell programs, by sockets, when their pages are released
 quotas       share out what the machine has only so much of
-placements   keep maps that were given out, until their program says where it has them
 faults       cause the faults that a test asks for
 stream       move a program's messages in and the machine's replies out
 turns        choose which speaker is served next, how much of it, and which has to wait

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import errno
 import logging
-from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, AllocGref, DeallocGref
-from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef
+from gntalloc.abi.evtchn import PORT
+from gntalloc.abi.gntalloc import AllocGref
+from gntalloc.abi.gntdev import grant_refs
 from gntalloc.drivers.chardev import Plan
+from gntalloc.drivers.gntalloc import Allocated
 from gntalloc.errors import DeviceError, GntallocError
-from gntalloc.machine.placements import Placements
 from gntalloc.machine.speaker import Dropped
 from gntalloc.machine.stream import MessageStream
-from gntalloc.maps import PAGE_SIZE
+from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE
 from gntalloc.steps import finish_steps
 from gntalloc.wire.memory import MessageCaller, Region
 from gntalloc.wire.messages import (
     VERSION,
+    Attach,
     Hello,
     Holders,
     HoldersAnswer,
     Ioctl,
     IoctlAnswer,
-    IoctlMmap,
-    IoctlMmapAnswer,
-    IoctlTold,
+    MapAnswer,
     Mmap,
-    MmapAnswer,
+    Notify,
     Open,
     Piece,
-    Placed,
     Read,
+    Share,
+    ShareAnswer,
     Show,
     ShowAnswer,
     Write,
@@ -74,34 +74,6 @@ def pieces_of_plan(plan: Plan, loans: list[Loan[Any]]) -> tuple[Piece, ...]:
     return tuple([Piece(place[piece.extent], piece.offset, piece.pages * PAGE_SIZE) for piece in plan.pieces])
 
 
-def _made_by(request: int, argument: bytes) -> int:
-    """Read the index that ALLOC_GREF or MAP_GRANT_REF has put into its argument."""
-    layout = AllocGref if request == ALLOC_GREF else MapGrantRef
-    return int(layout.unpack_from(argument).index)
-
-
-class _Undo:
-    """Take the pages or the map that a message made off its file's list again."""
-
-    __slots__ = ("_file", "_index", "_pages", "_request")
-
-    def __init__(self, file: File, request: int, index: int, pages: int) -> None:
-        self._file = file
-        self._request = request
-        self._index = index
-        self._pages = pages
-
-    def __call__(self) -> None:
-        if self._request == ALLOC_GREF:
-            request, argument = DEALLOC_GREF, DeallocGref(self._index, self._pages).pack()
-        else:
-            request, argument = UNMAP_GRANT_REF, UnmapGrantRef(self._index, self._pages).pack()
-        try:
-            self._file.ioctl(request, 0, MessageCaller([Region(0, bytearray(argument), writable=False)]))
-        except DeviceError:
-            pass  # a program that knew it has given it back
-
-
 class Connection(MessageStream):
     """Serve the call channel of one process in a domain.
 
@@ -133,26 +105,16 @@ class Connection(MessageStream):
         """The process that it speaks for. A supervisor names that process."""
         self.by_offset = False
         """Whether that process makes its maps itself, at the offset that it asks for."""
-        self.placements = Placements()
         self._homes = homes
         self._waits = waits
         self._carry_out = carry_out
         self._handlers = handlers
         self._files: dict[int, File] = {}
         self._next_handle = 1
-        # Undoes the last message, if that made pages or a map. If no message follows, its answer may not have been read
-        # (no descriptors left, Ctrl-C), and then the program does not know the index. Pages that are mapped stay so.
-        self._undo: _Undo | None = None
         self._ended: list[Callable[[], None]] = []
-
-    @property
-    def notes_expected(self) -> int:
-        """See `MessageStream`."""
-        return len(self.placements)
 
     def serve(self, message: Message) -> Steps[None] | None:
         """Answer one message of the program, or give the steps to that."""
-        self._undo = None
         kind, serve = self._handlers.get(message.kind, (None, None))
         if kind is None or serve is None:
             raise Dropped(f"it sent a message of kind {message.kind}, and there is none")
@@ -189,9 +151,6 @@ class Connection(MessageStream):
         super().close()
         for call in self._ended:
             call()
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
 
     def file(self, handle: int) -> File:
         """Find a file by its handle on this channel.
@@ -256,58 +215,70 @@ class Connection(MessageStream):
             error, why = self._refused(refusal)
         self.answer(message, error=error, why=why, result=result, body=_answer_of(asked.regions))
 
-    def _ioctl_told(self, message: Message, told: IoctlTold) -> None:
-        """Serve an ioctl without an answer, which gives pages back. Pages that are gone already are no error."""
-        try:
-            self.file(told.handle).ioctl(told.request, told.address, MessageCaller(told.regions, process=self.pid))
-        except DeviceError as refusal:
-            self._refused(refusal)
-
-    def _ioctl_mmap(self, message: Message, asked: IoctlMmap) -> Steps[None] | None:
-        """Serve ALLOC or MAP, and the mmap that always follows it."""
-        if asked.request not in {ALLOC_GREF, MAP_GRANT_REF}:
-            raise Dropped(f"it wanted to map what request {asked.request:#010x} makes, which makes nothing to map")
-        return _at_once_if_small(asked.length, self._ioctl_mmap_in_steps(message, asked))
-
-    def _ioctl_mmap_in_steps(self, message: Message, asked: IoctlMmap) -> Steps[None]:
-        caller = MessageCaller(asked.regions, process=self.pid)
-        try:
-            file = self.file(asked.handle)
-            work = file.begin_ioctl(asked.request, asked.address, caller)
-            result = work if isinstance(work, int) else (yield from work)
-            index = _made_by(asked.request, caller.read(asked.address, _HEAD.size))
-        except DeviceError as refusal:
-            error, why = self._refused(refusal)
-            self.answer(message, error=error, why=why, body=_answer_of(asked.regions))
-            return
-        self._undo = _Undo(file, asked.request, index, asked.length // PAGE_SIZE)
-        loans: list[Loan[Any]] = []
-        try:
-            plan, loans = yield from self._map(file, index, asked)
-        except DeviceError as refusal:
-            error, why = self._refused(refusal)
-            body = IoctlMmapAnswer(error, why, 0, 0, (), _written(asked.regions))
-        else:
-            plan.record.place(self.pid, asked.place)
-            number = self.placements.expect(plan.record, self.pid) if plan.confirm else 0
-            pieces = pieces_of_plan(plan, loans)
-            body = IoctlMmapAnswer(0, "", number, plan.confirm, pieces, _written(asked.regions))
-        self._answer_with(message, result, encode(body), loans)
-
     def _mmap(self, message: Message, asked: Mmap) -> Steps[None] | None:
         return _at_once_if_small(asked.length, self._mmap_in_steps(message, asked))
 
     def _mmap_in_steps(self, message: Message, asked: Mmap) -> Steps[None]:
-        plan, loans = yield from self._map(self.file(asked.handle), asked.offset, asked)
-        confirm = plan.confirm or plan.locate
-        number = self.placements.expect(plan.record, self.pid) if confirm else 0
-        self._answer_with(message, number, encode(MmapAnswer(confirm, pieces_of_plan(plan, loans))), loans)
-
-    def _map(self, file: File, offset: int, asked: Mmap | IoctlMmap) -> Steps[tuple[Plan, list[Loan[Any]]]]:
-        """Plan a map and make its descriptions."""
-        work = file.begin_mmap(offset, asked.length, prot=asked.prot, shared=bool(asked.shared))
+        file = self.file(asked.handle)
+        work = file.begin_mmap(asked.offset, asked.length, prot=asked.prot, shared=bool(asked.shared))
         plan = work if isinstance(work, Plan) else (yield from work)
-        return plan, (yield from self._carry_out(plan))
+        loans = yield from self._describe(plan)
+        mark = plan.record.mark if plan.locks else 0
+        self._answer_with(message, 0, encode(MapAnswer(mark, pieces_of_plan(plan, loans))), loans)
+
+    def _describe(self, plan: Plan) -> Steps[list[Loan[Any]]]:
+        """Make the descriptions of a map, for the process that this is for."""
+        plan.record.process = self.pid
+        return self._carry_out(plan)
+
+    def _share(self, message: Message, asked: Share) -> Steps[None] | None:
+        return _at_once_if_small(asked.pages * PAGE_SIZE, self._share_in_steps(message, asked))
+
+    def _share_in_steps(self, message: Message, asked: Share) -> Steps[None]:
+        file, driver = self.file(asked.handle), self.guest.gntalloc
+        if file.driver is not driver:
+            raise DeviceError(errno.ENOTTY, f"{file.driver.name} shares no pages; gntalloc does")
+        made = driver.allocate(file, AllocGref(asked.domid, asked.flags, asked.pages, 0))
+        index, refs = made if isinstance(made, Allocated) else (yield from made)
+        try:
+            work = file.begin_mmap(index, asked.pages * PAGE_SIZE, prot=PROT_READ | PROT_WRITE, shared=True)
+            plan = work if isinstance(work, Plan) else (yield from work)
+            plan.record.ends = not asked.keep
+            loans = yield from self._describe(plan)
+        except BaseException:  # the program's end, too
+            driver.take_back(file, index, asked.pages)
+            raise
+        mark = plan.record.mark if plan.locks else 0
+        self._answer_with(message, index, encode(ShareAnswer(mark, plan.pieces[0].offset, refs)), loans)
+
+    def _attach(self, message: Message, asked: Attach) -> Steps[None] | None:
+        return _at_once_if_small(len(asked.refs) * (PAGE_SIZE // 4), self._attach_in_steps(message, asked))
+
+    def _attach_in_steps(self, message: Message, asked: Attach) -> Steps[None]:
+        file, driver = self.file(asked.handle), self.guest.gntdev
+        if file.driver is not driver:
+            raise DeviceError(errno.ENOTTY, f"{file.driver.name} maps no grants; gntdev does")
+        entry = driver.note(file, grant_refs(asked.granter, asked.refs))
+        try:
+            prot = PROT_READ | PROT_WRITE if asked.writable else PROT_READ
+            work = file.begin_mmap(entry.first * PAGE_SIZE, entry.count * PAGE_SIZE, prot=prot, shared=True)
+            plan = work if isinstance(work, Plan) else (yield from work)
+            plan.record.ends = not asked.keep
+            plan.record.place(asked.place)
+            loans = yield from self._describe(plan)
+        except BaseException:  # the program's end, too
+            driver.forget(file, entry)
+            raise
+        body = encode(MapAnswer(0, pieces_of_plan(plan, loans)))
+        self._answer_with(message, entry.first * PAGE_SIZE, body, loans)
+
+    def _notify(self, message: Message, told: Notify) -> None:
+        try:
+            file = self.file(told.handle)
+        except DeviceError:
+            return  # it was closed meanwhile, and its port with it
+        if file.driver is self.guest.evtchn:
+            self.guest.evtchn.ring(file, PORT.pack(told.port))
 
     def _answer_with(self, message: Message, result: int, body: bytes, loans: list[Loan[Any]]) -> None:
         """Answer, and close the machine's copies of these descriptors."""
@@ -316,9 +287,6 @@ class Connection(MessageStream):
         finally:
             for loan in loans:
                 loan.close()
-
-    def _placed(self, message: Message, told: Placed) -> None:
-        self.placements.placed(told.record, told.address)
 
     def _read(self, message: Message, asked: Read) -> None:
         data = self.file(asked.handle).read(asked.size)
@@ -348,16 +316,15 @@ class Connection(MessageStream):
         return refusal.errno or errno.EIO, str(refusal)
 
 
-_HEAD = Struct("=QQ")  # AllocGref's and MapGrantRef's heads: the index is their second word
 _HANDLERS: dict[type, Handler] = {
     Hello: Connection._hello,  # noqa: SLF001  its own
     Open: Connection._open,  # noqa: SLF001
     Show: Connection._show,  # noqa: SLF001
     Ioctl: Connection._ioctl,  # noqa: SLF001
-    IoctlTold: Connection._ioctl_told,  # noqa: SLF001
-    IoctlMmap: Connection._ioctl_mmap,  # noqa: SLF001
     Mmap: Connection._mmap,  # noqa: SLF001
-    Placed: Connection._placed,  # noqa: SLF001
+    Share: Connection._share,  # noqa: SLF001
+    Attach: Connection._attach,  # noqa: SLF001
+    Notify: Connection._notify,  # noqa: SLF001
     Read: Connection._read,  # noqa: SLF001
     Write: Connection._write,  # noqa: SLF001
     Holders: Connection._holders,  # noqa: SLF001

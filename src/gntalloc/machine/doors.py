@@ -66,7 +66,6 @@ class Door:
 
     companion: Speaker | None = None
     weight = 0
-    has_notes = False
     standing = READABLE
 
     def __init__(self, listener: socket.socket, let_in_one: Callable[[], bool]) -> None:
@@ -86,9 +85,6 @@ class Door:
 
     def admit(self) -> None:
         """See `Speaker`."""
-
-    def take_notes(self, until: float) -> None:
-        """See `Speaker`. There are none."""
 
     def take_turn(self, until: float) -> None:
         """See `Speaker`. Let programs in until then, one at least."""

@@ -55,7 +55,6 @@ class Writer:
 
     companion: Speaker | None = None
     weight = 0
-    has_notes = False
     standing = READABLE
 
     def __init__(self, home: Home, serve: Callable[[Home, int], None]) -> None:
@@ -67,7 +66,7 @@ class Writer:
         return self._home.sock.fileno()
 
     def receive(self, events: int) -> None:
-        """See `Speaker`. What was written is served at once: it is as short as a note."""
+        """See `Speaker`. What was written is served at once, as it is short."""
         self._serve(self._home, events)
 
     def flush(self) -> None:
@@ -76,9 +75,6 @@ class Writer:
         self._home.guest.evtchn.hand_over(self._home.file)
 
     def admit(self) -> None:
-        """See `Speaker`."""
-
-    def take_notes(self, until: float) -> None:
         """See `Speaker`."""
 
     def take_turn(self, until: float) -> None:

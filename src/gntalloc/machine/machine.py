@@ -231,6 +231,7 @@ class Machine:
             else:
                 plan.record.file.unmapped(plan.record)
             raise
+        plan.record.made = True
         return list(loans.values())
 
     # News of the kernel's.

@@ -36,10 +36,6 @@ class Speaker(Protocol):
         served, or one is served in part. STALLING: it keeps the machine waiting.
         """
 
-    @property
-    def has_notes(self) -> bool:
-        """Whether the message that waits first is a note."""
-
     def fileno(self) -> int:
         """Give the descriptor to wait for."""
 
@@ -57,9 +53,6 @@ class Speaker(Protocol):
 
         At least one message is served, or a piece of it.
         """
-
-    def take_notes(self, until: float) -> None:
-        """Serve the notes before the first request, admitted or not, and begin none after `until`."""
 
     def stalled(self, now: float) -> bool:
         """Say whether it keeps the machine waiting for too long."""

@@ -179,7 +179,6 @@ class StoreLine:
 
     companion: Speaker | None = None
     weight = 0
-    has_notes = False
 
     def __init__(self, sock: socket.socket, session: Session, pid: int, front: StoreFront, disposal: Disposal) -> None:
         sock.setblocking(False)
@@ -258,9 +257,6 @@ class StoreLine:
     def admit(self) -> None:
         """See `Speaker`."""
         self._admitted = self._decoder.pending
-
-    def take_notes(self, until: float) -> None:
-        """See `Speaker`. Every message here is answered."""
 
     def take_turn(self, until: float) -> None:
         """See `Speaker`.

@@ -16,7 +16,6 @@ from gntalloc import clock
 from gntalloc.machine.loop import NOT_NOW, READABLE, WRITABLE
 from gntalloc.machine.speaker import MESSAGES_A_TURN, RUNNABLE, STALLING, Dropped
 from gntalloc.unasked import Inlet, Unasked
-from gntalloc.wire.messages import MOST_UNANSWERED, IoctlTold, Placed, kind_of
 from gntalloc.wire.stream import MAX_DESCRIPTORS, Decoder, Garbage, encode_reply
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 1024  # more than a correct program sends at once, if its messages are short
 _BYTES_OF_A_LONG_ONE = 65536
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
-_NOTES = frozenset({kind_of(Placed), kind_of(IoctlTold)})
-_NOTES_A_TURN = 2 * MOST_UNANSWERED  # all that a correct program sends, and a Placed or two that do not count
 
 
 class MessageStream:
@@ -64,11 +61,6 @@ class MessageStream:
     def fileno(self) -> int:
         """See `Speaker`."""
         return self.sock.fileno()
-
-    @property
-    def notes_expected(self) -> int:
-        """The number of notes beyond the usual that a correct program may send."""
-        return 0
 
     @property
     def standing(self) -> int:
@@ -139,24 +131,6 @@ class MessageStream:
             if clock.now() >= until:
                 break
         self._judge()
-
-    def take_notes(self, until: float) -> None:
-        """See `Speaker`. A note is served though it was not admitted: its sender may have told others of it since.
-
-        Raises:
-            Dropped: the program is gone.
-        """
-        for _ in range(_NOTES_A_TURN + self.notes_expected):
-            if not self.has_notes:
-                break
-            self._serve_next()
-            if clock.now() >= until:
-                break
-
-    @property
-    def has_notes(self) -> bool:
-        """See `Speaker`."""
-        return bool(self.inbox) and self.inbox[0].kind in _NOTES and not self._outbox and self._rest is None
 
     def _serve_next(self) -> None:
         message = self.inbox.popleft()

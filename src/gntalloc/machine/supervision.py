@@ -163,10 +163,10 @@ class _Run:
 
     def place(self, call: Call, plan: Plan, process: int) -> Steps[None]:
         """Have the supervisor answer this mmap with these pages."""
+        plan.record.process = process
         loans = yield from self._carry_out(plan)
-        confirm = plan.confirm or plan.locate
-        number = self._connection.placements.expect(plan.record, process) if confirm else 0
-        brought = Brought(PLACE, confirm, number, call.encode(), pieces_of_plan(plan, loans))
+        mark = plan.record.mark if plan.locks else 0
+        brought = Brought(PLACE, mark, call.encode(), pieces_of_plan(plan, loans))
         try:
             self._bring(call, brought, [loan.descriptor for loan in loans])
         finally:
@@ -179,7 +179,7 @@ class _Run:
         assert calls is not None
         left: Call | None = call
         while left is not None:
-            self._bring(left, Brought(TAKE_OVER, 0, 0, left.encode(), ()), ())
+            self._bring(left, Brought(TAKE_OVER, 0, left.encode(), ()), ())
             left = calls.take_back()
         self.end()
 

@@ -117,7 +117,6 @@ class Syscalls:
 
     companion: Speaker | None = None
     weight = 0
-    has_notes = False
     standing = READABLE
 
     def __init__(
@@ -169,9 +168,6 @@ class Syscalls:
     def admit(self) -> None:
         """See `Speaker`."""
         self._admitted = len(self._taken)
-
-    def take_notes(self, until: float) -> None:
-        """See `Speaker`."""
 
     def take_turn(self, until: float) -> None:
         """Answer calls, or have the supervisor answer them."""

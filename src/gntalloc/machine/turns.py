@@ -9,12 +9,12 @@ Serving goes in rounds of a few milliseconds. In a round an account gets one sli
 had the least. In a slice one speaker after the other gets a turn of a few messages. What takes longer than a slice is
 done in pieces: the speaker goes on with it at its next turn.
 
-A *note* is a call without an answer: IoctlTold, Placed, close(2), munmap(2). Rounds make notes as synchronous as in a
-kernel. A round admits the messages that have come, and then hears once more those that have come since. It settles the
-files and maps that programs have given up. It serves the notes, admitted or not, and only then the admitted requests. A
-note that was sent before a request is heard in that second look. So it is served before the request, over whichever
-connections both came. Both looks, and the notes, have only so much time in a round. Accounts that have had the least
-come first. So if there is too much, the notes of those come late that send the most.
+*Giving up comes before asking.* A program gives files and maps up by close(2) and munmap(2), and writes
+ports back to a home. None of that has an answer, and still it is as synchronous as in a kernel. A round admits the
+messages that have come, and then hears once more. What a program gave up before any of these messages was sent is heard
+there at the latest, since the kernel had told it by then. It is settled before the first of them is served. A message
+that has come since is admitted to the next round. The looks have only so much time. Accounts that have had the least
+come first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ _EVENTS = READABLE | WRITABLE
 _CHECK_FOR_STALLS = 1.0  # seconds
 _SLICE = 0.001  # seconds
 _ROUND = 0.002  # seconds of slices, until those are heard that have come meanwhile
-_NOTES = 0.002  # seconds of notes in a round
 _HEARING = 0.001  # seconds of a look
 _HEAVY_DOMAIN, _HEAVY_USER = 16 << 20, 64 << 20  # bytes of messages that came and were not served yet
 _FEW = 4  # speakers of an account that need no loop of their own
@@ -70,7 +69,6 @@ class Turns:
         self._seats: dict[Speaker, Seat] = {}
         self._calling: list[Account] = []  # with something to hear
         self._came: list[Seat] = []  # with messages that were not admitted yet
-        self._noted: dict[Seat, None] = {}  # with a note first
         self._slow: set[Speaker] = set()
         self._running: Account | None = None
         self._charged = clock.processor_time()  # all until then is charged
@@ -196,8 +194,6 @@ class Turns:
             if self._calling:
                 self._hear()
         self._settle()
-        if self._noted:
-            self._serve_notes()
         if self._accounts.any_ready:
             self._serve_accounts()
         if self._slow:
@@ -234,20 +230,6 @@ class Turns:
                 self._accounts.wake(account)
             elif not account.has_work:
                 self._accounts.rest(account)
-
-    def _serve_notes(self) -> None:
-        """Serve the notes that wait first."""
-        noted = list(self._noted)
-        if len(noted) > 1:
-            noted.sort(key=_spent_by_account)
-        end = clock.now() + _NOTES
-        for seat in noted:
-            del self._noted[seat]
-            if seat.speaker.has_notes:
-                self._run_for(seat.account)
-                self._let(seat, seat.speaker.take_notes, end)
-            if clock.now() >= end:
-                break
 
     def _serve_accounts(self) -> None:
         """Serve the account that has had the least, again and again, until a round is over or nothing is left."""
@@ -317,8 +299,6 @@ class Turns:
         seat.queued = True
         self._came.append(seat)
         seat.account.came += 1
-        if seat.speaker.has_notes:
-            self._noted[seat] = None
 
     def _let(self, seat: Seat, work: Callable[..., None], until: float) -> None:
         """Serve a speaker's messages with `work`."""
@@ -403,10 +383,6 @@ class Turns:
 
 def _spent(account: Account) -> float:
     return account.spent
-
-
-def _spent_by_account(seat: Seat) -> float:
-    return seat.account.spent
 
 
 def _go_on(chore: Iterator[None], until: float) -> bool:

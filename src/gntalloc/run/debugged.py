@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.clock import Deadline
+from gntalloc.descriptions import lock_place
 from gntalloc.syscalls.serving import MMAP
 from gntalloc.syscalls.threads import leader_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from gntalloc.syscalls.listener import Call, Listener
 
-__all__ = ["Place", "Swaps"]
+__all__ = ["Place", "Swaps", "tell_place"]
 
 _MARK = 1 << 62  # marks a position as ours; the lower bits are the number of a device file
 _MOST_KNOWN = 4096
@@ -46,6 +46,8 @@ class Place(NamedTuple):
     memory: int  # a descriptor of ours, with a description of its own
     offset: int
     handle: int  # of the device file
+    mark: int  # see `descriptions.lock_place`; 0: the place is not locked
+    length: int
 
 
 class _Unfinished(NamedTuple):
@@ -53,9 +55,8 @@ class _Unfinished(NamedTuple):
 
     call: Call
     inode: int
-    offset: int
+    place: Place  # its memory is a descriptor of the same description, to be closed at the end
     before: frozenset[int]  # the addresses where the same pages were mapped already
-    placed: Callable[[int], None]
 
 
 class Swaps:
@@ -74,8 +75,8 @@ class Swaps:
         """Say whether descriptors of this process may be replaced."""
         return process not in self._unfinished
 
-    def place(self, call: Call, process: int, place: Place, placed: Callable[[int], None]) -> None:
-        """Let the mmap `call` go on with its descriptor replaced. `placed` is told the address, now or later.
+    def place(self, call: Call, process: int, place: Place) -> None:
+        """Let the mmap `call` go on with its descriptor replaced. The place is locked when it is seen, now or later.
 
         Raises:
             OSError: the descriptor could not be replaced. The call is not answered.
@@ -92,7 +93,7 @@ class Swaps:
             self._away.clear()
         self._away.add((inode, place.handle))
         self._listener.go_on(call)
-        self._unfinished[process] = _Unfinished(call, inode, offset, before, placed)
+        self._unfinished[process] = _Unfinished(call, inode, place._replace(memory=os.dup(place.memory)), before)
         deadline = Deadline(_PATIENCE)
         while not self._see(process, call.thread, left=False) and not deadline.expired:
             time.sleep(0.0002)  # no event tells
@@ -110,27 +111,39 @@ class Swaps:
 
     def look(self, call: Call) -> None:
         """See whether the mmap of a process is done, as another call of it has come."""
+        if not self._unfinished:
+            return
         process = leader_of(call.thread)
-        unfinished = self._unfinished.get(process)
-        if unfinished is not None:
-            self._see(process, call.thread, left=unfinished.call.thread == call.thread)
+        for other, unfinished in list(self._unfinished.items()):
+            if other == process:
+                self._see(process, call.thread, left=unfinished.call.thread == call.thread)
+            elif not os.path.exists(f"/proc/{other}"):
+                self._see(other, other, left=True)
 
     def _see(self, process: int, thread: int, *, left: bool) -> bool:
         """Say whether the mmap of a process is done, and tell of it then.
 
         `thread` is a thread of it that lives. With `left` the mmap is surely done.
         """
-        call, inode, offset, before, placed = self._unfinished[process]
+        call, inode, place, before = self._unfinished[process]
         left = left or _has_left(call.thread)
-        there = _maps_of(thread, inode, offset) - before
+        there = _maps_of(thread, inode, place.offset) - before
         if call.arguments[3] & _MAP_FIXED and left:
-            there = _maps_of(thread, inode, offset) & {call.arguments[0]}
+            there = _maps_of(thread, inode, place.offset) & {call.arguments[0]}
         if not there and not left:
             return False
         del self._unfinished[process]
         if there:
-            placed(there.pop())
+            tell_place(place.memory, place.mark, there.pop(), place.length)
+        os.close(place.memory)
         return True
+
+
+def tell_place(descriptor: int, mark: int, address: int, length: int) -> None:
+    """Let the kernel tell the machine that the program has these pages at `address`. Mark 0: the machine asks not."""
+    if mark:
+        with suppress(OSError):  # then the machine does not know it, and says so to those that ask
+            lock_place(descriptor, mark, address, length)
 
 
 def _details(thread: int, descriptor: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gntalloc.abi.gntdev import MAP_GRANT_REF
 from gntalloc.descriptors import inode_of_socket
-from gntalloc.errors import DeviceError, MachineBroke, MachineGone
+from gntalloc.errors import DeviceError, MachineBroke
 from gntalloc.guest.connection import Descriptor, MachineConnection
 from gntalloc.guest.showing import is_home, show
 from gntalloc.maps import PAGE_SIZE
@@ -34,10 +34,9 @@ from gntalloc.wire.messages import (
     IoctlAnswer,
     Keep,
     Lend,
+    MapAnswer,
     Mmap,
-    MmapAnswer,
     Open,
-    Placed,
     Serve,
     ShowAnswer,
     decode,
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["Files", "OpenFile", "Piece", "Plan"]
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
-_LARGEST_HANDLE, _LARGEST_RECORD = 0xFFFFFFFF, (1 << 63) - 1
+_LARGEST_HANDLE = 0xFFFFFFFF
 _MOST_KNOWN = 4096  # files remembered; the home of a forgotten one is shown to the machine again
 
 
@@ -73,9 +72,8 @@ class Plan(NamedTuple):
 
     pieces: tuple[Piece, ...]
     descriptors: list[Descriptor]
-    record: int
-    confirm: bool
-    generation: int
+    mark: int  # see `descriptions.lock_place`; 0: the place is not locked
+    length: int  # of the map
     file: OpenFile | None = None  # where it is known
 
 
@@ -230,23 +228,12 @@ class Files:
             self._bring_back(call, process, descriptor & 0xFFFFFFFF, file)
         self._speak_for(process)
         answer = self.channel.call(Mmap(file.handle, prot & 0xFFFFFFFF, is_shared(flags), offset, length))
-        confirm, pieces = answer.read(MmapAnswer)
+        mark, pieces = answer.read(MapAnswer)
         if sum(piece.length for piece in pieces) != _whole_pages(length) or any(
             piece.descriptor >= len(answer.descriptors) for piece in pieces
         ):
             raise DeviceError(errno.EIO, "the machine answers with another map than was asked for")
-        generation = self.channel.generation
-        self._place(
-            call, Plan(pieces, answer.descriptors, answer.number(_LARGEST_RECORD), bool(confirm), generation, file)
-        )
-
-    def placed(self, plan: Plan, address: int) -> None:
-        """Note that the program has the pages of `plan` at `address`."""
-        if plan.confirm:
-            try:
-                self.channel.tell(Placed(plan.record, address), plan.generation)
-            except MachineGone:
-                pass  # the machine has dropped the map already
+        self._place(call, Plan(pieces, answer.descriptors, mark, _whole_pages(length), file))
 
     # Calls that the machine serves or hands over.
 
@@ -291,7 +278,7 @@ class Files:
         call = Call.decode(brought.call)
         if brought.what != PLACE:
             return Brought(call, None)
-        plan = Plan(brought.pieces, descriptors, brought.record, bool(brought.confirm), self._served)
+        plan = Plan(brought.pieces, descriptors, brought.mark, _whole_pages(call.arguments[1]))
         return Brought(call, plan)
 
     def has_brought(self) -> bool:
@@ -301,8 +288,7 @@ class Files:
     def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
         wanted = process, by_offset, self.channel.generation
         if wanted != self._speaks_for:
-            self.channel.tell(Behalf(process, by_offset), self.channel.generation)
-            self.channel.unanswered -= 1  # this one is served in its turn, so it does not count
+            self.channel.tell(Behalf(process, by_offset))
             self._speaks_for = wanted
 
     def _remember(self, file: OpenFile) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import GntallocError
-from gntalloc.run.debugged import Place, Swaps
+from gntalloc.run.debugged import Place, Swaps, tell_place
 from gntalloc.run.explain import Explainer
 from gntalloc.run.files import Files
 from gntalloc.run.injector import Injector, Traced
@@ -147,9 +147,10 @@ class Supervisor:
 
     def _done(self, plan: Plan, result: int) -> None:
         """Close the plan's descriptors: the caller is about to go on, and may ask whether its pages are held."""
-        _close(plan)
         if result >= 0:
-            self.files.placed(plan, result)
+            for descriptor in plan.descriptors:
+                tell_place(descriptor.fileno(), plan.mark, result, plan.length)
+        _close(plan)
 
     def _swap(self, call: Call, plan: Plan) -> bool:
         """Try to let the program's own call make this map: see run/debugged.py. Return whether it could."""
@@ -160,8 +161,9 @@ class Supervisor:
             return False
         try:
             self.files.keep(plan.file)
-            place = Place(plan.descriptors[0].fileno(), plan.pieces[0].offset, plan.file.handle)
-            self._swaps.place(call, process, place, lambda address: self.files.placed(plan, address))
+            piece = plan.pieces[0]
+            place = Place(plan.descriptors[0].fileno(), piece.offset, plan.file.handle, plan.mark, plan.length)
+            self._swaps.place(call, process, place)
         except OSError:
             return False
         return True

@@ -93,4 +93,4 @@ def _map(domain: BareDomain, file: DeviceFile, area: Area, *, server: bool) -> S
     times = 2 if area.mirrored else 1
     mapping = file.mmap(area.at, len(area.refs) * PAGE_SIZE, prot=PROT_READ | PROT_WRITE, times=times)
     mapping.name = "grant", grant
-    return SharedPages(file, area.at, grant, mapping)
+    return SharedPages(file, area.at, grant, mapping, kept=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gntalloc.wire.memory import decode_regions, encode_regions
 from gntalloc.wire.stream import Garbage
 
-__all__ = ["BYTES", "DOMIDS", "PIECES", "REGIONS", "TEXT", "Form", "MapAndReason", "Piece", "Tail"]
+__all__ = ["BYTES", "DOMIDS", "PIECES", "REFERENCES", "REGIONS", "TEXT", "Form", "Piece", "Tail"]
 
 _WORD = Struct("=I")
 _PIECE = Struct("=IQQ")
@@ -54,11 +54,18 @@ def _decode_domids(data: bytes) -> tuple[int, ...]:
     return tuple([domid for (domid,) in _WORD.iter_unpack(data)])
 
 
+def _references(data: bytes) -> bytes:
+    if len(data) % _WORD.size:
+        raise Garbage(f"references in {len(data)} bytes; each has {_WORD.size}")
+    return data
+
+
 BYTES = Tail("bytes", bytes, bytes)
 TEXT = Tail("text", str.encode, _text)
 REGIONS = Tail("regions", encode_regions, decode_regions)
 PIECES = Tail("pieces", _encode_pieces, _decode_pieces)
 DOMIDS = Tail("domids u32", _encode_domids, _decode_domids)
+REFERENCES = Tail("references u32", bytes, _references)
 
 
 class Form:
@@ -95,29 +102,3 @@ class Form:
             raise Garbage(f"{len(payload)} bytes where {size} or more are due")
         fields = self.head.unpack_from(payload)
         return fields if self.tail is None else (*fields, self.tail.decode(payload[size:]))
-
-
-class MapAndReason(Form):
-    """Add two more fields of any length. The head says how long they are."""
-
-    def __init__(self) -> None:
-        super().__init__("=iIQII")
-
-    def encode(self, fields: tuple[Any, ...]) -> bytes:
-        """See `Form`."""
-        error, why, record, confirm, pieces, written = fields
-        reason, parts = TEXT.encode(why, "utf-8", "replace"), PIECES.encode(pieces)
-        head = self.head.pack(error, len(reason), record, confirm, len(parts))
-        return b"".join((head, reason, parts, REGIONS.encode(written)))
-
-    def decode(self, payload: bytes) -> tuple[Any, ...]:
-        """See `Form`."""
-        start = self.head.size
-        if len(payload) < start:
-            raise Garbage(f"{len(payload)} bytes where {start} or more are due")
-        error, reason, record, confirm, parts = self.head.unpack_from(payload)
-        middle, end = start + reason, start + reason + parts
-        if len(payload) < end:
-            raise Garbage(f"{len(payload)} bytes where {end} or more are due")
-        why, pieces = TEXT.decode(payload[start:middle]), PIECES.decode(payload[middle:end])
-        return error, why, record, confirm, pieces, REGIONS.decode(payload[end:])

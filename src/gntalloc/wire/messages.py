@@ -4,16 +4,15 @@
 (`stream.Reply`) has its error, the reason of that, and its result, a number. docs/wire.md has the table that is made
 from this module.
 
-An IoctlTold and a Placed get no reply. The machine serves them before anything that any program sent later, as long as
-no program sends more than MOST_UNANSWERED of them between two requests with a reply.
+A Notify and a Behalf get no reply. They are served in their turn, as requests are.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from gntalloc.wire.form import BYTES, DOMIDS, PIECES, REGIONS, TEXT, Form, MapAndReason, Piece
-from gntalloc.wire.stream import UNANSWERED, Garbage
+from gntalloc.wire.form import BYTES, DOMIDS, PIECES, REFERENCES, REGIONS, TEXT, Form, Piece
+from gntalloc.wire.stream import Garbage
 from gntalloc.wire.stream import encode as encode_frame
 
 if TYPE_CHECKING:
@@ -23,12 +22,12 @@ __all__ = [
     "FORMS",
     "KINDS",
     "MORE",
-    "MOST_UNANSWERED",
     "NOBODY",
     "PLACE",
     "TAKE_OVER",
     "UNASKED",
     "VERSION",
+    "Attach",
     "Behalf",
     "Brought",
     "Control",
@@ -38,18 +37,17 @@ __all__ = [
     "Home",
     "Ioctl",
     "IoctlAnswer",
-    "IoctlMmap",
-    "IoctlMmapAnswer",
-    "IoctlTold",
     "Keep",
     "Lend",
+    "MapAnswer",
     "Mmap",
-    "MmapAnswer",
+    "Notify",
     "Open",
     "Piece",
-    "Placed",
     "Read",
     "Serve",
+    "Share",
+    "ShareAnswer",
     "Show",
     "ShowAnswer",
     "Write",
@@ -61,9 +59,7 @@ __all__ = [
 
 M = TypeVar("M")
 
-VERSION = 6
-MOST_UNANSWERED = 8
-"""So many messages without an answer may be sent in a row."""
+VERSION = 7
 NOBODY = 0
 """The id of an answer to a program that is refused at the door."""
 UNASKED = 0xFFFFFFFF
@@ -116,17 +112,15 @@ class IoctlAnswer(NamedTuple):
     written: list[Region]
 
 
-class IoctlTold(NamedTuple):
-    """Tell a driver what nobody waits for: DEALLOC_GREF, UNMAP_GRANT_REF, NOTIFY. It is not answered."""
+class Notify(NamedTuple):
+    """Send an event through a port of evtchn. It is not answered."""
 
     handle: int
-    request: int
-    address: int
-    regions: list[Region]
+    port: int
 
 
 class Mmap(NamedTuple):
-    """Map part of a file. The result is the number of the record, for Placed. Answer: MmapAnswer."""
+    """Map part of a file. Answer: MapAnswer."""
 
     handle: int
     prot: int
@@ -135,18 +129,50 @@ class Mmap(NamedTuple):
     length: int
 
 
-class MmapAnswer(NamedTuple):
-    """Say what to map, with a descriptor for each memory file. If `confirm` is not 0, a Placed is wanted then."""
+class MapAnswer(NamedTuple):
+    """Say what to map, with a descriptor for each memory file.
 
-    confirm: int
+    If `mark` is not 0, each description is to be locked when all is mapped, before its descriptor is closed: see
+    `descriptions.lock_place`.
+    """
+
+    mark: int
     pieces: tuple[Piece, ...]
 
 
-class Placed(NamedTuple):
-    """Tell where the program has what Mmap gave. It is not answered."""
+class Share(NamedTuple):
+    """Call ALLOC_GREF, and map all that it made. The result is the index. Answer: ShareAnswer, with one descriptor.
 
-    record: int
-    address: int
+    The pages are taken back when the last of this map is gone. With `keep` they stay on the file's list as well.
+    """
+
+    handle: int
+    domid: int
+    flags: int
+    pages: int
+    keep: int
+
+
+class ShareAnswer(NamedTuple):
+    """Say where the pages begin in their memory file, and their references. `mark`: see MapAnswer."""
+
+    mark: int
+    offset: int
+    refs: bytes
+
+
+class Attach(NamedTuple):
+    """Call MAP_GRANT_REF, and map that at address `place`. The result is the index. Answer: MapAnswer.
+
+    The references are given up when the last of this map is gone. With `keep` they stay on the file's list as well.
+    """
+
+    handle: int
+    granter: int
+    writable: int
+    keep: int
+    place: int
+    refs: bytes
 
 
 class Read(NamedTuple):
@@ -194,33 +220,6 @@ MORE = 1
 """The result of an answer of which another part follows."""
 
 
-class IoctlMmap(NamedTuple):
-    """Call ALLOC_GREF or MAP_GRANT_REF, and map at `place` what that made. The result is the ioctl's.
-
-    Answer: IoctlMmapAnswer; if the ioctl itself fails, IoctlAnswer.
-    """
-
-    handle: int
-    request: int
-    address: int
-    prot: int
-    shared: int
-    length: int
-    place: int
-    regions: list[Region]
-
-
-class IoctlMmapAnswer(NamedTuple):
-    """Say what to map. If only the mmap failed, `error` and `why` tell, and what the ioctl made is still there."""
-
-    error: int
-    why: str
-    record: int
-    confirm: int
-    pieces: tuple[Piece, ...]
-    written: list[Region]
-
-
 class Lend(NamedTuple):
     """Ask for a line over which the machine takes a seccomp listener. The result is 1 if it may take any.
 
@@ -252,12 +251,12 @@ class Brought(NamedTuple):
     """Hand a system call over to the supervisor, unasked, also between a request and its reply.
 
     PLACE: an mmap, to be answered with these pieces. TAKE_OVER: any call, and from now on all others too; those that
-    the machine had taken by then follow in messages of their own. The call is `syscalls.listener.Call`.
+    the machine had taken by then follow in messages of their own. The call is `syscalls.listener.Call`. `mark`: see
+    MapAnswer.
     """
 
     what: int
-    confirm: int
-    record: int
+    mark: int
     call: bytes
     pieces: tuple[Piece, ...]
 
@@ -284,23 +283,23 @@ FORMS: dict[type, Form] = {
     ShowAnswer: Form("=I", TEXT),
     Ioctl: Form("=IIQ", REGIONS, kind=4),
     IoctlAnswer: Form("=", REGIONS),
-    IoctlTold: Form("=IIQ", REGIONS, kind=4 | UNANSWERED),
     Mmap: Form("=IIIQQ", kind=5),
-    MmapAnswer: Form("=B", PIECES),
-    Placed: Form("=QQ", kind=6),
+    MapAnswer: Form("=Q", PIECES),
+    Notify: Form("=II", kind=6),
     Read: Form("=II", kind=7),
     Write: Form("=I", BYTES, kind=8),
     Holders: Form("=IIQQ", kind=9),
     HoldersAnswer: Form("=", DOMIDS),
     Control: Form("=", BYTES, kind=10),
-    IoctlMmap: Form("=IIQIIQQ", REGIONS, kind=11),
-    IoctlMmapAnswer: MapAndReason(),
+    Share: Form("=IHHII", kind=11),
+    ShareAnswer: Form("=QQ", REFERENCES),
     Serve: Form(kind=12),
     Behalf: Form("=II", kind=13),
-    Brought: Form("=IIQ64s", PIECES, kind=14, descriptors="one for each memory file"),
+    Brought: Form("=IQ64s", PIECES, kind=14, descriptors="one for each memory file"),
     Keep: Form("=I", kind=15),
     Home: Form("=I", kind=16),
     Lend: Form("=Q", kind=17),
+    Attach: Form("=IIIIQ", REFERENCES, kind=18),
 }
 """The form of each kind of message; of a request also its number."""
 KINDS: dict[int, type] = {form.kind: each for each, form in FORMS.items() if form.kind}

@@ -21,7 +21,6 @@ __all__ = [
     "MAX_DESCRIPTORS",
     "MAX_PAYLOAD",
     "REPLY",
-    "UNANSWERED",
     "Decoder",
     "Garbage",
     "Message",
@@ -35,7 +34,6 @@ MAX_PAYLOAD = 1 << 21  # the answer to an mmap of 65536 scattered pages is two t
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD, the most of one sendmsg; a message with more is sent in parts
 
 REPLY = 0x8000
-UNANSWERED = 0x4000
 
 HEADER = Struct("=IHHI")
 _REPLY = Struct("=iIq")

@@ -13,14 +13,28 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gntalloc.errors import DeviceError
     from gntalloc.maps import Mapping
 
-__all__ = ["Buffer", "DeviceFile", "Devices", "Holders"]
+__all__ = ["Attached", "Buffer", "DeviceFile", "Devices", "Holders", "Shared"]
 
 
 Buffer: TypeAlias = "bytearray | bytes | memoryview"
 """Memory of a program; `bytes` and read-only views cannot be written."""
+
+
+class Shared(NamedTuple):
+    """Pages that were allocated: the index of the first, their references, and their map."""
+
+    first: int
+    refs: tuple[int, ...]
+    mapping: Mapping
+
+
+class Attached(NamedTuple):
+    """Pages that were granted, mapped: the index of the first, and their map."""
+
+    first: int
+    mapping: Mapping
 
 
 class Holders(NamedTuple):
@@ -47,25 +61,29 @@ class DeviceFile(Protocol):
             MachineGone: there is nobody to ask any more.
         """
 
-    def ioctl_mmap(
-        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
-    ) -> Mapping | DeviceError:
-        """ALLOC_GREF or MAP_GRANT_REF, and then `mmap` of what it made: the u64 at byte 8 of `argument` says where.
+    def share(self, domid: int, count: int, *, writable: bool, times: int = 1, keep: bool = False) -> Shared:
+        """ALLOC_GREF of `count` pages, and mmap of them all, several `times` in a row.
 
-        What was allocated may be mapped several `times` in a row; what was granted, once.
-
-        Returns:
-            The map; or, if only that failed, why: then what `argument` names is still there, to be undone.
+        They are taken back with the last of this map, in whatever process. With `keep` they stay on the file's list
+        as well, until `end` or the file's end.
 
         Raises:
-            DeviceError: the ioctl's.
+            DeviceError: the driver's errno, or mmap(2)'s. Nothing is left then.
         """
 
-    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
-        """DEALLOC_GREF or UNMAP_GRANT_REF of what is there: goes without saying, so it need not be waited for.
+    def attach(self, granter: int, refs: Sequence[int], *, writable: bool, keep: bool = False) -> Attached:
+        """MAP_GRANT_REF of pages of one domain, and mmap of them all, in this order. The rest is as of `share`.
 
-        It comes before whatever is asked after it, here or by anybody who was told of it.
+        Raises:
+            DeviceError: the driver's errno, or mmap(2)'s. EAGAIN: the granter of read-only pages has not mapped them
+                yet. Nothing is left then.
         """
+
+    def end(self, index: int, count: int, *, kept: bool) -> None:
+        """Give up what `share` or `attach` has made, as its map is closed: DEALLOC_GREF or UNMAP_GRANT_REF."""
+
+    def notify(self, port: int) -> None:
+        """Send an event through a port of evtchn: NOTIFY. It is not waited for."""
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """Map `length` bytes at the driver's `offset` (an index), several `times` in a row.

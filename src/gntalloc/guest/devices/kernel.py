@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from struct import Struct
+from array import array
 from typing import TYPE_CHECKING
 
+from gntalloc.abi.evtchn import NOTIFY, Notify
+from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
+from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef, grant_refs
 from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
-from gntalloc.maps import Mapping
+from gntalloc.guest.devices import Attached, Shared
+from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +26,8 @@ __all__ = ["KernelDevices", "KernelFile"]
 FOLDER = "/dev/xen"
 LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
 
-_INDEX, _INDEX_AT = Struct("=Q"), 8  # in the arguments of ALLOC_GREF and MAP_GRANT_REF
+_REFERENCE = 4  # bytes
+_ENDS = {"gntalloc": (DEALLOC_GREF, DeallocGref), "gntdev": (UNMAP_GRANT_REF, UnmapGrantRef)}
 _FAULT = 1  # an address in the first page, which no process has: what ioctl(2) gets for None
 
 
@@ -125,20 +130,41 @@ class KernelFile:
         except OSError as error:
             raise DeviceError(error.errno, f"{self.name} refused request {request:#010x}: {error.strerror}") from error
 
-    def ioctl_mmap(
-        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
-    ) -> Mapping | DeviceError:
-        """See `DeviceFile`."""
-        self.ioctl(request, argument)
-        (index,) = _INDEX.unpack_from(argument, _INDEX_AT)
-        try:
-            return self._mmap(index, length, prot, times=times)
-        except DeviceError as refusal:
-            return refusal
+    def share(self, domid: int, count: int, *, writable: bool, times: int = 1, keep: bool = False) -> Shared:
+        """See `DeviceFile`. They stay on the file's list in any case, for SET_UNMAP_NOTIFY."""
+        head = AllocGref(domid, FLAG_WRITABLE if writable else 0, count, 0).pack()
+        argument = bytearray(max(AllocGref.SIZE, AllocGref.REFS_OFFSET + _REFERENCE * count))
+        argument[: len(head)] = head
+        self.ioctl(ALLOC_GREF, argument)
+        index = AllocGref.unpack_from(argument).index
+        refs = memoryview(argument)[AllocGref.REFS_OFFSET : AllocGref.REFS_OFFSET + _REFERENCE * count].cast("I")
+        mapping = self._mmap_or_end(index, count, PROT_READ | PROT_WRITE, times=times)
+        return Shared(index, tuple(refs), mapping)
 
-    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
-        """See `DeviceFile`. A kernel answers at once."""
-        self.ioctl(request, argument)
+    def attach(self, granter: int, refs: Sequence[int], *, writable: bool, keep: bool = False) -> Attached:
+        """See `DeviceFile`. They stay on the file's list in any case, as of `share`."""
+        argument = bytearray(MapGrantRef(len(refs), 0).pack())
+        argument += grant_refs(granter, array("I", refs).tobytes())
+        self.ioctl(MAP_GRANT_REF, argument)
+        index = MapGrantRef.unpack_from(argument).index
+        prot = PROT_READ | PROT_WRITE if writable else PROT_READ
+        return Attached(index, self._mmap_or_end(index, len(refs), prot))
+
+    def _mmap_or_end(self, index: int, count: int, prot: int, *, times: int = 1) -> Mapping:
+        try:
+            return self._mmap(index, count * PAGE_SIZE, prot, times=times)
+        except BaseException:
+            self.end(index, count, kept=True)
+            raise
+
+    def end(self, index: int, count: int, *, kept: bool) -> None:
+        """See `DeviceFile`."""
+        request, layout = _ENDS[self.name]
+        self.ioctl(request, layout(index, count).pack())
+
+    def notify(self, port: int) -> None:
+        """See `DeviceFile`. A kernel does it at once."""
+        self.ioctl(NOTIFY, Notify(port).pack())
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""

@@ -6,33 +6,38 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 import termios
+from array import array
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from gntalloc import waits
 from gntalloc.abi.evtchn import DEVICE as EVTCHN
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
+from gntalloc.abi.gntalloc import DEALLOC_GREF, FLAG_WRITABLE, DeallocGref
+from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
+from gntalloc.descriptions import lock_place
 from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, MachineGone
 from gntalloc.guest.connection import Answer, Descriptor, MachineConnection
 from gntalloc.guest.control import ControlClient
-from gntalloc.guest.devices import Holders
+from gntalloc.guest.devices import Attached, Holders, Shared
 from gntalloc.guest.showing import show
-from gntalloc.maps import PAGE_SIZE, Mapping
+from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
 from gntalloc.wire.memory import MAX_REGIONS, Region
 from gntalloc.wire.messages import (
-    MOST_UNANSWERED,
+    Attach,
     HoldersAnswer,
     Ioctl,
     IoctlAnswer,
-    IoctlMmap,
-    IoctlMmapAnswer,
-    IoctlTold,
+    MapAnswer,
     Mmap,
-    MmapAnswer,
+    Notify,
     Open,
-    Placed,
+    Piece,
     Read,
+    Share,
+    ShareAnswer,
     Write,
 )
 from gntalloc.wire.messages import Holders as HoldersRequest
@@ -42,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.guest.devices import Buffer
-    from gntalloc.wire.messages import Piece
     from gntalloc.xenstore.client import Store
 
 __all__ = ["MachineDevices", "MachineFile"]
@@ -53,7 +57,9 @@ _INT = Struct("=i")
 _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a kernel
 # What a message can carry of an argument. A driver finds no memory beyond that, and says EFAULT if it gets so far.
 _LONGEST_ARGUMENT = MAX_PAYLOAD - 4096 - 16 * MAX_REGIONS
-_LARGEST_HANDLE, _LARGEST_RECORD = 0xFFFFFFFF, (1 << 63) - 1
+_LARGEST_HANDLE, _LARGEST_INDEX = 0xFFFFFFFF, (1 << 63) - 1
+_REFERENCE = 4  # bytes
+_ENDS = {"gntalloc": (DEALLOC_GREF, DeallocGref), "gntdev": (UNMAP_GRANT_REF, UnmapGrantRef)}
 _MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
@@ -172,69 +178,80 @@ class MachineFile:
             raise DeviceError(answer.error, answer.why)
         return answer.number()
 
-    def ioctl_mmap(
-        self, request: int, argument: bytearray, length: int, *, prot: int, times: int = 1
-    ) -> Mapping | DeviceError:
+    def share(self, domid: int, count: int, *, writable: bool, times: int = 1, keep: bool = False) -> Shared:
         """See `DeviceFile`. One message: the machine goes on to the mmap by itself."""
-        if len(argument) > _LONGEST_ARGUMENT:
-            self.ioctl(request, argument)  # which the driver refuses, with the better reason
+        mapping = self._reserve(count * PAGE_SIZE * times, PROT_READ | PROT_WRITE)
         try:
-            mapping = Mapping(length * times, prot=prot, name=("a map of", self.name))
-        except (OSError, OverflowError) as error:
-            self.ioctl(request, argument)  # it may have a better reason to refuse
-            return DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}")
-        try:
-            region = Region(ARGUMENT_ADDRESS, argument, writable=True)
-            fields = request, ARGUMENT_ADDRESS, prot, True, length, mapping.address, [region]
-            answer = self._ask(IoctlMmap, *fields)
-            if answer.error:
-                _write_back({ARGUMENT_ADDRESS: argument}, answer.read(IoctlAnswer).written)
-                raise DeviceError(answer.error, answer.why)
-            made = answer.read(IoctlMmapAnswer)
-            _write_back({ARGUMENT_ADDRESS: argument}, made.written)
-            if made.error:
-                mapping.close()
-                return DeviceError(made.error, made.why)
-            refusal = self._place(mapping, made.pieces * times, answer.descriptors)
+            answer = self._call(Share, domid, FLAG_WRITABLE if writable else 0, count, keep)
+            made, index = answer.read(ShareAnswer), answer.number(_LARGEST_INDEX)
+            if len(made.refs) != _REFERENCE * count:
+                raise MachineBroke("the machine's answer has another number of references; use one gntalloc for both")
+            self._place(mapping, (Piece(0, made.offset, count * PAGE_SIZE),) * times, answer.descriptors, made.mark)
         except BaseException:
             mapping.close()
             raise
-        if refusal is None and made.confirm:
-            self._channel.tell(Placed(made.record, mapping.address), self._generation)
-        return refusal or mapping
+        return Shared(index, tuple(memoryview(made.refs).cast("I")), mapping)
 
-    def ioctl_unanswered(self, request: int, argument: bytes) -> None:
+    def attach(self, granter: int, refs: Sequence[int], *, writable: bool, keep: bool = False) -> Attached:
+        """See `DeviceFile`. One message, as of `share`."""
+        mapping = self._reserve(len(refs) * PAGE_SIZE, PROT_READ | PROT_WRITE if writable else PROT_READ)
+        try:
+            answer = self._call(Attach, granter, writable, keep, mapping.address, array("I", refs).tobytes())
+            made, index = answer.read(MapAnswer), answer.number(_LARGEST_INDEX)
+            self._place(mapping, made.pieces, answer.descriptors, made.mark)
+        except BaseException:
+            mapping.close()
+            raise
+        return Attached(index, mapping)
+
+    def _reserve(self, length: int, prot: int) -> Mapping:
+        try:
+            return Mapping(length, prot=prot, name=("a map of", self.name))
+        except (OSError, OverflowError) as error:
+            raise DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}") from error
+
+    def end(self, index: int, count: int, *, kept: bool) -> None:
+        """See `DeviceFile`. What is not kept went with its map: the machine sees that."""
+        if kept:
+            request, layout = _ENDS[self.name]
+            self.ioctl(request, layout(index, count).pack())
+
+    def notify(self, port: int) -> None:
         """See `DeviceFile`."""
-        with self._channel.lock:
-            if self._channel.unanswered < MOST_UNANSWERED:
-                self._open_home()
-                regions = [Region(ARGUMENT_ADDRESS, bytearray(argument), writable=False)]
-                if self._channel.tell(IoctlTold(self._handle, request, ARGUMENT_ADDRESS, regions), self._generation):
-                    return
-            self.ioctl(request, argument)
+        channel = self._channel
+        with channel.lock:
+            self._connect()
+            channel.tell(Notify(self._handle, port))
 
     def mmap(self, offset: int, length: int, *, prot: int, shared: bool = True, times: int = 1) -> Mapping:
         """See `DeviceFile`."""
         answer = self._call(Mmap, prot, shared, offset & _MASK, length & _MASK)
-        made, record = answer.read(MmapAnswer), answer.number(_LARGEST_RECORD)
+        made = answer.read(MapAnswer)
         name = f"the map of {self.name} at index {offset:#x}"
         try:
             mapping = Mapping(length * times, prot=prot, name=name)
         except OSError as error:
             raise DeviceError(error.errno, f"{name} could not be made: {error.strerror}") from error
-        refusal = self._place(mapping, made.pieces * times, answer.descriptors, shared=shared)
-        if refusal is not None:
-            raise refusal
-        if made.confirm:
-            self._channel.tell(Placed(record, mapping.address), self._generation)
+        try:
+            self._place(mapping, made.pieces * times, answer.descriptors, made.mark, shared=shared)
+        except BaseException:
+            mapping.close()
+            raise
         return mapping
 
     def _place(
-        self, mapping: Mapping, pieces: tuple[Piece, ...], descriptors: list[Descriptor], *, shared: bool = True
-    ) -> DeviceError | None:
-        """Put what came where it belongs. If that cannot be done, `mapping` is closed, and the answer says why.
+        self,
+        mapping: Mapping,
+        pieces: Sequence[Piece],
+        descriptors: list[Descriptor],
+        mark: int,
+        *,
+        shared: bool = True,
+    ) -> None:
+        """Put what came where it belongs, and lock the place.
 
         Raises:
+            DeviceError: the errno of mmap(2) or fcntl(2).
             MachineBroke: what came belongs nowhere.
         """
         at = 0
@@ -246,15 +263,17 @@ class MachineFile:
                 at += size
             if at != mapping.length:
                 raise MachineBroke(f"the machine's pieces do not fill {mapping}; use one gntalloc for both")
+            if mark:
+                for descriptor in descriptors:
+                    lock_place(descriptor.fileno(), mark, mapping.address, mapping.length)
         except MachineBroke:
             raise
-        except OSError as error:
-            mapping.close()
-            return DeviceError(error.errno, f"{mapping} could not be made: {error.strerror}")
+        except (OSError, OverflowError, struct.error) as error:
+            code = error.errno if isinstance(error, OSError) else errno.EIO
+            raise DeviceError(code, f"{mapping} could not be made: {error}") from error
         finally:
             for descriptor in descriptors:
                 descriptor.close()
-        return None
 
     def read(self, size: int) -> bytes:
         """See `DeviceFile`."""
@@ -308,14 +327,19 @@ class MachineFile:
         return answer
 
     def _ask(self, kind: Any, *fields: Any) -> Answer:
-        home = self._open_home()
         channel = self._channel
         with channel.lock:
-            if channel.closed:
-                channel.connect()
-            if channel.generation != self._generation:  # a new channel: say which file this is
-                self._show(home)
+            self._connect()
             return channel.ask(kind(self._handle, *fields))
+
+    def _connect(self) -> None:
+        """Have a channel on which the machine knows this file."""
+        home = self._open_home()
+        channel = self._channel
+        if channel.closed:
+            channel.connect()
+        if channel.generation != self._generation:  # a new channel: say which file this is
+            self._show(home)
 
     def _show(self, home: Descriptor) -> None:
         channel = self._channel
