@@ -18,10 +18,11 @@ __all__ = [
     "is_at",
     "is_locked",
     "is_placed",
-    "lease_is_free",
     "lock",
     "lock_place",
     "mark_of",
+    "nobody_has",
+    "one_writer_has",
     "open_again",
     "see_to_rights",
 ]
@@ -113,10 +114,41 @@ def is_at(master: int, mark: int, address: int) -> bool:
     return bool(is_locked(master, mark + (address >> _PAGE_SHIFT), exclusive=False))
 
 
-def lease_is_free(master: int) -> bool | None:
-    """Say whether no other description is left. None: this computer, or root, lets nobody ask; then locks decide."""
+def one_writer_has(master: int) -> bool | None:
+    """Say whether there is just one description beside memfd_create's own, and it is one that can be written.
+
+    None: this computer, or root, lets nobody ask; then locks decide.
+    """
+    return _lease_is_free(master, fcntl.F_WRLCK)
+
+
+def nobody_has(master: int, *, readers: bool) -> bool | None:
+    """Say whether there is no description beside memfd_create's own. None: as above.
+
+    Args:
+        master: that description.
+        readers: whether there may be one that can only be read. A lease for readers does not see it.
+    """
+    if not readers:
+        return _lease_is_free(master, fcntl.F_RDLCK)
     try:
-        fcntl.fcntl(master, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        ours = open_again(master, os.O_RDWR)
+    except OSError:
+        return False  # there is no descriptor to find out: ask again later
+    try:
+        return one_writer_has(master)
+    finally:
+        os.close(ours)
+
+
+def _lease_is_free(master: int, kind: int) -> bool | None:
+    """Ask for a lease, and give it back.
+
+    The kernel does not count memfd_create's own description among the readers and writers of its file. It takes this
+    one for a writer all the same, and so grants a lease for writers while there is just one other.
+    """
+    try:
+        fcntl.fcntl(master, fcntl.F_SETLEASE, kind)
     except OSError as error:
         return None if error.errno in _NO_LEASES else False  # False: it is held, or there is no memory to find out
     try:

@@ -22,7 +22,6 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from gntalloc.descriptions import open_again
 from gntalloc.errors import DeviceError
 from gntalloc.holders import Extent, Holder, Loans
 from gntalloc.libc import libc
@@ -74,26 +73,24 @@ class Frames(Loans[Holder]):
         first = first if first + pages <= _FARTHEST else 0
         self._see_to_room(pages * PAGE_SIZE, f"{pages} pages" if pages != 1 else "1 page")
         try:
-            fresh = _memory_file()
+            master = _memory_file()
         except OSError as error:
-            todo = "; raise the machine's ulimit -n" * (error.errno == errno.EMFILE)
+            todo = "; each ALLOC needs one: raise the machine's ulimit -n, or allocate more pages at once"
+            todo *= error.errno == errno.EMFILE
             raise DeviceError(errno.ENOMEM, f"no memory file could be made: {error.strerror}{todo}") from error
         try:
             for page in range(first, first + pages, _ZEROED_AT_ONCE):
                 if page > first:
                     yield
-                os.posix_fallocate(fresh, page * PAGE_SIZE, min(_ZEROED_AT_ONCE, first + pages - page) * PAGE_SIZE)
+                os.posix_fallocate(master, page * PAGE_SIZE, min(_ZEROED_AT_ONCE, first + pages - page) * PAGE_SIZE)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if writable else 0)
-            fcntl.fcntl(fresh, fcntl.F_ADD_SEALS, seals)
-            # A lease does not count memfd_create's own description among the writers. It counts this one.
-            master = open_again(fresh, os.O_RDWR)
-        except OSError as error:
+            fcntl.fcntl(master, fcntl.F_ADD_SEALS, seals)
+        except BaseException as error:  # the program's end, too
+            os.close(master)
+            if not isinstance(error, OSError):
+                raise
             what = "1 page" if pages == 1 else f"{pages} pages"
-            todo = "; each ALLOC needs one: raise the machine's ulimit -n, or allocate more pages at once"
-            why = f"{what} could not be had from the computer: {error.strerror}"
-            raise DeviceError(errno.ENOMEM, why + todo * (error.errno == errno.EMFILE)) from error
-        finally:
-            os.close(fresh)
+            raise DeviceError(errno.ENOMEM, f"{what} could not be had from the computer: {error.strerror}") from error
         self.pages += pages
         self.extents += 1
         return Extent(pages, master, changed, first=first)

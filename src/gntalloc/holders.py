@@ -9,12 +9,14 @@ SIGKILL. The kernel tells of it in three ways:
 * inotify says when to look: a description is being closed. The event is queued before munmap(2) returns, but also a
   moment before the lock goes. So after an event an extent is looked at several times, at growing intervals. An extent
   for which there is no watch, or whose event had no end, is looked at now and then for as long as it is lent.
-* A write lease on the machine's own description is granted only when no other description is left at all.
+* A lease on memfd_create's own description, which is the machine's, says whether there is no other one, or just one
+  that can be written.
 
 A program can take its own lock off, or open the file a second time. So locks are bookkeeping and the lease is the
-truth: an extent is let go only when both agree. The granter's loans hold write locks, a peer's read locks, so a peer
-with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can. It gains no
-more than by keeping the page mapped.)
+truth: an extent is let go only when both agree. While its granter has one description of it and no peer has any by the
+locks, the lease says whether that is so; else a peer *hides*. The granter's loans hold write locks, a peer's read
+locks, so a peer with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can.
+It gains no more than by keeping the page mapped.)
 
 Sources: fcntl(2), inotify(7).
 """
@@ -30,7 +32,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc import clock
-from gntalloc.descriptions import is_locked, lease_is_free, lock, open_again, see_to_rights
+from gntalloc.descriptions import is_locked, lock, nobody_has, one_writer_has, open_again, see_to_rights
 from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
 from gntalloc.libc import check, libc
@@ -93,6 +95,7 @@ class Extent(Generic[Holder]):
     __slots__ = (
         "changed",
         "first",
+        "hidden",
         "in_use",
         "lent",
         "live",
@@ -103,6 +106,7 @@ class Extent(Generic[Holder]):
         "party",
         "placed",
         "sealed",
+        "shown",
         "unsolved",
         "watch",
         "window",
@@ -118,6 +122,8 @@ class Extent(Generic[Holder]):
         self.loans: dict[Loan[Holder], None] = {}  # believed alive
         self.live = [0, 0]  # the number of its peers' loans, and the number of its granter's
         self.lent = False  # a process outside may hold a description, with a loan or without
+        self.shown = False  # a process of a peer may: such a one can open another that no loan tells of
+        self.hidden = False  # the last look found that a peer does, though it has no loan
         self.next_byte = 0
         self.placed = bytearray(pages)  # 1: the granter has, or had, this page mapped
         self.sealed = False
@@ -196,6 +202,8 @@ class Loans(Generic[Holder]):
         extent.loans[loan] = None
         extent.live[granters] += 1
         extent.lent = True
+        if not granters:
+            extent.shown = True
         return loan
 
     def _see_to_room(self, size: int, what: str) -> None:
@@ -206,8 +214,21 @@ class Loans(Generic[Holder]):
     def held(self, extent: Extent[Holder]) -> bool:
         """Say whether the kernel knows of any description outside the machine, whatever the locks say."""
         if extent.lent and not extent.loans:
-            extent.lent = lease_is_free(extent.master) is False
+            extent.lent = nobody_has(extent.master, readers=extent.shown) is False
         return extent.lent
+
+    def _find_hidden(self, extent: Extent[Holder]) -> None:
+        """Find out whether a peer that has no loan has the extent, as far as the kernel tells that.
+
+        It tells nothing of readers while there are two writers. So a peer can hide while the granter has two maps.
+        """
+        others, own = extent.live
+        if not extent.shown or others or own > 1:
+            extent.hidden = False
+        elif own:
+            extent.shown = extent.hidden = one_writer_has(extent.master) is False
+        else:
+            extent.shown = extent.hidden = self.held(extent)
 
     def forget(self, extent: Extent[Holder]) -> None:
         """Stop looking at the extent. Its watch would keep the memory alive."""
@@ -283,7 +304,7 @@ class Loans(Generic[Holder]):
 
     def _plan(self, extent: Extent[Holder], so_far: int) -> None:
         """See that an extent is looked at again, if that may bring anything."""
-        hidden = not extent.loans
+        hidden = not extent.loans or extent.hidden
         uncertain = extent.unsolved or hidden or extent.live[False] > 0
         if not extent.lent:
             self._look_no_more(extent)
@@ -363,7 +384,9 @@ class Loans(Generic[Holder]):
             except DeviceError:  # no watch can be had just now: go on looking
                 extent.lent = True
             ended += yield from _drop_ended(extent)
-        self.held(extent)
+        self._find_hidden(extent)
+        if not extent.loans:
+            self.held(extent)
         return ended
 
     # inotify.
@@ -405,7 +428,7 @@ def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
             yield
         if not _lives(loan):
             ended.append(loan)
-    if any(loan.byte is None for loan in extent.loans) and lease_is_free(extent.master):
+    if any(loan.byte is None for loan in extent.loans) and nobody_has(extent.master, readers=extent.shown):
         ended = list(extent.loans)
     for loan in ended:
         del extent.loans[loan]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 CAPACITY = 504  # references of a grant table of one frame
-NO_DESCRIPTORS = 2  # an ALLOC needs so many
+NO_DESCRIPTORS = 1  # an ALLOC needs so many
 BYTE, EVENT = 1, 2
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
 import select
 import signal
 import socket
+import time
 from pathlib import Path
-from struct import pack
+from struct import Struct, pack
 from typing import TYPE_CHECKING
 
 import pytest
 import rawwire as wire
 from limits import status_of
-from raw_client import ALLOC, ARGUMENT, RawClient
+from raw_client import ALLOC, ARGUMENT, PATIENCE, RawClient
 
+from gntalloc import TimedOut
 from gntalloc.errors import DeviceError
 from gntalloc.machine import server, stream, turns
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gntalloc import Domain, Machine
+
+FLOCK = Struct("=hh4xqqi4x")
 
 
 @pytest.fixture(autouse=True)
@@ -445,4 +450,26 @@ def test_ioctls_and_maps_of_any_numbers_are_answered(alice: Domain) -> None:
         for address in (0, 1, most, most - 3, ARGUMENT):
             answer = client.call(wire.IOCTL, wire.IOCTL_REQUEST.pack(handle, ALLOC, address) + regions)
             assert answer.error in {0, errno.EFAULT}
+        os.close(home)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_peer_that_hides_is_waited_for_while_its_granter_goes_on(alice: Domain, bob: Domain, writable: bool) -> None:
+    """It has taken its lock off, and keeps the pages: `held` tells of it, though nobody knows who it is."""
+    with alice.share(bob, 2, writable=writable) as shared, RawClient(bob) as client:
+        handle, home = client.open("gntdev")
+        request = wire.ATTACH_REQUEST.pack(handle, alice.domid, writable, 0, 0x10000) + pack("=2I", *shared.refs)
+        attached = client.call(wire.ATTACH, request)
+        (description,) = attached.descriptors
+        fcntl.fcntl(description, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+        os.close(os.open(f"/proc/self/fd/{description}", os.O_RDONLY))  # so that the machine looks
+        deadline = time.monotonic() + PATIENCE
+        while shared.mapped_by:
+            assert time.monotonic() < deadline, "the lock that was taken off was not missed"
+        states = [shared.held]
+        with pytest.raises(TimedOut, match="which hides it"):
+            shared.wait_released(timeout=0.05)
+        attached.close()
+        shared.wait_released(timeout=PATIENCE)
+        assert [*states, shared.held] == [True, False]
         os.close(home)

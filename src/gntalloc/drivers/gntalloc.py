@@ -389,7 +389,7 @@ class GntallocDriver:
                 yield
             for gref in grefs:
                 mapped_by.update(self._table.mapped_by(gref.ref))
-                held = held or not gref.users
+                held = held or not gref.users or gref.frame.extent.hidden
         return held or bool(mapped_by), tuple(sorted(mapped_by))
 
     def _span(self, file: File, index: int, count: int) -> list[Gref]:
@@ -420,7 +420,7 @@ class GntallocDriver:
                     opener=gref.file.opener,
                     users=gref.users,
                     mapped_by=mapped_by,
-                    held=not gref.users or bool(mapped_by),
+                    held=not gref.users or bool(mapped_by) or gref.frame.extent.hidden,
                     age=clock.now() - gref.born,
                 )
 

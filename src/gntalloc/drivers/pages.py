@@ -175,7 +175,7 @@ class GrantedPages:
         return [gref for gref in grefs if gref.ref in kept] if kept else []
 
     def _is_hidden(self, extent: Extent) -> bool:
-        return extent.lent and not extent.loans and self._frames.held(extent)
+        return extent.hidden or (extent.lent and not extent.loans and self._frames.held(extent))
 
     def _give_back(self, ended: Collection[Gref]) -> None:
         """Free pages whose grants have ended, neighbours together: each emptying is a system call."""
@@ -248,4 +248,5 @@ class GrantedPages:
 
     def is_held(self, gref: Gref) -> bool:
         """Say whether a peer holds this page."""
-        return gref in self.grefs and (not gref.users or self._table.is_mapped(gref.ref))
+        known = not gref.users or self._table.is_mapped(gref.ref) or gref.frame.extent.hidden
+        return known and gref in self.grefs
