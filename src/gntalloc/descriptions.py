@@ -30,19 +30,25 @@ __all__ = [
 _FLOCK = struct.Struct("=hh4xqqi4x")
 _NO_LEASES = {errno.EACCES, errno.EINVAL, errno.ENOLCK}  # root gave the file away; fs.leases-enable is 0
 _OWNER_MAY = 0o600  # the rights of a memory file without which its owner can neither open it nor watch it
+_READ, _READ_WRITE = os.O_RDONLY | os.O_CLOEXEC, os.O_RDWR | os.O_CLOEXEC
 _PAGE_SHIFT = 12
 _FIRST_MARK = 1 << 62
 _PAGES_OF_A_MARK = 1 << 44  # more than an address space has
 _MARKS = 1 << 17
 
 
-def open_again(descriptor: int, flags: int) -> int:
-    """Make another open file description of the same file, closed on exec.
+def open_again(master: int, *, writable: bool) -> int:
+    """Make another open file description of a memory file, closed on exec.
 
     Raises:
-        OSError: what open(2) answered.
+        OSError: what open(2) answered; or another user owns the file by now.
     """
-    return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
+    path, flags = f"/proc/self/fd/{master}", _READ_WRITE if writable else _READ
+    try:
+        return os.open(path, flags)
+    except PermissionError:
+        see_to_rights(master)
+        return os.open(path, flags)
 
 
 def see_to_rights(master: int) -> None:
@@ -51,9 +57,7 @@ def see_to_rights(master: int) -> None:
     Raises:
         OSError: another user owns the file by now.
     """
-    mode = os.fstat(master).st_mode
-    if mode & _OWNER_MAY != _OWNER_MAY:
-        os.fchmod(master, mode | _OWNER_MAY)
+    os.fchmod(master, os.fstat(master).st_mode | _OWNER_MAY)
 
 
 def lock(descriptor: int, byte: int, *, exclusive: bool) -> int | None:
@@ -132,7 +136,7 @@ def nobody_has(master: int, *, readers: bool) -> bool | None:
     if not readers:
         return _lease_is_free(master, fcntl.F_RDLCK)
     try:
-        ours = open_again(master, os.O_RDWR)
+        ours = open_again(master, writable=True)
     except OSError:
         return False  # there is no descriptor to find out: ask again later
     try:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 from gntalloc.errors import DeviceError
 from gntalloc.holders import Extent, Holder, Loans
 from gntalloc.libc import libc
-from gntalloc.maps import PAGE_SIZE, Mapping
+from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import Steps, finish
+from gntalloc.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,9 +103,11 @@ class Frames(Loans[Holder]):
             offset, length = (extent.first + page) * PAGE_SIZE, pages * PAGE_SIZE
             # A hole also gives the memory back. It is refused (EPERM) once the file is sealed. The granter itself can
             # have sealed read-only pages: then there may be no window, and no peer has ever had the pages.
-            punched = libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
+            punched = not extent.sealed and (
+                libc.fallocate(extent.master, _FALLOC_KEEP_SIZE_PUNCH_HOLE, offset, length) == 0
+            )
             if not punched and extent.window is not None:
-                extent.window.memory[page * PAGE_SIZE : (page + pages) * PAGE_SIZE] = bytes(length)
+                extent.window.wipe(page * PAGE_SIZE, length)
         if not extent.in_use:
             self._discard(extent)
 
@@ -142,20 +145,14 @@ class Frames(Loans[Holder]):
         if extent.window is not None:
             return
         try:
-            window = Mapping(extent.pages * PAGE_SIZE, name="the machine's window")
-            try:
-                window.place(0, window.length, extent.master, extent.first * PAGE_SIZE)
-            except OSError:
-                window.close()
-                raise
+            extent.window = Window(extent.master, extent.first * PAGE_SIZE, extent.pages * PAGE_SIZE)
         except OSError as error:
             raise DeviceError(errno.ENOMEM, f"the machine could not map granted pages: {error.strerror}") from error
-        extent.window = window
 
     def page(self, extent: Extent[Holder], page: int) -> memoryview:
-        """Give the bytes of one page, writable whatever was granted. The window must be open."""
+        """Give the bytes of one page, to be used at once, writable whatever was granted. The window must be open."""
         assert extent.window is not None
-        return extent.window.memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+        return extent.window.view(page * PAGE_SIZE, PAGE_SIZE)
 
 
 def _memory_file() -> int:

@@ -39,12 +39,13 @@ from gntalloc.libc import check, libc
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.parties import Parties
 from gntalloc.rounds import Rounds
+from gntalloc.steps import finish_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from gntalloc.maps import Mapping
     from gntalloc.steps import Steps
+    from gntalloc.window import Window
 
 __all__ = ["Extent", "Holder", "Loan", "Loans", "News"]
 
@@ -64,6 +65,7 @@ _USUAL = 6
 _UNHEARD = 1.0  # seconds between looks at an extent that no event will tell of, since there is no watch for it
 _UNSOLVED = 60.0  # the same, if an event came and none of its looks has seen an end
 _ASKED_AT_ONCE = 8  # loans of an extent
+_FEW = 4  # extents in the news that need not be looked at in turn
 _EAGER = 2  # during the first looks each request looks too, not the clock alone: a lock may go at any moment
 
 
@@ -129,7 +131,7 @@ class Extent(Generic[Holder]):
         self.sealed = False
         self.watch = -1
         self.unsolved = False  # a description was closed, and no loan has been seen to end since
-        self.window: Mapping | None = None
+        self.window: Window | None = None
 
 
 class News(NamedTuple, Generic[Holder]):
@@ -185,8 +187,7 @@ class Loans(Generic[Holder]):
         if extent.watch < 0:  # before the description exists, or its end could be missed
             self._listen(extent)
         try:
-            see_to_rights(extent.master)
-            descriptor = open_again(extent.master, os.O_RDWR if writable else os.O_RDONLY)
+            descriptor = open_again(extent.master, writable=writable)
         except OSError as error:
             why = f"the machine could not open the page's memory again: {error.strerror}"
             raise DeviceError(errno.ENOMEM, why) from error
@@ -232,9 +233,10 @@ class Loans(Generic[Holder]):
 
     def forget(self, extent: Extent[Holder]) -> None:
         """Stop looking at the extent. Its watch would keep the memory alive."""
-        self._queue.discard(extent.party, extent)
-        self._so_far.pop(extent, None)
-        self._looking.pop(extent, None)
+        if self._queue:
+            self._queue.discard(extent.party, extent)
+            self._so_far.pop(extent, None)
+            self._looking.pop(extent, None)
         if extent.watch >= 0:
             self._stop_listening(extent)
         self._look_no_more(extent)
@@ -263,11 +265,16 @@ class Loans(Generic[Holder]):
                 extent.unsolved = True
                 looks[extent] = 0
         began = clock.now() if rare else 0.0
-        for extent, so_far in looks.items():
-            self._so_far[extent] = so_far
-            self._queue.add(extent.party, extent)
         ended: list[Loan[Holder]] = []
         touched: list[Extent[Holder]] = []
+        at_once = len(looks) <= _FEW and not self._queue  # as nearly always
+        for extent, so_far in looks.items():
+            if at_once and len(extent.loans) < _ASKED_AT_ONCE:
+                ended += self._look_at_once(extent, so_far)
+                touched.append(extent)
+                continue
+            self._so_far[extent] = so_far
+            self._queue.add(extent.party, extent)
         while self._queue:
             extent = self._queue.take()
             those = self._go_on_looking(extent)
@@ -283,6 +290,13 @@ class Loans(Generic[Holder]):
                 rounds.took(clock.now() - began)
         return News(ended, touched)
 
+    def _look_at_once(self, extent: Extent[Holder], so_far: int) -> list[Loan[Holder]]:
+        """Look at an extent with few loans, and plan the next look. Return the loans that ended."""
+        unheard = extent.watch < 0
+        ended = finish_steps(self._look(extent))
+        self._note_look(extent, so_far, unheard=unheard, found=bool(ended))
+        return ended
+
     def _go_on_looking(self, extent: Extent[Holder]) -> list[Loan[Holder]] | None:
         """Do a piece of a look, and plan the next one at its end. Return the loans that ended. None: there is more."""
         looking = self._looking.pop(extent, None) or self._look(extent)
@@ -294,13 +308,15 @@ class Loans(Generic[Holder]):
         else:
             self._looking[extent] = looking
             return None
-        so_far = self._so_far.pop(extent)
-        if those:
+        self._note_look(extent, self._so_far.pop(extent), unheard=unheard, found=bool(those))
+        return those
+
+    def _note_look(self, extent: Extent[Holder], so_far: int, *, unheard: bool, found: bool) -> None:
+        if found:
             extent.unsolved = False
         if unheard and extent.watch >= 0:  # an end may have come just before the watch, and its lock goes later
             so_far = min(so_far, _EAGER)
         self._plan(extent, so_far)
-        return those
 
     def _plan(self, extent: Extent[Holder], so_far: int) -> None:
         """See that an extent is looked at again, if that may bring anything."""
@@ -354,8 +370,9 @@ class Loans(Generic[Holder]):
 
     def _look_no_more(self, extent: Extent[Holder]) -> None:
         """Take the extent off the timetable and the rounds, until its next event."""
-        self._planned.pop(extent, None)
-        self._eager.pop(extent, None)
+        if self._planned:
+            self._planned.pop(extent, None)
+            self._eager.pop(extent, None)
         self._unheard.discard(extent)
         self._unsolved.discard(extent)
 
@@ -404,15 +421,18 @@ class Loans(Generic[Holder]):
                 return
 
     def _listen(self, extent: Extent[Holder]) -> None:
-        path = f"/proc/self/fd/{extent.master}".encode()
+        path = b"/proc/self/fd/%d" % extent.master
         try:
-            see_to_rights(extent.master)
-            extent.watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
+            watch = libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT)
+            if watch < 0:
+                see_to_rights(extent.master)
+                watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
         except OSError as error:
             why = f"the computer gives no inotify watch for the page's memory ({error.strerror})"
             why += "; raise fs.inotify.max_user_watches" * (error.errno == errno.ENOSPC)
             raise DeviceError(errno.ENOMEM, why) from error
-        self._watches[extent.watch] = extent
+        extent.watch = watch
+        self._watches[watch] = extent
 
     def _stop_listening(self, extent: Extent[Holder]) -> None:
         libc.inotify_rm_watch(self._inotify, extent.watch)

@@ -41,6 +41,7 @@ libc.mmap.argtypes = (
     ctypes.c_longlong,
 )
 libc.mmap.restype = ctypes.c_void_p
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 """The C library for calls that return at once. No other thread of Python runs meanwhile, so the call waits for none."""
