@@ -33,6 +33,7 @@ M = TypeVar("M")
 
 DEADLINE = 30.0  # seconds for a reply: the machine never waits for anybody, so this is the machine stopped
 _CHUNK = 65536
+_SHORT = 2048  # bytes: nearly every answer is shorter
 _LARGEST_DOMID = 0xFFFF
 _MOST_UNASKED = 4096  # messages that are kept, or that come before an answer
 _TIMEVAL = struct.Struct("@ll")
@@ -364,9 +365,10 @@ class MachineConnection:
     def _fill(self, how: int = 0) -> None:
         if self._sock is None:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up")
-        data, controls, flags, _ = self._sock.recvmsg(_CHUNK, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC | how)
+        size = _CHUNK if self._decoder.in_the_middle else _SHORT
+        data, controls, flags, _ = self._sock.recvmsg(size, _SPACE_FOR_DESCRIPTORS, _CLOSE_ON_EXEC | how)
         for level, kind, content in controls:
-            if (level, kind) == (_SOCKET_LEVEL, _RIGHTS):
+            if level == _SOCKET_LEVEL and kind == _RIGHTS:
                 numbers = array.array("i", content[: len(content) // 4 * 4])
                 self._descriptors.extend(map(Descriptor, numbers))
         if flags & _TRUNCATED:

@@ -28,6 +28,8 @@ def domid_of(peer: SupportsIndex | HasDomid) -> int:
         ValueError: it is no domain's number.
     """
     given = getattr(peer, "domid", peer)
+    if type(given) is int and 0 <= given <= _LARGEST:  # as nearly always
+        return given
     why = f"{given!r} is no domain's number; give a Domain, or a whole number from 0 to {_LARGEST}"
     return _whole(given, 0, _LARGEST, why)
 
@@ -45,6 +47,8 @@ def count_of(count: SupportsIndex, what: str, *, least: int = 0, most: int = 0xF
         TypeError: it is no whole number.
         ValueError: it is below `least`, or above `most`.
     """
+    if type(count) is int and least <= count <= most:
+        return count
     return _whole(count, least, most, f"{what} is a whole number from {least} to {most}, not {count!r}")
 
 

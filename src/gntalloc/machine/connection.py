@@ -38,6 +38,7 @@ from gntalloc.wire.messages import (
     Write,
     decode,
     encode,
+    frame_reply,
     kind_of,
 )
 from gntalloc.wire.stream import Garbage
@@ -224,7 +225,7 @@ class Connection(MessageStream):
         plan = work if isinstance(work, Plan) else (yield from work)
         loans = yield from self._describe(plan)
         mark = plan.record.mark if plan.locks else 0
-        self._answer_with(message, 0, encode(MapAnswer(mark, pieces_of_plan(plan, loans))), loans)
+        self._answer_with(message, 0, MapAnswer(mark, pieces_of_plan(plan, loans)), loans)
 
     def _describe(self, plan: Plan) -> Steps[list[Loan[Any]]]:
         """Make the descriptions of a map, for the process that this is for."""
@@ -249,7 +250,7 @@ class Connection(MessageStream):
             driver.take_back(file, index, asked.pages)
             raise
         mark = plan.record.mark if plan.locks else 0
-        self._answer_with(message, index, encode(ShareAnswer(mark, plan.pieces[0].offset, refs)), loans)
+        self._answer_with(message, index, ShareAnswer(mark, plan.pieces[0].offset, refs), loans)
 
     def _attach(self, message: Message, asked: Attach) -> Steps[None] | None:
         return _at_once_if_small(len(asked.refs) * (PAGE_SIZE // 4), self._attach_in_steps(message, asked))
@@ -269,8 +270,7 @@ class Connection(MessageStream):
         except BaseException:  # the program's end, too
             driver.forget(file, entry)
             raise
-        body = encode(MapAnswer(0, pieces_of_plan(plan, loans)))
-        self._answer_with(message, entry.first * PAGE_SIZE, body, loans)
+        self._answer_with(message, entry.first * PAGE_SIZE, MapAnswer(0, pieces_of_plan(plan, loans)), loans)
 
     def _notify(self, message: Message, told: Notify) -> None:
         try:
@@ -280,10 +280,13 @@ class Connection(MessageStream):
         if file.driver is self.guest.evtchn:
             self.guest.evtchn.ring(file, PORT.pack(told.port))
 
-    def _answer_with(self, message: Message, result: int, body: bytes, loans: list[Loan[Any]]) -> None:
+    def _answer_with(
+        self, message: Message, result: int, answer: MapAnswer | ShareAnswer, loans: list[Loan[Any]]
+    ) -> None:
         """Answer, and close the machine's copies of these descriptors."""
+        data = frame_reply(answer, message.kind, message.id, result=result, descriptors=len(loans))
         try:
-            self.answer(message, result=result, body=body, descriptors=[loan.descriptor for loan in loans])
+            self.send(data, [loan.descriptor for loan in loans])
         finally:
             for loan in loans:
                 loan.close()

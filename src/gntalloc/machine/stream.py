@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from array import array
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ __all__ = ["MessageStream"]
 STALL = 10.0  # seconds without progress until a program is dropped
 _BYTES_A_TURN = 1024  # more than a correct program sends at once, if its messages are short
 _BYTES_OF_A_LONG_ONE = 65536
+_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _NEVER_WAIT = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # as numbers: flag by flag they cost as much as the call
 
 
@@ -201,7 +203,8 @@ class MessageStream:
     def _try_to_send(self, data: bytes, descriptors: Sequence[int]) -> int:
         try:
             if descriptors:
-                return socket.send_fds(self.sock, [data], list(descriptors), _NEVER_WAIT)
+                rights = (_SOCKET_LEVEL, _RIGHTS, array("i", descriptors))
+                return self.sock.sendmsg((data,), (rights,), _NEVER_WAIT)
             return self.sock.send(data, _NEVER_WAIT)
         except OSError as error:
             if error.errno in NOT_NOW:

@@ -6,7 +6,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from gntalloc.wire.memory import decode_regions, encode_regions
-from gntalloc.wire.stream import Garbage
+from gntalloc.wire.stream import HEADER, REPLY, REPLY_HEAD, REPLY_SIZE, Garbage
 
 __all__ = ["BYTES", "DOMIDS", "PIECES", "REFERENCES", "REGIONS", "TEXT", "Form", "Piece", "Tail"]
 
@@ -83,6 +83,8 @@ class Form:
         self.tail = tail
         self.kind = kind
         self.descriptors = descriptors
+        self._request = Struct(HEADER.format + head.lstrip("="))
+        self._reply = Struct(REPLY_HEAD.format + head.lstrip("="))
 
     def encode(self, fields: tuple[Any, ...]) -> bytes:
         """Make a payload of a message's fields."""
@@ -90,6 +92,22 @@ class Form:
             return self.head.pack(*fields)
         data: bytes = self.head.pack(*fields[:-1]) + self.tail.encode(fields[-1])
         return data
+
+    def frame(self, fields: tuple[Any, ...], number: int, descriptors: int = 0) -> bytes:
+        """Make a whole request of a message's fields."""
+        size = self.head.size
+        if self.tail is None:
+            return self._request.pack(size, self.kind, descriptors, number, *fields)
+        end: bytes = self.tail.encode(fields[-1])
+        return self._request.pack(size + len(end), self.kind, descriptors, number, *fields[:-1]) + end
+
+    def frame_reply(self, fields: tuple[Any, ...], kind: int, number: int, result: int, descriptors: int) -> bytes:
+        """Make a whole reply to a request of this kind and number, with these fields for its own part."""
+        size, kind = REPLY_SIZE + self.head.size, kind | REPLY
+        if self.tail is None:
+            return self._reply.pack(size, kind, descriptors, number, 0, 0, result, *fields)
+        end: bytes = self.tail.encode(fields[-1])
+        return self._reply.pack(size + len(end), kind, descriptors, number, 0, 0, result, *fields[:-1]) + end
 
     def decode(self, payload: bytes) -> tuple[Any, ...]:
         """Take a payload apart.

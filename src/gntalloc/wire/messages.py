@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from gntalloc.wire.form import BYTES, DOMIDS, PIECES, REFERENCES, REGIONS, TEXT, Form, Piece
 from gntalloc.wire.stream import Garbage
-from gntalloc.wire.stream import encode as encode_frame
 
 if TYPE_CHECKING:
     from gntalloc.wire.memory import Region
@@ -54,6 +53,7 @@ __all__ = [
     "decode",
     "encode",
     "frame",
+    "frame_reply",
     "kind_of",
 ]
 
@@ -318,8 +318,12 @@ def encode(message: tuple[Any, ...]) -> bytes:
 
 def frame(message: tuple[Any, ...], number: int, descriptors: int = 0) -> bytes:
     """Make a whole request, with so many descriptors to come along."""
-    form = FORMS[type(message)]
-    return encode_frame(form.kind, number, form.encode(message), descriptors)
+    return FORMS[type(message)].frame(message, number, descriptors)
+
+
+def frame_reply(message: tuple[Any, ...], kind: int, number: int, *, result: int = 0, descriptors: int = 0) -> bytes:
+    """Make a whole reply to request `number` of this kind, with so many descriptors to come along."""
+    return FORMS[type(message)].frame_reply(message, kind, number, result, descriptors)
 
 
 def decode(kind: type[M], payload: bytes) -> M:

@@ -21,6 +21,8 @@ __all__ = [
     "MAX_DESCRIPTORS",
     "MAX_PAYLOAD",
     "REPLY",
+    "REPLY_HEAD",
+    "REPLY_SIZE",
     "Decoder",
     "Garbage",
     "Message",
@@ -37,6 +39,9 @@ REPLY = 0x8000
 
 HEADER = Struct("=IHHI")
 _REPLY = Struct("=iIq")
+REPLY_HEAD = Struct(HEADER.format + _REPLY.format.lstrip("="))
+"""The header of a reply, and what its payload begins with."""
+REPLY_SIZE = _REPLY.size
 
 
 class Garbage(ValueError):
