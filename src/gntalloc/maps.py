@@ -29,7 +29,13 @@ _MAP_POPULATE = 0x8000
 _POPULATED = 1 << 20  # so many bytes at most are made present at once: that costs less than a fault for each page
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PLACED = _MAP_FIXED | mmap.MAP_SHARED
+_PLACED_AND_PRESENT = _PLACED | _MAP_POPULATE
+_PLACED_PRIVATELY = _MAP_FIXED | mmap.MAP_PRIVATE
+
 _mmap = libc.mmap
+_addressof, _char_from = ctypes.addressof, ctypes.c_char.from_buffer
 
 
 class Mapping:
@@ -47,10 +53,8 @@ class Mapping:
         self.length = -(-length // PAGE_SIZE) * PAGE_SIZE
         self.name = name
         self._prot = prot
-        self._range = mmap.mmap(-1, self.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        guard = ctypes.c_char.from_buffer(self._range)
-        self.address = ctypes.addressof(guard)
-        del guard
+        self._range = mmap.mmap(-1, self.length, _RESERVED)
+        self.address = _addressof(_char_from(self._range))
         self._memory: memoryview | None = self._view()
 
     def place(self, start: int, length: int, descriptor: int, offset: int, *, shared: bool = True) -> None:
@@ -61,15 +65,14 @@ class Mapping:
         Raises:
             OSError: what mmap(2) answered.
         """
-        flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        flags = _PLACED if shared else _PLACED_PRIVATELY
         if shared and length <= _POPULATED:
-            flags |= _MAP_POPULATE
+            flags = _PLACED_AND_PRESENT
         self._map(start, length, self._prot, flags, descriptor, offset)
 
     def unmap(self, start: int, length: int) -> None:
         """Give back a part. Anonymous memory takes its place, so a forgotten view reads zeros and causes no fault."""
-        flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map(start, length, PROT_READ | PROT_WRITE, flags, -1, 0)
+        self._map(start, length, PROT_READ | PROT_WRITE, _MAP_FIXED | _RESERVED, -1, 0)
 
     @property
     def memory(self) -> memoryview:
@@ -114,7 +117,7 @@ class Mapping:
         return view if self._prot & PROT_WRITE else view.toreadonly()
 
     def _map(self, start: int, length: int, prot: int, flags: int, descriptor: int, offset: int) -> None:
-        if self.closed:
+        if self._memory is None:
             raise Closed(f"{self} was closed")
         if start % PAGE_SIZE or not 0 <= start < start + length <= self.length:
             raise ValueError(f"{start}+{length} is not a range of whole pages inside {self.length} bytes")

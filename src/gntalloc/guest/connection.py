@@ -131,6 +131,8 @@ class MachineConnection:
     def __init__(self, path: str, *, sock: waits.Socket | None = None, hello: bool = True) -> None:
         self.path = path
         self.generation = 0
+        self.live = -1
+        """The generation of the channel, while it is open. -1: the next call has to connect."""
         self.lock = threading.RLock()
         self.domid = -1
         self.hears = False
@@ -265,11 +267,6 @@ class MachineConnection:
         assert self._sock is not None
         return self._sock.fileno()
 
-    @property
-    def closed(self) -> bool:
-        """Whether the next call has to connect."""
-        return self._sock is None
-
     def connect(self) -> None:
         """Open the channel if it is not.
 
@@ -306,6 +303,7 @@ class MachineConnection:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+            self.live = -1
             self._descriptors.clear()  # of an answer that did not come whole
 
     def __del__(self) -> None:
@@ -313,7 +311,9 @@ class MachineConnection:
             self.close()
 
     def _begin(self) -> None:
-        self.generation += self._sock is not None
+        if self._sock is not None:
+            self.generation += 1
+            self.live = self.generation
         self._decoder = Decoder()
         self._messages: deque[Message] = deque()
         self._descriptors: deque[Descriptor] = deque()
@@ -350,10 +350,13 @@ class MachineConnection:
     def _next(self) -> tuple[Message, list[Descriptor]]:
         """Take the first message that is whole, with its descriptors."""
         message = self._messages[0]
-        while len(self._descriptors) < message.descriptors:
+        count = message.descriptors
+        while len(self._descriptors) < count:
             self._fill()
         self._messages.popleft()
-        return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
+        if count <= 1:  # as nearly always
+            return message, [self._descriptors.popleft()] if count else []
+        return message, [self._descriptors.popleft() for _ in range(count)]
 
     def _keep(self, message: Message, descriptors: list[Descriptor]) -> None:
         """Keep a message that is not the answer to a waiting call."""

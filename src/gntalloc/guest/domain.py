@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, MachineGone, TimedOut
@@ -19,16 +19,13 @@ from gntalloc.guest.quotas import Quotas
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from gntalloc.guest.devices import Attached, DeviceFile, Shared
+    from gntalloc.guest.devices import Attached, DeviceFile
     from gntalloc.guest.devices.kernel import KernelDevices
-    from gntalloc.guest.quotas import Charge
     from gntalloc.xenstore.client import Store
 
 __all__ = ["BareDomain"]
-
-Made = TypeVar("Made")
 
 _MOST_PAGES = 0xFFFF_FFFF  # that one call can ask for
 _LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
@@ -115,21 +112,19 @@ class BareDomain:
         if most_per_peer is not None:
             count_of(most_per_peer, "most_per_peer, a number of pages")
         charge = self._quotas.charge(domid, count, most_per_peer)
+        times, kept = 2 if mirrored else 1, file is not None
+        device = file or self._file("gntalloc")
         try:
-            return self._share(domid, count, charge, writable=writable, mirrored=mirrored, file=file)
+            try:
+                made = device.share(domid, count, writable=writable, times=times, keep=kept)
+            except MachineGone:
+                if not self._is_back("gntalloc", device):
+                    raise
+                device = self._file("gntalloc")
+                made = device.share(domid, count, writable=writable, times=times, keep=kept)
         except BaseException:
             charge.end()
             raise
-
-    def _share(
-        self, domid: int, count: int, charge: Charge, *, writable: bool, mirrored: bool, file: DeviceFile | None
-    ) -> SharedPages:
-        times, kept = 2 if mirrored else 1, file is not None
-
-        def make(device: DeviceFile) -> Shared:
-            return device.share(domid, count, writable=writable, times=times, keep=kept)
-
-        device, made = self._make(file or "gntalloc", make)
         grant = Grant(self.domid, made.refs, writable)
         made.mapping.name = "grant", grant
         return SharedPages(device, made.first, grant, made.mapping, charge, kept=kept)
@@ -170,23 +165,14 @@ class BareDomain:
         grant = _grant(granter, refs, writable)
         wanted = grant.refs * 2 if mirrored else grant.refs
         kept = file is not None
-
-        def attach(device: DeviceFile) -> Attached:
-            return device.attach(grant.granter, wanted, writable=grant.writable, keep=kept)
-
-        deadline = Deadline(timeout)
-        nap = 0.0005
-        while True:
-            try:
-                device, made = self._make(file or "gntdev", attach)
-                break
-            except DeviceError as refusal:
-                if refusal.errno != errno.EAGAIN:
-                    raise
-                if deadline.expired:
-                    raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
+        device = file or self._file("gntdev")
+        try:
+            made = _attach_when_ready(device, grant, wanted, timeout, keep=kept)
+        except MachineGone:
+            if not self._is_back("gntdev", device):
+                raise
+            device = self._file("gntdev")
+            made = _attach_when_ready(device, grant, wanted, timeout, keep=kept)
         made.mapping.name = "the map of grant", grant
         return MappedPages(device, made.first, grant, made.mapping, len(wanted), kept=kept)
 
@@ -212,19 +198,16 @@ class BareDomain:
     def __repr__(self) -> str:
         return f"<Domain {self.domid} at {self.address}>"
 
-    def _make(self, which: DeviceFile | str, make: Callable[[DeviceFile], Made]) -> tuple[DeviceFile, Made]:
-        """Make something with a device: of a name on a new file, if the old one's domain ended and is back."""
-        if not isinstance(which, str):
-            return which, make(which)
-        file = self._file(which)
-        try:
-            return file, make(file)
-        except MachineGone:
-            if not (file.lost and self.devices.is_back()):
-                raise
-        del self._files[os.getpid(), which]  # and not closed: what was made with it says that it is gone
-        file = self._file(which)
-        return file, make(file)
+    def _is_back(self, name: str, lost: DeviceFile) -> bool:
+        """Say, after MachineGone, whether the domain of the file that this process has for all is there again.
+
+        Then `_file` gives a new one. The old one is not closed: what was made with it says that it is gone.
+        """
+        key = os.getpid(), name
+        if self._files.get(key) is not lost or not (lost.lost and self.devices.is_back()):
+            return False
+        del self._files[key]
+        return True
 
     @property
     def _quotas(self) -> Quotas:
@@ -241,6 +224,25 @@ class BareDomain:
         if file is None:
             file = self._files.setdefault(key, self.devices.open(name))
         return file
+
+
+def _attach_when_ready(
+    device: DeviceFile, grant: Grant, refs: tuple[int, ...], timeout: float, *, keep: bool
+) -> Attached:
+    """Map references of a grant, and try again while its granter has not mapped them itself."""
+    deadline: Deadline | None = None
+    nap = 0.0005
+    while True:
+        try:
+            return device.attach(grant.granter, refs, writable=grant.writable, keep=keep)
+        except DeviceError as refusal:
+            if refusal.errno != errno.EAGAIN:
+                raise
+            deadline = deadline or Deadline(timeout)
+            if deadline.expired:
+                raise TimedOut(f"grant {grant} could not be mapped within {timeout} s: {refusal}") from refusal
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP)
 
 
 def _pages(pages: int | None, size: int | None) -> int:

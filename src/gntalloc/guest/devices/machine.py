@@ -329,14 +329,15 @@ class MachineFile:
     def _ask(self, kind: Any, *fields: Any) -> Answer:
         channel = self._channel
         with channel.lock:
-            self._connect()
+            if self._home is None or channel.live != self._generation:
+                self._connect()
             return channel.ask(kind(self._handle, *fields))
 
     def _connect(self) -> None:
         """Have a channel on which the machine knows this file."""
         home = self._open_home()
         channel = self._channel
-        if channel.closed:
+        if channel.live < 0:
             channel.connect()
         if channel.generation != self._generation:  # a new channel: say which file this is
             self._show(home)
