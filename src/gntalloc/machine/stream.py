@@ -124,29 +124,30 @@ class MessageStream:
         Raises:
             Dropped: the program is gone.
         """
-        self._go_on(until)
+        if self._rest is not None:
+            self._go_on(self._rest, until)
         for _ in range(min(self._admitted, MESSAGES_A_TURN)):
             if self._outbox or self._rest is not None:
                 break
-            self._serve_next()
-            self._go_on(until)
+            rest = self._serve_next()
+            if rest is not None:
+                self._go_on(rest, until)
             if clock.now() >= until:
                 break
         self._judge()
 
-    def _serve_next(self) -> None:
+    def _serve_next(self) -> Generator[None] | None:
+        """Serve the next message. Return the pieces in which the rest of it is served, if there is a rest."""
         message = self.inbox.popleft()
         self._admitted -= 1
         if self.weight:
             more = self.inbox or self._decoder.in_the_middle
             self.weight = max(0, self.weight - len(message.payload)) if more else 0
         self._rest = self.serve(message)
+        return self._rest
 
-    def _go_on(self, until: float) -> None:
-        """Serve pieces of the message that is served in part, if one is: one piece, and more until then."""
-        rest = self._rest
-        if rest is None:
-            return
+    def _go_on(self, rest: Generator[None], until: float) -> None:
+        """Serve pieces of the message that is served in part: one piece, and more until then."""
         try:
             next(rest)
             while not self._outbox and clock.now() < until:

@@ -225,7 +225,8 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
-            if self._could(seat, seat.speaker.admit):
+            if seat.speaker in self._seats:
+                seat.speaker.admit()
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
@@ -242,8 +243,7 @@ class Turns:
         """Serve one account for a slice, and return the time."""
         self._run_for(account)
         now = clock.now()
-        until = now + _SLICE
-        until = min(until, end)
+        until = min(now + _SLICE, end)
         while account.chores and now < until:
             if _go_on(account.chores[0], until):
                 account.chores.popleft()
@@ -277,12 +277,13 @@ class Turns:
 
     def _heard(self, seat: Seat, events: int) -> None:
         """Take in what a speaker has sent, unless it or its domain has sent more than it may."""
-        self._run_for(seat.account)
-        speaker = seat.speaker
+        account, speaker = seat.account, seat.speaker
+        if account is not self._running:
+            self._run_for(account)
         if seat.queued and not speaker.standing & _EVENTS:  # it has sent more than it may: hear no more of it
             self._plan(seat)
             return
-        if self._is_too_heavy(seat) and not events & WRITABLE:
+        if account.weight and self._is_too_heavy(seat) and not events & WRITABLE:
             self._hold_back(seat)
             return
         if events & WRITABLE and not self._could(seat, speaker.flush):
