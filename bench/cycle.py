@@ -1,11 +1,12 @@
 """Share, map, touch, unmap, free: one page between two processes, beside multiprocessing.shared_memory's cycle.
 
-    python bench/cycle.py [--json FILE]
+    python bench/cycle.py [--rounds N] [--json FILE]
 
 Everything on one processor. A cycle: the first process makes a page and tells the second, which attaches it, reads a
-byte, lets go and answers; the first frees it. `messages` is the floor: the messages of a cycle with nothing behind them
-(a call answered at once for each call, a note about nothing for each note), and the same telling and answering. Medians
-of rounds, taken in turn.
+byte, lets go and answers; the first frees it. `two calls` is the floor: the machine's answers to as many questions that
+do nothing, and the same telling and answering. The figures are processor time, of every process that takes part, as
+the kernel counts it (/proc/PID/schedstat): on a shared computer the time of a clock says little. They are medians of
+rounds, taken in turn.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import argparse
 import json
 import os
 import statistics
-import time
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import gntalloc
 from gntalloc.wire.messages import VERSION, Hello
@@ -37,6 +37,7 @@ class Line:
 
     def __init__(self) -> None:
         self.here, self.there = os.pipe(), os.pipe()
+        self.process = 0
 
     def ask(self, text: str) -> None:
         os.write(self.here[1], text.encode())
@@ -51,7 +52,8 @@ class Line:
 def beside(serve: Callable[[], Callable[[str], None]]) -> Line:
     """Another process that serves."""
     line = Line()
-    if not os.fork():
+    line.process = os.fork()
+    if not line.process:
         os.close(line.here[1])
         line.serve(serve())
         os._exit(0)
@@ -59,12 +61,16 @@ def beside(serve: Callable[[], Callable[[str], None]]) -> Line:
     return line
 
 
-def attach_segment(name: str) -> None:
-    segment = SharedMemory(name=name)
-    # Python before 3.13 lets every attacher's tracker remove it; that is not to be measured.
-    resource_tracker.unregister(segment._name, "shared_memory")  # noqa: SLF001
-    assert segment.buf[0] == 7
-    segment.close()
+def attach_segments() -> Callable[[str], None]:
+    # Python before 3.13 tells the tracker of every attacher too; that is not to be measured.
+    resource_tracker.register = lambda *_: None
+
+    def serve(name: str) -> None:
+        segment = SharedMemory(name=name)
+        assert segment.buf[0] == 7
+        segment.close()
+
+    return serve
 
 
 def segment_cycle(line: Line) -> None:
@@ -110,54 +116,84 @@ def many_segments() -> None:
         segment.unlink()
 
 
-def many_pages(domain: Domain) -> None:
-    with domain.share(2, PAGES) as shared:
-        for page in range(PAGES):
+def many_pages(domain: Domain, pages: int) -> None:
+    with domain.share(2, pages) as shared:
+        for page in range(pages):
             shared.memory[page * 4096] = 7
 
 
-def microseconds(cycle: Callable[[], None], cycles: int) -> float:
-    started = time.perf_counter()
-    for _ in range(cycles):
-        cycle()
-    return (time.perf_counter() - started) / cycles * 1e6
+def processor_time(process: int) -> int:
+    """Nanoseconds that a process has had a processor."""
+    with open(f"/proc/{process}/schedstat") as file:
+        return int(file.read().split()[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # children inherit it, the machine too
+class Part(NamedTuple):
+    """A cycle, how often it is done in a round, and the process at the other end of it."""
+
+    cycle: Callable[[], None]
+    cycles: int
+    peer: int | None = None
+
+
+def spent(part: Part, machine: int, tracker: int) -> dict[str, float]:
+    """Microseconds of processor time of a cycle, by process."""
+    processes = {"this": os.getpid(), "machine": machine, "peer": part.peer, "tracker": tracker}
+    before = {name: processor_time(each) for name, each in processes.items() if each is not None}
+    for _ in range(part.cycles):
+        part.cycle()
+    return {name: (processor_time(processes[name]) - then) / part.cycles / 1e3 for name, then in before.items()}
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Each part's processor time by process, and in all."""
+    resource_tracker.ensure_running()
+    tracker = resource_tracker._resource_tracker._pid  # noqa: SLF001
     with gntalloc.Machine() as machine:
         alice, bob = machine.domain(1), machine.domain(2).address
         granted = beside(lambda: attach_grant(gntalloc.current_domain(bob)))
         called = beside(lambda: messages_server(gntalloc.current_domain(bob)))
-        named = beside(lambda: attach_segment)
-        what = {
-            "SharedMemory": (lambda: segment_cycle(named), CYCLES),
-            "messages": (lambda: messages_cycle(alice, called), CYCLES),
-            "grant, writable": (lambda: grant_cycle(alice, granted, 1, writable=True), CYCLES),
-            "grant, read-only": (lambda: grant_cycle(alice, granted, 1, writable=False), CYCLES),
-            f"{PAGES} SharedMemory": (many_segments, 10),
-            f"{PAGES} pages in one call": (lambda: many_pages(alice), 50),
+        named = beside(attach_segments)
+        parts = {
+            "SharedMemory": Part(lambda: segment_cycle(named), CYCLES, named.process),
+            "two calls": Part(lambda: messages_cycle(alice, called), CYCLES, called.process),
+            "grant, writable": Part(lambda: grant_cycle(alice, granted, 1, writable=True), CYCLES, granted.process),
+            "grant, read-only": Part(lambda: grant_cycle(alice, granted, 1, writable=False), CYCLES, granted.process),
+            "share and close, 1 page": Part(lambda: many_pages(alice, 1), CYCLES),
+            f"share and close, {PAGES} pages": Part(lambda: many_pages(alice, PAGES), 50),
+            f"{PAGES} SharedMemory": Part(many_segments, 10),
         }
-        rounds: dict[str, list[float]] = {name: [] for name in what}
-        for turn in range(ROUNDS + 1):
-            for name, (cycle, cycles) in what.items():
-                took = microseconds(cycle, cycles)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
+        for turn in range(rounds + 1):
+            for name, part in parts.items():
+                took = spent(part, machine.pid, tracker)
                 if turn:  # the first warms up
-                    rounds[name].append(took)
-    medians = {name: statistics.median(each) for name, each in rounds.items()}
-    for name, median in medians.items():
-        print(f"{name:22} {median:9.1f} µs")
-    base = medians["SharedMemory"]
-    print(f"read-only grant / SharedMemory: {medians['grant, read-only'] / base:.2f}")
-    print(f"the messages alone / SharedMemory: {medians['messages'] / base:.2f}")
-    per_page = medians[f"{PAGES} SharedMemory"] / medians[f"{PAGES} pages in one call"]
+                    found[name].append({**took, "all": sum(took.values())})
+    return {
+        name: {process: statistics.median(each[process] for each in rounds) for process in rounds[0]}
+        for name, rounds in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # children inherit it, the machine too
+    found = measure(options.rounds)
+    base = found["SharedMemory"]["all"]
+    columns = ("all", "this", "machine", "peer", "tracker")
+    print(f"{'processor time, µs':26}" + "".join(f"{name:>10}" for name in columns) + "  / SharedMemory")
+    for name, took in found.items():
+        cells = "".join(f"{took[process]:10.1f}" if process in took else f"{'':10}" for process in columns)
+        print(f"{name:26}{cells}{took['all'] / base:16.2f}")
+    per_page = found[f"{PAGES} SharedMemory"]["all"] / found[f"share and close, {PAGES} pages"]["all"]
     print(f"{PAGES} pages in one call are {per_page:.1f} times cheaper than {PAGES} segments")
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({name: round(median, 1) for name, median in medians.items()}, file, indent=1)
+            rounded = {name: {key: round(value, 1) for key, value in took.items()} for name, took in found.items()}
+            json.dump(rounded, file, indent=1)
             file.write("\n")
 
 
