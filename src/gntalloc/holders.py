@@ -55,7 +55,7 @@ _IN_CLOSE = 0x08 | 0x10
 _IN_ONESHOT = 0x80000000
 _IN_Q_OVERFLOW = 0x4000
 _EVENT = struct.Struct("=iIII")
-_QUEUE_A_READ = 65536  # bytes of events
+_QUEUE_A_READ = 4096  # bytes of events; of much more the C library would map memory for each read
 # The most live loans of an extent: so many of its granter's, so many of its peers', and one more of each for each page.
 # A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128

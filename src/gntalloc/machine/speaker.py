@@ -21,7 +21,7 @@ class Dropped(Exception):
 
 
 class Speaker(Protocol):
-    """Send messages to be served. Each of these calls may raise Dropped, but `admit` and `close`."""
+    """Send messages to be served. Each of these calls may raise Dropped, but `close`."""
 
     weight: int
     """Bytes of its messages that came and were not served, if they are many. Few count as none."""

@@ -225,8 +225,7 @@ class Turns:
         for seat in came:
             account = seat.account
             account.came -= 1
-            if seat.speaker in self._seats:
-                seat.speaker.admit()
+            if self._could(seat, seat.speaker.admit):
                 account.waiting.append(seat)
                 self._accounts.wake(account)
             elif not account.has_work:
