@@ -150,6 +150,8 @@ class GrantedPages:
             if gref.promise is not None:
                 self._keep_promise(gref, gref.promise)
             last.append(gref)
+        if not last:
+            return
         if not self._behaviour.count_held_pages:
             self.in_use -= len(last)
         for gref in self._end(last):
@@ -167,10 +169,11 @@ class GrantedPages:
         """End these grants, where table and kernel agree that nobody else has the page. Return those that stay."""
         # If the locks are hidden, none names the holder. But the kernel says that the memory is open: its peer hides.
         hidden = {extent for extent in {gref.frame.extent for gref in grefs} if self._is_hidden(extent)}
-        busy = [gref for gref in grefs if gref.frame.extent in hidden] if hidden else []
         others = [gref for gref in grefs if gref.frame.extent not in hidden] if hidden else grefs
-        kept = set(self._table.end([gref.ref for gref in busy], busy=True))
-        kept.update(self._table.end([gref.ref for gref in others]))
+        kept = set(self._table.end([gref.ref for gref in others]))
+        if hidden:
+            busy = [gref.ref for gref in grefs if gref.frame.extent in hidden]
+            kept.update(self._table.end(busy, busy=True))
         self._give_back([gref for gref in grefs if gref.ref not in kept] if kept else grefs)
         return [gref for gref in grefs if gref.ref in kept] if kept else []
 
