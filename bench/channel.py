@@ -3,8 +3,9 @@
     python bench/channel.py [--json FILE] [--quick]
 
 Two processes on two processors. Throughput: the median of rounds taken in turn, so that what else the computer does
-falls on all alike. Round trips: the median of the rounds' medians. "copied" ends with the bytes in memory of
-the reader's own; "in place" looks at the first and the last byte where they lie. "asleep" does not spin.
+falls on all alike. Round trips: the median of the rounds' medians, once more with both processes on one processor.
+"copied" ends with the bytes in memory of the reader's own; "in place" looks at the first and the last byte where they
+lie. "asleep" does not spin; "as it is" is what `listen` and `connect` make if they are not told how to spin.
 
 The last table is how long it takes until a reader that sleeps is told that its peer has closed, was killed, or lies.
 """
@@ -98,7 +99,7 @@ class PipeOfOs(Peer):
 
 
 class Vchan(Peer):
-    spin = SPIN
+    spin: float | None = SPIN
     extensions: bool | None = None
 
     def end(self, first: bool) -> Ends:
@@ -141,6 +142,12 @@ class VchanInPlace(Vchan):
         return self.channel.send, look
 
 
+class VchanAsIs(Vchan):
+    """As `listen` and `connect` make it."""
+
+    spin = None
+
+
 class VchanAsleep(Vchan):
     spin = 0.0
 
@@ -150,6 +157,10 @@ class VchanOfC(Vchan):
 
     ring = 1 << 20
     extensions = False
+
+
+class VchanOfCAsIs(VchanOfC):
+    spin = None
 
 
 class VchanOfCAsleep(VchanOfC):
@@ -382,16 +393,18 @@ def main() -> None:
             columns[size] = throughput(kinds, machine, size, two, rounds)
         show("one way: µs a message, GB/s, times multiprocessing.Pipe", columns)
         result["one way, us"] = columns
-        spinning: dict[str, type[Peer]] = {"vchan, both spinning": Vchan}
+        spinning: dict[str, type[Peer]] = {"vchan, both spinning": Vchan, "vchan, as it is": VchanAsIs}
         if ICEORYX:
             spinning["iceoryx2, polling"] = Iceoryx
-        asleep: dict[str, type[Peer]] = {"os.pipe": PipeOfOs, "multiprocessing.Pipe": PipeOfMultiprocessing}
-        asleep |= {"vchan, both asleep": VchanAsleep, "vchan as libxenvchan's, both asleep": VchanOfCAsleep}
-        trips = round_trips(spinning | asleep, machine, two, rounds)
-        print("\nround trip of 64 bytes, µs")
-        for name, each in trips.items():
-            print(f"{name:38} {each:9.1f}   {each / trips['os.pipe']:6.2f} x os.pipe")
+        pipes: dict[str, type[Peer]] = {"os.pipe": PipeOfOs, "multiprocessing.Pipe": PipeOfMultiprocessing}
+        asleep = {"vchan, both asleep": VchanAsleep, "vchan as libxenvchan's, both asleep": VchanOfCAsleep}
+        trips = round_trips(spinning | pipes | asleep, machine, two, rounds)
+        show_trips("round trip of 64 bytes, µs", trips)
         result["round trip, us"] = trips
+        alike = {"vchan, as it is": VchanAsIs, "vchan as libxenvchan's": VchanOfCAsIs}
+        trips = round_trips(pipes | alike | asleep, machine, (two[1], two[1]), rounds)
+        show_trips("round trip of 64 bytes, both processes on one processor, µs", trips)
+        result["round trip on one processor, us"] = trips
         os.sched_setaffinity(0, allowed)
         print("\nfrom the peer's end to the error here, ms: median, longest")
         result["end, ms"] = ends = how_soon(machine, rounds)
@@ -403,6 +416,12 @@ def main() -> None:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
+
+
+def show_trips(title: str, trips: Figures) -> None:
+    print(f"\n{title}")
+    for name, each in trips.items():
+        print(f"{name:38} {each:9.1f}   {each / trips['os.pipe']:6.2f} x os.pipe")
 
 
 def show(title: str, columns: dict[int, Figures]) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import looks
 import pytest
 from tests.frontend.conftest import DEVICE, PATIENCE
 from tests.frontend.kit import CHECKS, SIZE, kill, read_for_ever
@@ -226,6 +227,33 @@ def test_a_backend_that_closes_in_order_has_not_died(setting: Setting) -> None:
     assert backend.running
     disk.reconnect(timeout=PATIENCE)
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
+
+
+@pytest.mark.parametrize(("answer", "heard"), looks.WAYS)
+def test_a_wait_looks_only_if_it_pays(setting: Setting, answer: Callable[[], float], heard: list[str]) -> None:
+    setting.attach()
+    backend = setting.backend()
+    disk = setting.open()
+    backend.process.send_signal(signal.SIGSTOP)
+    disk._waiting._look = recorder = looks.Recorder(answer)  # type: ignore[assignment]
+    try:
+        with pytest.raises(TimedOut):
+            disk.read(0, 512, timeout=0.2)
+    finally:
+        backend.process.send_signal(signal.SIGCONT)
+    assert recorder.heard[: len(heard)] == heard
+
+
+def test_a_look_pays_if_the_answer_comes_meanwhile(setting: Setting) -> None:
+    setting.attach()
+    setting.backend()
+    disk = setting.open()
+    disk._waiting._look = recorder = looks.Recorder(looks.long)  # type: ignore[assignment]
+    deadline = time.monotonic() + PATIENCE
+    while "paid" not in recorder.heard:
+        assert time.monotonic() < deadline, recorder.heard
+        assert disk.read(0, 512, timeout=PATIENCE) == setting.content[:512]
+    assert recorder.heard == ["until", "paid"]
 
 
 def test_a_close_has_one_deadline_and_may_be_interrupted(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ import hashlib
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from looks import WAYS, Recorder, long
 
 from gntalloc import (
     Busy,
@@ -26,6 +28,7 @@ from gntalloc import (
 )
 from gntalloc.atomics import plain
 from gntalloc.vchan import layout, offers, role
+from gntalloc.vchan.layout import NOTIFY_READ, NOTIFY_WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -472,6 +475,43 @@ def test_a_spin_is_bounded_by_the_timeout(pair: Pair) -> None:
     first, _ = pair(spin=1000)
     with pytest.raises(TimedOut):
         first.read(timeout=0.05)
+
+
+@pytest.mark.parametrize(("answer", "heard"), WAYS)
+@pytest.mark.parametrize("call", ["read", "recv", "write"])
+def test_a_wait_looks_only_if_it_pays(pair: Pair, answer: Any, heard: list[str], call: str) -> None:
+    channel, _ = pair(size=4096)
+    recorder = Recorder(answer)
+    channel._end.looks = {NOTIFY_READ: recorder, NOTIFY_WRITE: recorder}  # type: ignore[dict-item]
+    with pytest.raises(TimedOut):
+        channel.write(bytes(9999), timeout=0.1) if call == "write" else getattr(channel, call)(timeout=0.1)
+    assert recorder.heard[: len(heard)] == heard
+
+
+def test_a_look_pays_if_the_peer_comes_meanwhile(pair: Pair) -> None:
+    channel, other = pair()
+    recorder = Recorder(long)
+    channel._end.looks = {NOTIFY_WRITE: recorder}  # type: ignore[dict-item]
+    with ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(channel.recv, timeout=PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not recorder.heard:
+            assert time.monotonic() < deadline, "it does not ask whether to look"
+            time.sleep(0.001)
+        other.send(b"x")
+        assert reading.result(PATIENCE) == b"x"
+    assert recorder.heard == ["until", "paid"]
+
+
+def test_both_directions_look_by_themselves(pair: Pair) -> None:
+    """A reader whose looks are in vain does not keep the writer from looking."""
+    channel, _ = pair()
+    for _ in range(20):
+        with pytest.raises(TimedOut):
+            channel.read(timeout=0.001)
+    reading, writing = (channel._end.looks[bit] for bit in (NOTIFY_WRITE, NOTIFY_READ))
+    assert reading._pause > 0
+    assert writing._pause == 0
 
 
 def test_roles_mirror_each_other() -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from gntalloc.clock import Deadline, now
 from gntalloc.errors import GntallocError, PeerBroke, TimedOut
 from gntalloc.guest.grant import Grant
+from gntalloc.looking import Look
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _TROUBLE = slice(256, 768)
 _READING, _DONE, _FAILED = 1, 2, 3
 
 _CHUNK = 256 * 1024  # at most, at a time: small enough to stay in the processor's cache
-_LOOKS = 200  # at the other's counter before the first nap
+_LOOK = 50e-6  # seconds to look at the other's counter before the first nap
 _NAP = 0.00005
 
 
@@ -226,19 +227,28 @@ class _Waiter:
         self._timeout = timeout
         self._alive = alive
         self._trouble = trouble
+        self._look = Look(_LOOK)
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
-        for _ in range(_LOOKS):
-            if ready():
-                break
-        else:
-            self._nap_until(ready, what)
+        deadline = Deadline(self._timeout)
+        if not (ready() or self._look_for(ready, deadline)):
+            self._nap_until(ready, what, deadline)
         trouble = self._trouble()
         if trouble is not None:
             raise PeerBroke(f"the other side failed: {trouble}")
 
-    def _nap_until(self, ready: Callable[[], bool], what: str) -> None:
-        deadline = Deadline(self._timeout)
+    def _look_for(self, ready: Callable[[], bool], deadline: Deadline) -> bool:
+        until = self._look.until(deadline)
+        if not until:
+            return False
+        while now() < until:
+            if ready():
+                self._look.paid()
+                return True
+        self._look.in_vain(deadline)
+        return False
+
+    def _nap_until(self, ready: Callable[[], bool], what: str, deadline: Deadline) -> None:
         while not ready():
             time.sleep(_NAP)
             if self._trouble() is not None:

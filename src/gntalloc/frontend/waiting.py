@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gntalloc.clock import Deadline, now
 from gntalloc.errors import Closed, DeviceError, GntallocError, TimedOut
+from gntalloc.looking import Look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class Waiting:
         self._session = session
         self._patience = patience
         self._asleep = False
+        self._look = Look(_LOOK)
         self._others = 0  # threads that wait for the one that sleeps
 
     def until_landed(self, flights: Sequence[Flight], deadline: Deadline, what: str) -> None:
@@ -78,7 +80,7 @@ class Waiting:
         self._session.show()
         while True:
             self.until_settled(deadline)
-            if not (count := self._collect(missing)):
+            if not (count := self._collect(missing, deadline)):
                 return
             self._session.check_open()
             left = deadline.remaining
@@ -93,17 +95,23 @@ class Waiting:
                 finally:
                     self._others -= 1
 
-    def _collect(self, missing: Callable[[], int]) -> int:
-        """Take in what is there, and look for a while whether that is all. How much is missing."""
+    def _collect(self, missing: Callable[[], int], deadline: Deadline) -> int:
+        """Take in what is there, and look for a while whether that is all, if it pays. How much is missing."""
         session = self._session
-        until = 0.0
+        until = None
         while True:
             if session.failed is None and (session.collect() or session.failed):
                 self.changed.notify_all()
             if not (count := missing()):
+                if until is not None:
+                    self._look.paid()
                 return 0
-            until = until or now() + _LOOK
-            if session.failed is not None or now() >= until:
+            if until is None:
+                until = self._look.until(deadline)
+            if session.failed is not None or not until:
+                return count
+            if now() >= until:
+                self._look.in_vain(deadline)
                 return count
 
     def _sleep(self, left: float | None, more: int) -> None:

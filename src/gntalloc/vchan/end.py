@@ -2,9 +2,9 @@
 
 Nobody waits here: see `waiting`.
 
-How an end sleeps. It looks a while (`spin`); then it *asks*: it sets a bit in a byte of the page, and looks once more.
-Whoever moves an index *tells*: it looks at the bit, and rings if it is set. Between moving and looking, and between
-asking and looking, there is a fence, so that of the two at least one sees the other.
+How an end sleeps. It looks a while (`spin`), if that has paid lately; then it *asks*: it sets a bit in a byte of the
+page, and looks once more. Whoever moves an index *tells*: it looks at the bit, and rings if it is set. Between moving
+and looking, and between asking and looking, there is a fence, so that of the two at least one sees the other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gntalloc.errors import Closed, DeviceError, MachineGone, PeerBroke, PeerClosed, PeerDied, PeerGone
+from gntalloc.looking import Look
 from gntalloc.vchan.extension import FINISHED, GOODBYE
 from gntalloc.vchan.layout import GONE, NOT_YET, NOTIFY_READ, NOTIFY_WRITE
 
@@ -58,6 +59,7 @@ class End:
         closing: `close` has begun.
         closed_because: what Closed says of it.
         broken: how the peer has lied; None: as far as is known it has not.
+        looks: whether looking pays, by the bit that the peer is asked by.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class End:
         self.bells = bells
         self.atomics = atomics
         self.spin = spin
+        self.looks = {bit: Look(spin) for bit in (NOTIFY_WRITE, NOTIFY_READ)}
         self.reader, self.writer = pages.rings(role, atomics)
         self.closing = False
         self.closed_because = "cannot be used any more; connect again"

@@ -101,15 +101,20 @@ def wait(end: End, need: Need, deadline: Deadline) -> bool:
 
 
 def _look_a_while(end: End, need: Need, deadline: Deadline) -> bool:
-    """Look for as long as the end spins. True: there were enough before that had passed."""
-    _, refresh, count, over, _ = need
-    until = now() + deadline.within(end.spin)
+    """Look for as long as the end spins, if that pays. True: there were enough before that had passed."""
+    bit, refresh, count, over, _ = need
+    look = end.looks[bit]
+    until = look.until(deadline)
+    if not until:
+        return False
     while now() < until:
         for _ in range(_LOOKS):
             if refresh() >= count:
+                look.paid()
                 return True
         if over() or end.closing:
-            break
+            return False
+    look.in_vain(deadline)
     return False
 
 

@@ -1,0 +1,48 @@
+"""Say whether to look before sleeping, as a test wants it, and take down how that went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gntalloc import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gntalloc.clock import Deadline
+
+PATIENCE = 20.0
+
+
+class Recorder:
+    """Takes a Look's place. `answer` says until when to look."""
+
+    def __init__(self, answer: Callable[[], float]) -> None:
+        self.answer = answer
+        self.heard: list[str] = []
+
+    def until(self, _: Deadline) -> float:
+        self.heard.append("until")
+        return self.answer()
+
+    def paid(self) -> None:
+        self.heard.append("paid")
+
+    def in_vain(self, _: Deadline) -> None:
+        self.heard.append("in vain")
+
+
+def long() -> float:
+    return clock.now() + PATIENCE
+
+
+def short() -> float:
+    return clock.now() + 0.001
+
+
+def no_look() -> float:
+    return 0.0
+
+
+WAYS = [(short, ["until", "in vain"]), (no_look, ["until"])]
+"""How to look where nothing comes, and what is heard of it."""
