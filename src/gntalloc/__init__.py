@@ -9,42 +9,44 @@
             assert shared.memory[:5] == b"hello"
 
 Processes of one uid are not isolated from each other: they can read each other's memory through /proc.
+
+Each name is imported when it is used for the first time. So `import gntalloc` itself costs next to nothing, and the
+machine's process and each command have only what they need.
 """
 
-from typing import TYPE_CHECKING, Any
-
-from gntalloc.domain import Domain, adopt, current_domain
-from gntalloc.embed import Machine
-from gntalloc.errors import (
-    BadGrantText,
-    Busy,
-    Closed,
-    DeviceError,
-    EventsLost,
-    GntallocError,
-    MachineGone,
-    NoMachine,
-    NotKnownHere,
-    PeerBroke,
-    PeerClosed,
-    PeerDied,
-    PeerGone,
-    PeerQuotaReached,
-    TimedOut,
-    ViewsStillExported,
-)
-from gntalloc.guest.grant import Grant
-from gntalloc.guest.pages import MappedPages, SharedPages
-from gntalloc.maps import PAGE_SIZE
-
-__version__ = "0.1.0"
+TYPE_CHECKING = False  # typing's own would import typing
 
 if TYPE_CHECKING:
+    from gntalloc.domain import Domain, adopt, current_domain
+    from gntalloc.embed import Machine
+    from gntalloc.errors import (
+        BadGrantText,
+        Busy,
+        Closed,
+        DeviceError,
+        EventsLost,
+        GntallocError,
+        MachineGone,
+        NoMachine,
+        NotKnownHere,
+        PeerBroke,
+        PeerClosed,
+        PeerDied,
+        PeerGone,
+        PeerQuotaReached,
+        TimedOut,
+        ViewsStillExported,
+    )
     from gntalloc.frontend.blkfront import BlockDevice
     from gntalloc.guest.events import Port
+    from gntalloc.guest.grant import Grant
+    from gntalloc.guest.pages import MappedPages, SharedPages
+    from gntalloc.maps import PAGE_SIZE
     from gntalloc.vchan.channel import Channel
     from gntalloc.vchan.server import Listener
     from gntalloc.xenstore.errors import StoreError
+
+__version__ = "0.1.0"
 
 __all__ = [
     "PAGE_SIZE",
@@ -78,23 +80,37 @@ __all__ = [
     "current_domain",
 ]
 
-# Most programs need none of these by name, and each of them imports more than all the others together.
-_LATE = {
-    "BlockDevice": "gntalloc.frontend.blkfront",
-    "Channel": "gntalloc.vchan.channel",
-    "Listener": "gntalloc.vchan.server",
-    "Port": "gntalloc.guest.events",
-    "StoreError": "gntalloc.xenstore.errors",
+_ELSEWHERE = {
+    "BlockDevice": "frontend.blkfront",
+    "Channel": "vchan.channel",
+    "Domain": "domain",
+    "Grant": "guest.grant",
+    "Listener": "vchan.server",
+    "Machine": "embed",
+    "MappedPages": "guest.pages",
+    "PAGE_SIZE": "maps",
+    "Port": "guest.events",
+    "SharedPages": "guest.pages",
+    "StoreError": "xenstore.errors",
+    "adopt": "domain",
+    "current_domain": "domain",
 }
+"""Where a name is from. All others are errors."""
 
+_MODULES = frozenset({"domain", "embed", "errors", "guest", "maps"})  # for `import gntalloc` and `gntalloc.errors.Busy`
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # for a type checker a name that is not above is an error
 
-    value = globals()[name] = getattr(importlib.import_module(_LATE[name]), name)
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in __all__ and name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}")
+        value = globals()[name] = getattr(module, name)
+        return value
 
 
 def __dir__() -> list[str]:
