@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,7 @@ def make_core() -> Iterator[Callable[..., Core]]:
     cores: list[Core] = []
 
     def make(behaviour: str = "ours", *, limit: int = 64, table_frames: int = 1, strict: bool = False) -> Core:
-        core = Core(limit=limit, behaviour=replace(BEHAVIOURS[behaviour], strict=strict), table_frames=table_frames)
+        core = Core(limit=limit, behaviour=BEHAVIOURS[behaviour]._replace(strict=strict), table_frames=table_frames)
         for domid in (1, 2):
             core.create(domid, uid=os.getuid())
         cores.append(core)

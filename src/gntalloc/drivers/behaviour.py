@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["LINUX", "OURS", "Behaviour"]
 
 
-@dataclass(frozen=True, slots=True)
-class Behaviour:
+class Behaviour(NamedTuple):
     """Choose between our behaviour and Linux's. The defaults are ours; `LINUX` switches every row but `strict`."""
 
     count_held_pages: bool = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import heapq
-from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -134,7 +133,7 @@ class Faults:
             usual = self._machine.store.quotas
             lowered = [fault.quotas for fault in faults if fault.quotas]
             least = {name: min(each[name] for each in lowered if name in each) for each in lowered for name in each}
-            domain.quotas = replace(usual, **least) if least else usual
+            domain.quotas = usual.but(**least) if least else usual
 
     def _postpone(self, ports: DisturbedPorts, delay: float) -> Callable[[int, Port], None]:
         def postpone(at: int, port: Port) -> None:

@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 import sys
-from dataclasses import replace
 from typing import Any
 
 from gntalloc.claims import take_away_lock
@@ -43,7 +42,7 @@ def make_server(folder: str, settings: dict[str, Any]) -> Server:
 
     `settings` has limit, behaviour (a name), strict and table_frames.
     """
-    behaviour = replace(BEHAVIOURS[settings.pop("behaviour", "ours")], strict=settings.pop("strict", False))
+    behaviour = BEHAVIOURS[settings.pop("behaviour", "ours")]._replace(strict=settings.pop("strict", False))
     return Server(Machine(behaviour=behaviour, **settings), folder)
 
 

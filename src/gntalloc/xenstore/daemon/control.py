@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from gntalloc.xenstore.daemon.arguments import integer, strings
@@ -59,13 +58,11 @@ class Control:
 
     def _quota(self, rest: list[bytes]) -> bytes:
         if not rest:
-            return _table(
-                {field.name.replace("_", "-"): getattr(self._quotas, field.name) for field in fields(self._quotas)}
-            )
+            return _table({name.replace("_", "-"): value for name, value in self._quotas.all().items()})
         if rest[0] == b"set":
             name, value = _setting(rest[1:])
             name = name.replace("-", "_")
-            if name not in {field.name for field in fields(self._quotas)}:
+            if name not in self._quotas.all():
                 return _refuse()
             setattr(self._quotas, name, value)
             return OK

@@ -11,7 +11,6 @@ since. By both rules a node's owner is a living domain, and its nodes go when it
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gntalloc.xenstore.daemon.limits import Quotas, Refused
@@ -23,20 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["Domain", "Domains"]
 
 
-@dataclass(eq=False)
 class Domain:
     """Keep one domain, and count what it has in use."""
 
-    domid: int
-    generation: int
-    quotas: Quotas
-    introduced: bool = False
-    nodes: int = 0
-    watches: int = 0
-    transactions: int = 0
-    memory: int = 0
-    target: int | None = None
-    """The domain whose rights this one has too."""
+    def __init__(self, domid: int, generation: int, quotas: Quotas) -> None:
+        self.domid = domid
+        self.generation = generation
+        self.quotas = quotas
+        self.introduced = False
+        self.nodes = 0
+        self.watches = 0
+        self.transactions = 0
+        self.memory = 0
+        self.target: int | None = None
+        """The domain whose rights this one has too."""
 
     @property
     def privileged(self) -> bool:

@@ -5,8 +5,6 @@ Sources: Xen 4.17, tools/xenstore (the defaults and their names), docs/misc/xens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 __all__ = ["Quotas", "Refused"]
 
 
@@ -22,7 +20,6 @@ class Refused(Exception):
         self.reason = reason
 
 
-@dataclass
 class Quotas:
     """Limit an unprivileged domain. Domain 0 has no limits.
 
@@ -43,3 +40,20 @@ class Quotas:
     path_max: int = 2048
     """Bytes of a path. A path below a domain's own /local/domain/N/ counts from there."""
     permissions: int = 5
+
+    def __init__(self, **others: int) -> None:
+        unknown = others.keys() - set(_NAMES)
+        if unknown:
+            raise TypeError(f"there is no quota {', '.join(sorted(unknown))}")
+        vars(self).update(others)
+
+    def all(self) -> dict[str, int]:
+        """Give the quotas by name."""
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def but(self, **others: int) -> Quotas:
+        """Give quotas like these, but for `others`."""
+        return Quotas(**{**self.all(), **others})
+
+
+_NAMES = tuple(Quotas.__annotations__)

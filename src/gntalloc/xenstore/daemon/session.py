@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from struct import Struct, pack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -154,9 +153,11 @@ class Firing(NamedTuple):
     """The numbers of the watches that fire, from `first` to `last`. Those set since do not."""
 
 
-@dataclass(slots=True)
 class Behind:
     """Say how far one session has been told of a firing: of `told` of its changes."""
 
-    firing: Firing
-    told: int = 0
+    __slots__ = ("firing", "told")
+
+    def __init__(self, firing: Firing) -> None:
+        self.firing = firing
+        self.told = 0

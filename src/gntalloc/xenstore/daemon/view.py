@@ -255,11 +255,7 @@ class View:
             transaction.failure = f"transaction-nodes {limit}: it has seen {len(transaction.seen)}"
             raise Refused(errno.ENOSPC, transaction.failure)
         node = self._tree.get(path)
-        if node is None:
-            seen = Seen(None, None, None)
-        else:
-            node = self._domains.current(node)
-            seen = Seen(node, node.generation, node.permissions)
+        seen = Seen(None if node is None else self._domains.current(node))
         transaction.seen[path] = seen
         return seen
 
