@@ -17,9 +17,8 @@ lock is such an instruction. So a fence costs next to nothing there.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
-import platform
+import os
 import threading
 from functools import cache
 from typing import Any
@@ -92,19 +91,22 @@ def find(machine: str, library: Any) -> Atomics:
 @cache
 def atomics() -> Atomics:
     """Return the way that is used here. See `find`."""
-    return find(platform.machine(), _library())
+    return find(os.uname().machine, _library())
 
 
 @cache
 def plain() -> Atomics:
     """Return the way without libatomic, where it is safe."""
-    return find(platform.machine(), None)
+    return find(os.uname().machine, None)
 
 
 def _library() -> Any:
     library = _load("libatomic.so.1")
-    if library is None and (name := ctypes.util.find_library("atomic")):  # it starts programs to find out
-        library = _load(name)
+    if library is None:
+        from ctypes.util import find_library  # it starts programs to find out
+
+        name = find_library("atomic")
+        library = _load(name) if name else None
     return library
 
 

@@ -13,7 +13,7 @@ from tests.frontend.conftest import PATIENCE
 from tests.frontend.kit import SIZE, run
 
 from gntalloc import aio
-from gntalloc.cli.disk import _listener
+from gntalloc.cli.exporting import _listener
 from gntalloc.clock import Deadline
 from gntalloc.frontend import nbdpace
 from gntalloc.frontend.nbd import LARGEST, NbdServer

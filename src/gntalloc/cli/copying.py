@@ -1,19 +1,20 @@
-"""Copy between a disk and a file, by pieces."""
+"""Copy between a disk and a file, by pieces, and tell of errors of files."""
 
 from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gntalloc.errors import GntallocError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from gntalloc.frontend.blkfront import BlockDevice
 
-__all__ = ["copy_in", "copy_out", "length_from"]
+__all__ = ["copy_in", "copy_out", "length_from", "telling_of"]
 
 _PIECE = 4 << 20  # bytes at a time
 
@@ -87,3 +88,14 @@ def _read_all(descriptor: int, buffer: memoryview) -> int:
     while done < len(buffer) and (count := os.readv(descriptor, [buffer[done:]])):
         done += count
     return done
+
+
+@contextmanager
+def telling_of(path: str) -> Iterator[None]:
+    """Put the name of a file into the kernel's errors about it."""
+    try:
+        yield
+    except (GntallocError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror or error}") from None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import json
 import os
 import re
 import signal
-import socket
 import stat
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
-from gntalloc.cli.copying import copy_in, copy_out, length_from
+from gntalloc.cli.copying import copy_in, copy_out, length_from, telling_of
 from gntalloc.cli.show import bytes_text, progress, table
 from gntalloc.cli.types import ADDRESS, LARGEST_DOMID, SECONDS, Number
 from gntalloc.digits import whole_number
@@ -28,12 +25,10 @@ from gntalloc.frontend.blkback import WAYS, Backend
 from gntalloc.frontend.blkfront import BlockDevice
 from gntalloc.frontend.image import FORMATS
 from gntalloc.frontend.nodes import Device, attach, detach, disk_number
-from gntalloc.unasked import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gntalloc.domain import Domain
 
 __all__ = ["command"]
 
@@ -212,7 +207,7 @@ def serve_command(
             stack.callback(detach, here.store, device)
         settings: dict[str, Any] = {"read_only": read_only, "way": way, "sector_size": int(sector_size)}
         settings |= {"form": form, "pad": pad}
-        with _telling_of(file):
+        with telling_of(file):
             backend = stack.enter_context(Backend(here, device, file, **settings))
         came = stack.enter_context(_stopped_by_signals(backend))
         how = "read-only " if backend.read_only else ""
@@ -260,43 +255,12 @@ def nbd_command(
     if path == "":
         raise click.UsageError("--socket '' is no path; give it a name")
     path = path and os.path.abspath(path)
+    import asyncio  # which no other command needs
+
+    from gntalloc.cli.exporting import export
+
     with _no_device_is_3():
-        asyncio.run(_export(current_domain(domain), number, timeout, patience, path, port, name, read_only=read_only))
-
-
-async def _export(
-    here: Domain,
-    number: int | None,
-    timeout: float,  # noqa: ASYNC109  it bounds a handshake
-    patience: float,
-    path: str | None,
-    port: int | None,
-    name: str,
-    *,
-    read_only: bool,
-) -> None:
-    from gntalloc.frontend.aio import disk as open_disk
-    from gntalloc.frontend.nbd import NbdServer
-
-    loop = asyncio.get_running_loop()
-    async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(_listener(path, port or 0))
-        if path:
-            stack.callback(_unlink, path)
-        disk = await stack.enter_async_context(await open_disk(here, number, timeout=timeout, patience=patience))
-        server = await stack.enter_async_context(NbdServer(disk, name=name, read_only=read_only))
-        await server.listen(listener)
-        terminated = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, terminated.set)
-        where = _uri(listener, name)
-        how = "read-only " if server.read_only else ""
-        print(f"{how}disk {disk.number} ({bytes_text(disk.size)}) is at {where}; Ctrl-C ends it", flush=True)
-        ended = loop.create_task(terminated.wait())
-        stack.callback(ended.cancel)
-        either: list[asyncio.Future[Any]] = [server.failed, ended]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if server.failed.done():
-            server.failed.result()
+        asyncio.run(export(current_domain(domain), number, timeout, patience, path, port, name, read_only=read_only))
 
 
 @contextmanager
@@ -322,26 +286,15 @@ def _file(path: str, flags: int) -> Iterator[int]:
     """Open a file, or a standard stream for "-", and give the descriptor."""
     if path == "-":
         stream = sys.stdin if flags == os.O_RDONLY else sys.stdout
-        with _telling_of("standard input" if flags == os.O_RDONLY else "standard output"):
+        with telling_of("standard input" if flags == os.O_RDONLY else "standard output"):
             yield stream.fileno()
         return
-    with _telling_of(path):
+    with telling_of(path):
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _telling_of(path: str) -> Iterator[None]:
-    """Put the name of a file into the kernel's errors about it."""
-    try:
-        yield
-    except (GntallocError, BrokenPipeError):
-        raise
-    except OSError as error:
-        raise GntallocError(error.errno or errno.EIO, f"{path}: {error.strerror or error}") from None
 
 
 def _said(value: object) -> str:
@@ -363,49 +316,3 @@ def _stopped_by_signals(backend: Backend) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _listener(path: str | None, port: int) -> socket.socket:
-    """Make a bound socket. A socket that is there already is replaced only if nobody listens on it."""
-    if path is None:
-        with _telling_of(f"port {port}"):
-            return socket.create_server(("127.0.0.1", port))
-    sock = socket.socket(socket.AF_UNIX)
-    refuse(sock)
-    try:
-        with _telling_of(path):
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISSOCK(os.lstat(path).st_mode) and not _answers(path):
-                    os.unlink(path)
-            mask = os.umask(0o177)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(mask)
-            sock.listen()
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _uri(listener: socket.socket, name: str) -> str:
-    """Give the address where clients find the export."""
-    address = listener.getsockname()
-    if isinstance(address, str):
-        return f"nbd+unix:///{quote(name)}?socket={quote(address)}"
-    return f"nbd://{address[0]}:{address[1]}/{quote(name)}"
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True

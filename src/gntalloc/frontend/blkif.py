@@ -8,7 +8,7 @@ Source: Xen's public io/blkif.h.
 
 from __future__ import annotations
 
-import platform
+import os
 from enum import IntEnum
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +38,7 @@ NO_SPACE = -28
 """Of our own: a backend of ours answers it to a frontend that has published TELLS_FULL; others get ERROR."""
 TELLS_FULL = "feature-gntalloc-no-space"
 INFO_READ_ONLY = 4
-PROTOCOL = "arm-abi" if platform.machine() in {"aarch64", "arm64"} else "x86_64-abi"
+PROTOCOL = "arm-abi" if os.uname().machine in {"aarch64", "arm64"} else "x86_64-abi"
 """What a frontend calls this layout."""
 
 SEGMENT = 8

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-from pathlib import Path
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from gntalloc.errors import Busy
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["lock"]
 
@@ -61,6 +64,8 @@ def _who(file: int) -> str:
 
     No file of another process is looked at itself: a file on FUSE may never answer. The kernel lists the locks.
     """
+    from pathlib import Path  # only for the error
+
     locked = _locked(Path("/proc/self/fdinfo") / str(file))
     found = []
     for process in Path("/proc").glob("[0-9]*"):

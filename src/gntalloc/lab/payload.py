@@ -6,7 +6,6 @@ that is here now.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import marshal
 import stat
@@ -78,8 +77,4 @@ def _compiled(source: bytes, name: str) -> bytes:
 
 def _metadata() -> str:
     """Write the metadata that `gntalloc --version` reads."""
-    try:
-        version = importlib.metadata.version("gntalloc")
-    except importlib.metadata.PackageNotFoundError:
-        version = "0"
-    return f"Metadata-Version: 2.1\nName: gntalloc\nVersion: {version}\n"
+    return f"Metadata-Version: 2.1\nName: gntalloc\nVersion: {gntalloc.__version__}\n"

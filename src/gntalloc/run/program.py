@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import resource
-import secrets
 import signal
 import socket
 from typing import TYPE_CHECKING, NoReturn
@@ -61,7 +60,7 @@ class Program:
         os.umask(self.umask)
         self.limits = [(limit, resource.getrlimit(limit)) for limit in LIMITS]
         self.ignores_children = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-        self.mark = secrets.randbits(32) | 1
+        self.mark = int.from_bytes(os.urandom(4), "little") | 1
         self.all_opens = all_opens
         self.verbose = verbose
         self.filter = filter_program(self.mark, all_opens=all_opens or verbose, users=os.geteuid() == 0)
