@@ -108,7 +108,6 @@ OF_A_COMMAND = {
     "demo": {"hashlib", "subprocess"},
     "doctor": {"platform", "subprocess"},
     "lab": {"dataclasses", "pathlib", "subprocess", "tempfile", "urllib", "zipfile", "hashlib", "platform"},
-    "machine": {"logging"},
 }
 
 

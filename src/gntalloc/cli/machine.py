@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import logging
 import os
 import pwd
 import signal
@@ -13,16 +11,10 @@ from typing import Any, NoReturn
 
 import click
 
-from gntalloc.claims import claim, sweep, take_away
 from gntalloc.cli import explain
 from gntalloc.cli.types import MACHINE, MOST_PAGES, SECONDS, Number
 from gntalloc.digits import whole_number
-from gntalloc.errors import GntallocError, MachineGone, NoMachine
-from gntalloc.guest.books import Statistics
-from gntalloc.guest.control import ControlClient
-from gntalloc.machine.logbook import Outlet, keep_log
-from gntalloc.machine.process import make_server, protect_and_provide, stop_on_signals
-from gntalloc.places import domain_path, machine_folder, make_top_folder
+from gntalloc.errors import GntallocError
 
 __all__ = ["command"]
 
@@ -113,15 +105,10 @@ def command(
         _run_around(program, made, timeout, settings)
     if timeout is not None:
         raise click.UsageError("--timeout is for COMMAND; a machine without one runs until Ctrl-C")
-    name = name or "default"
-    outlet = keep_log(logging.DEBUG if verbose else logging.INFO, "%(asctime)s %(message)s")
-    folder, claimed = _fresh_folder(name)
-    try:
-        came = _run(folder, name, made, {"limit": limit, "behaviour": behaviour, "strict": strict}, outlet)
-    finally:
-        os.close(claimed)
-        with contextlib.suppress(GntallocError):
-            take_away(folder)
+    from gntalloc.cli.foreground import serve  # the machine itself, which around a command is a process of its own
+
+    settings = {"limit": limit, "behaviour": behaviour, "strict": strict}
+    came = serve(name or "default", made, settings, verbose=verbose)
     if signal.SIGINT in came:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -141,56 +128,3 @@ def _run_around(
     if os.WIFSIGNALED(status):
         end_by(os.WTERMSIG(status))
     sys.exit(os.waitstatus_to_exitcode(status))
-
-
-def _run(folder: str, name: str, domains: dict[int, int], settings: dict[str, Any], errors: Outlet) -> list[int]:
-    """Serve until a signal comes, and return the signals that came."""
-    protect_and_provide()
-    server = make_server(folder, settings)
-    came = stop_on_signals(server, signal.SIGTERM, signal.SIGINT)
-    try:
-        for domid, uid in domains.items():
-            server.create(domid, uid=uid)
-            print(f"domain {domid}, for uid {uid}: GNTALLOC_DOMAIN={domain_path(folder, domid)}")
-        print(f"machine {name!r} runs as pid {os.getpid()}; Ctrl-C ends it", flush=True)
-        with contextlib.redirect_stderr(errors):
-            server.run()
-    finally:
-        server.close()
-    return came
-
-
-def _fresh_folder(name: str) -> tuple[str, int]:
-    """Make the folder of a machine, and give the descriptor of its lock too."""
-    folder = machine_folder(name)
-    if "/" not in name:
-        make_top_folder()
-    try:
-        if os.path.lexists(folder):
-            _see_that_nobody_is_there(folder, name)
-            take_away(folder)  # a killed machine may have left it
-        sweep()
-        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
-        return folder, claim(folder)
-    except GntallocError:
-        raise
-    except OSError as error:
-        why = f"{folder} cannot be made, for the machine's sockets: {error.strerror}; choose another --name"
-        raise GntallocError(error.errno or errno.EIO, why) from None
-
-
-def _see_that_nobody_is_there(folder: str, name: str) -> None:
-    control = ControlClient(folder)
-    try:
-        pid = Statistics.of(control.order("statistics")).pid
-    except NoMachine as error:
-        if error.errno in {errno.EACCES, errno.EPERM}:
-            raise
-        return
-    except MachineGone:
-        return  # it ends just now
-    finally:
-        control.close()
-    raise GntallocError(
-        errno.EEXIST, f"a machine {name!r} runs already, as pid {pid}; use it, or choose another --name"
-    )
