@@ -87,6 +87,14 @@ def test_more_than_the_limit_is_enospc_with_the_reason(alice: Domain, bob: Domai
         pass
 
 
+@pytest.mark.parametrize("pages", [10**7, (1 << 32) - 1])
+def test_more_pages_than_this_computer_has_are_beyond_the_limit(alice: Domain, bob: Domain, pages: int) -> None:
+    """That is the reason to be told, and not that a program has no room for them."""
+    with pytest.raises(DeviceError, match=f"{pages} pages were asked for, and the domain's limit is") as caught:
+        alice.share(bob, pages)
+    assert caught.value.errno == errno.ENOSPC
+
+
 def test_the_limit_can_be_changed(alice: Domain, bob: Domain) -> None:
     assert alice.limit == 64
     try:

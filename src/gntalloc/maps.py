@@ -29,7 +29,7 @@ _MAP_POPULATE = 0x8000
 _POPULATED = 1 << 20  # so many bytes at most are made present at once: that costs less than a fault for each page
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE: pages of others will be there
 _PLACED = _MAP_FIXED | mmap.MAP_SHARED
 _PLACED_AND_PRESENT = _PLACED | _MAP_POPULATE
 _PLACED_PRIVATELY = _MAP_FIXED | mmap.MAP_PRIVATE

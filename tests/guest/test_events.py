@@ -43,7 +43,7 @@ def test_an_event_each_way(ports: tuple[Port, Port]) -> None:
 
 def test_an_event_that_is_told_comes_too(ports: tuple[Port, Port]) -> None:
     first, second = ports
-    for _ in range(100):  # more than may be told in a row
+    for _ in range(100):
         first.notify_soon()
         second.wait(timeout=PATIENCE)
         for _ in range(3):

@@ -494,3 +494,14 @@ def listener_of_a_child() -> Iterator[int]:
     os.close(listener)
     os.kill(child, signal.SIGKILL)
     status_of(child)
+
+
+def test_a_supervisor_whose_line_was_closed_speaks_over_another(tmp_path: Path) -> None:
+    """As after a call that was interrupted."""
+    with Machine() as machine:
+        machine.domain(1)
+        files = Files(domain_path(machine.folder, 1), lambda *_: None, lambda _: True)
+        for process in (os.getpid(), 1, 1):
+            files.channel.close()
+            files.open(process, "gntdev", os.O_RDWR).close()
+        files.channel.close()

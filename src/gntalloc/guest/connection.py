@@ -221,6 +221,8 @@ class MachineConnection:
             MachineGone: there is nobody to tell.
         """
         with self.lock:
+            if self._sock is None:
+                self.connect()
             try:
                 self._send(message, ())
             except OSError as error:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from gntalloc.abi.gntalloc import DEALLOC_GREF, DeallocGref
+from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gntalloc.maps import Mapping
 
-__all__ = ["Attached", "Buffer", "DeviceFile", "Devices", "Holders", "Shared"]
+__all__ = ["Attached", "Buffer", "DeviceFile", "Devices", "Holders", "Shared", "end_of"]
 
 
 Buffer: TypeAlias = "bytearray | bytes | memoryview"
@@ -43,6 +46,13 @@ class Holders(NamedTuple):
     held: bool
     mapped_by: tuple[int, ...]
     released: int | None
+
+
+def end_of(device: str, index: int, count: int) -> tuple[int, bytes]:
+    """Give the request, and its argument, that takes pages off a file's list: DEALLOC_GREF or UNMAP_GRANT_REF."""
+    if device == "gntalloc":
+        return DEALLOC_GREF, DeallocGref(index, count).pack()
+    return UNMAP_GRANT_REF, UnmapGrantRef(index, count).pack()
 
 
 class DeviceFile(Protocol):

@@ -9,10 +9,10 @@ from array import array
 from typing import TYPE_CHECKING
 
 from gntalloc.abi.evtchn import NOTIFY, Notify
-from gntalloc.abi.gntalloc import ALLOC_GREF, DEALLOC_GREF, FLAG_WRITABLE, AllocGref, DeallocGref
-from gntalloc.abi.gntdev import MAP_GRANT_REF, UNMAP_GRANT_REF, MapGrantRef, UnmapGrantRef, grant_refs
+from gntalloc.abi.gntalloc import ALLOC_GREF, FLAG_WRITABLE, AllocGref
+from gntalloc.abi.gntdev import MAP_GRANT_REF, MapGrantRef, grant_refs
 from gntalloc.errors import Closed, DeviceError, NoMachine, NotKnownHere
-from gntalloc.guest.devices import Attached, Shared
+from gntalloc.guest.devices import Attached, Shared, end_of
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ FOLDER = "/dev/xen"
 LIMIT = "/sys/module/xen_gntalloc/parameters/limit"
 
 _REFERENCE = 4  # bytes
-_ENDS = {"gntalloc": (DEALLOC_GREF, DeallocGref), "gntdev": (UNMAP_GRANT_REF, UnmapGrantRef)}
 _FAULT = 1  # an address in the first page, which no process has: what ioctl(2) gets for None
 
 
@@ -159,8 +158,7 @@ class KernelFile:
 
     def end(self, index: int, count: int, *, kept: bool) -> None:
         """See `DeviceFile`."""
-        request, layout = _ENDS[self.name]
-        self.ioctl(request, layout(index, count).pack())
+        self.ioctl(*end_of(self.name, index, count))
 
     def notify(self, port: int) -> None:
         """See `DeviceFile`. A kernel does it at once."""

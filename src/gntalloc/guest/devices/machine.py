@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from gntalloc import waits
 from gntalloc.abi.evtchn import DEVICE as EVTCHN
 from gntalloc.abi.evtchn import LEAST_RING, PORT, RESET
-from gntalloc.abi.gntalloc import DEALLOC_GREF, FLAG_WRITABLE, DeallocGref
-from gntalloc.abi.gntdev import UNMAP_GRANT_REF, UnmapGrantRef
+from gntalloc.abi.gntalloc import FLAG_WRITABLE
 from gntalloc.descriptions import lock_place
 from gntalloc.errors import Closed, DeviceError, GntallocError, MachineBroke, MachineGone
 from gntalloc.guest.connection import Answer, Descriptor, MachineConnection
 from gntalloc.guest.control import ControlClient
-from gntalloc.guest.devices import Attached, Holders, Shared
+from gntalloc.guest.devices import Attached, Holders, Shared, end_of
 from gntalloc.guest.showing import show
 from gntalloc.maps import PAGE_SIZE, PROT_READ, PROT_WRITE, Mapping
 from gntalloc.wire.memory import MAX_REGIONS, Region
@@ -59,7 +58,6 @@ _MASK = (1 << 64) - 1  # of a register: how a call's negative numbers reach a ke
 _LONGEST_ARGUMENT = MAX_PAYLOAD - 4096 - 16 * MAX_REGIONS
 _LARGEST_HANDLE, _LARGEST_INDEX = 0xFFFFFFFF, (1 << 63) - 1
 _REFERENCE = 4  # bytes
-_ENDS = {"gntalloc": (DEALLOC_GREF, DeallocGref), "gntdev": (UNMAP_GRANT_REF, UnmapGrantRef)}
 _MOST_MEMORY = _LONGEST_ARGUMENT - 16384  # an argument that points to memory is short
 
 
@@ -213,8 +211,7 @@ class MachineFile:
     def end(self, index: int, count: int, *, kept: bool) -> None:
         """See `DeviceFile`. What is not kept went with its map: the machine sees that."""
         if kept:
-            request, layout = _ENDS[self.name]
-            self.ioctl(request, layout(index, count).pack())
+            self.ioctl(*end_of(self.name, index, count))
 
     def notify(self, port: int) -> None:
         """See `DeviceFile`."""
