@@ -1,11 +1,15 @@
-"""Decide whether to look for a while before sleeping, by what came of the looks before.
+"""Decide whether to look for a while before sleeping, by whether looks have done harm.
 
 A *look* asks again and again whether something is there, and does not sleep. It pays if the peer runs meanwhile, on
 another processor: then what is waited for comes sooner than a wake-up would. If both share a processor, the peer cannot
-run before the look is over. Nothing tells beforehand which it is: it changes with each move to another processor. But
-a look that was *in vain* tells afterwards. After several in a row there is a pause without looks, which gets longer up
-to a limit; after one that paid there is none. So looks in vain have a small share of the time, and what changes is
-noticed soon.
+run before the look is over. Nothing tells beforehand which it is, and it changes with each move to another processor.
+
+But it can be measured. After a few looks in vain, in a row, a few waits are without a look. If these are shorter, by
+half a look, looks do harm, and there is a *rest* from them. Each rest is longer than the one before, up to a limit, and
+after it one look tries again. A look that pays ends all that. If waits without a look are not shorter, looks go on, and
+it takes more of them until the next measurement: the peer may be slow, or asleep, and find us looking next time.
+
+Other processes make waits longer, and none makes them shorter. So the shortest of each kind are compared.
 
 A look does not yield (sched_yield). That is a little faster where two share a processor, and a thousand times slower
 where a third process has work for it too: the kernel lets that run for a whole slice, for a reason that is long over.
@@ -13,6 +17,7 @@ where a third process has work for it too: the kernel lets that run for a whole 
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from gntalloc.clock import now
@@ -22,7 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Look"]
 
-_MOST = 31  # a pause is no longer than so many looks, which leaves them a thirty-second of the time,
+_LEAST_PATIENCE, _MOST_PATIENCE = 2, 64  # looks in vain until waits with and without one are compared
+_SAMPLES = 3  # waits without a look that are compared
+_HARM = 0.5  # of a look: so much longer waits are with it, if it does harm
+_TELLING = 8  # looks: a wait that is longer tells of the peer only
+_LONGEST_REST = 31  # looks, which leaves them a thirty-second of the time,
 _LONGEST = 0.01  # and no longer than so many seconds, where the user wants long looks
 
 
@@ -35,25 +44,68 @@ class Look:
         seconds: how long a look is.
     """
 
-    __slots__ = ("_again", "_most", "_pause", "_seconds")
+    __slots__ = (
+        "_again", "_began", "_looked", "_patience", "_rest", "_resting", "_samples", "_seconds", "_vain",
+        "_with", "_without",
+    )  # fmt: skip
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._most = min(_MOST * seconds, _LONGEST)
-        self._pause = 0.0  # that follows the next look in vain
-        self._again = 0.0
+        self._began = 0.0  # the wait
+        self._looked = True  # in that wait
+        self._vain = 0  # looks in a row
+        self._patience = _LEAST_PATIENCE
+        self._resting = False
+        self._again = 0.0  # when the rest ends
+        self._rest = 0.0  # seconds of the next rest
+        self._samples = 0  # waits without a look, in this rest
+        self._with = self._without = inf  # seconds of the shortest waits with a look in vain, and without a look
 
     def until(self, deadline: Deadline) -> float:
-        """Give the moment until which to look, by `clock.now`. 0: sleep at once, there is a pause."""
-        moment = now()
-        return moment + deadline.within(self._seconds) if moment >= self._again else 0.0
+        """Begin a wait. Give the moment until which to look, by `clock.now`. 0: sleep at once."""
+        moment = self._began = now()
+        self._looked = not self._resting or (self._samples == _SAMPLES and moment >= self._again)
+        return moment + deadline.within(self._seconds) if self._looked else 0.0
 
     def paid(self) -> None:
-        """Note that what was looked for has come during a look."""
-        self._pause = self._again = 0.0
+        """End a wait: what was waited for has come during the look."""
+        if self._vain:
+            self._look_on()
 
-    def in_vain(self, deadline: Deadline) -> None:
-        """Note that a look was over before. If the deadline cut it short, it tells nothing."""
-        if not deadline.expired:
-            self._again = now() + self._pause
-            self._pause = min(2 * self._pause + self._seconds, self._most)
+    def woken(self) -> None:
+        """End a wait: what was waited for has come by a wake-up."""
+        took = now() - self._began
+        if took > _TELLING * self._seconds:
+            return
+        if not self._looked:
+            if self._samples < _SAMPLES:
+                self._samples += 1
+                self._without = min(self._without, took)
+            return
+        self._vain += 1
+        self._with = min(self._with, took)
+        if self._resting:
+            self._judge()
+        elif self._vain >= self._patience:
+            self._begin_rest(0.0)
+
+    def _judge(self) -> None:
+        if self._with - self._without > _HARM * self._seconds:
+            self._patience = _LEAST_PATIENCE
+            self._rest = min(2 * self._rest + self._seconds, _LONGEST_REST * self._seconds, _LONGEST)
+            self._begin_rest(self._rest)
+        else:
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            self._look_on()
+
+    def _begin_rest(self, seconds: float) -> None:
+        self._resting = True
+        self._again = now() + seconds
+        self._samples = 0
+        self._without = inf
+
+    def _look_on(self) -> None:
+        self._resting = False
+        self._vain = 0
+        self._rest = 0.0
+        self._with = inf

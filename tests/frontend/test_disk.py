@@ -229,19 +229,21 @@ def test_a_backend_that_closes_in_order_has_not_died(setting: Setting) -> None:
     assert disk.read(0, SIZE, timeout=PATIENCE) == setting.content
 
 
-@pytest.mark.parametrize(("answer", "heard"), looks.WAYS)
-def test_a_wait_looks_only_if_it_pays(setting: Setting, answer: Callable[[], float], heard: list[str]) -> None:
+@pytest.mark.parametrize("answer", looks.WAYS)
+def test_a_wait_asks_how_long_to_look_and_says_that_it_was_woken(setting: Setting, answer: Callable[[], float]) -> None:
     setting.attach()
     backend = setting.backend()
     disk = setting.open()
     backend.process.send_signal(signal.SIGSTOP)
     disk._waiting._look = recorder = looks.Recorder(answer)  # type: ignore[assignment]
-    try:
-        with pytest.raises(TimedOut):
-            disk.read(0, 512, timeout=0.2)
-    finally:
-        backend.process.send_signal(signal.SIGCONT)
-    assert recorder.heard[: len(heard)] == heard
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        reading = threads.submit(disk.read, 0, 512, timeout=PATIENCE)
+        try:
+            until(lambda: disk._waiting._asleep, "nobody sleeps")
+        finally:
+            backend.process.send_signal(signal.SIGCONT)
+        assert reading.result(PATIENCE) == setting.content[:512]
+    assert recorder.heard[:2] == ["until", "woken"]
 
 
 def test_a_look_pays_if_the_answer_comes_meanwhile(setting: Setting) -> None:

@@ -233,19 +233,17 @@ class _Waiter:
         deadline = Deadline(self._timeout)
         if not (ready() or self._look_for(ready, deadline)):
             self._nap_until(ready, what, deadline)
+            self._look.woken()
         trouble = self._trouble()
         if trouble is not None:
             raise PeerBroke(f"the other side failed: {trouble}")
 
     def _look_for(self, ready: Callable[[], bool], deadline: Deadline) -> bool:
         until = self._look.until(deadline)
-        if not until:
-            return False
         while now() < until:
             if ready():
                 self._look.paid()
                 return True
-        self._look.in_vain(deadline)
         return False
 
     def _nap_until(self, ready: Callable[[], bool], what: str, deadline: Deadline) -> None:

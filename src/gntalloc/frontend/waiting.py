@@ -96,7 +96,7 @@ class Waiting:
                     self._others -= 1
 
     def _collect(self, missing: Callable[[], int], deadline: Deadline) -> int:
-        """Take in what is there, and look for a while whether that is all, if it pays. How much is missing."""
+        """Take in what is there, and look for a while whether that is all. How much is missing."""
         session = self._session
         until = None
         while True:
@@ -108,10 +108,7 @@ class Waiting:
                 return 0
             if until is None:
                 until = self._look.until(deadline)
-            if session.failed is not None or not until:
-                return count
-            if now() >= until:
-                self._look.in_vain(deadline)
+            if session.failed is not None or now() >= until:
                 return count
 
     def _sleep(self, left: float | None, more: int) -> None:
@@ -127,6 +124,7 @@ class Waiting:
         finally:
             self.changed.acquire()
             self._asleep = False
+            self._look.woken()
             self.changed.notify_all()
         if not look or self.away:
             return

@@ -2,7 +2,7 @@
 
 Nobody waits here: see `waiting`.
 
-How an end sleeps. It looks a while (`spin`), if that has paid lately; then it *asks*: it sets a bit in a byte of the
+How an end sleeps. It looks a while (`spin`), unless that does harm; then it *asks*: it sets a bit in a byte of the
 page, and looks once more. Whoever moves an index *tells*: it looks at the bit, and rings if it is set. Between moving
 and looking, and between asking and looking, there is a fence, so that of the two at least one sees the other.
 """
@@ -59,7 +59,7 @@ class End:
         closing: `close` has begun.
         closed_because: what Closed says of it.
         broken: how the peer has lied; None: as far as is known it has not.
-        looks: whether looking pays, by the bit that the peer is asked by.
+        looks: how long to look, by the bit that the peer is asked by. None, if this end does not look.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class End:
         self.bells = bells
         self.atomics = atomics
         self.spin = spin
-        self.looks = {bit: Look(spin) for bit in (NOTIFY_WRITE, NOTIFY_READ)}
+        self.looks = {bit: Look(spin) for bit in (NOTIFY_WRITE, NOTIFY_READ) if spin}
         self.reader, self.writer = pages.rings(role, atomics)
         self.closing = False
         self.closed_because = "cannot be used any more; connect again"

@@ -16,6 +16,7 @@ from gntalloc.errors import PeerBroke, TimedOut
 if TYPE_CHECKING:
     import threading
 
+    from gntalloc.looking import Look
     from gntalloc.vchan.end import End
 
 __all__ = ["Need", "Steps", "Turn", "queue_up", "run", "wait"]
@@ -71,8 +72,9 @@ def wait(end: End, need: Need, deadline: Deadline) -> bool:
     """
     bit, refresh, count, over, what = need
     bells = end.bells
+    look = end.looks.get(bit)
     try:
-        if refresh() >= count or (bit and end.spin and _look_a_while(end, need, deadline)):
+        if refresh() >= count or (look is not None and _look_a_while(end, need, look, deadline)):
             return True
         if bit:
             end.ask(bit)
@@ -90,6 +92,8 @@ def wait(end: End, need: Need, deadline: Deadline) -> bool:
                     raise TimedOut(f"{end} has waited in vain for {what}; wait again")
                 bells.sleep(seen, left)
                 if refresh() >= count:
+                    if look is not None:
+                        look.woken()
                     return True
                 if bit:
                     end.ask_again()
@@ -100,21 +104,17 @@ def wait(end: End, need: Need, deadline: Deadline) -> bool:
         raise end.give_up(broken) from None
 
 
-def _look_a_while(end: End, need: Need, deadline: Deadline) -> bool:
-    """Look for as long as the end spins, if that pays. True: there were enough before that had passed."""
-    bit, refresh, count, over, _ = need
-    look = end.looks[bit]
+def _look_a_while(end: End, need: Need, look: Look, deadline: Deadline) -> bool:
+    """Look for as long as the end spins, unless that does harm. True: there were enough before that had passed."""
+    _, refresh, count, over, _ = need
     until = look.until(deadline)
-    if not until:
-        return False
     while now() < until:
         for _ in range(_LOOKS):
             if refresh() >= count:
                 look.paid()
                 return True
         if over() or end.closing:
-            return False
-    look.in_vain(deadline)
+            break
     return False
 
 
