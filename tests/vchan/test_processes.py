@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gntalloc import PeerBroke, PeerClosed, PeerDied, TimedOut
+from gntalloc.vchan.layout import NOTIFY_WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +27,17 @@ ECHO = """
 while data := channel.read(timeout=20):
     channel.write(data, timeout=20)
 channel.close()
+"""
+ECHO_UNTIL_RESTING = """
+look = channel._end.looks[1]
+assert channel._end.looks.keys() == {1, 2}
+rests = 0
+try:
+    while channel.recv(timeout=20):
+        rests += look._rest > 0
+        channel.send(b"I too" if rests >= 10 else b"not yet", timeout=20)
+except gntalloc.PeerClosed:
+    channel.close()
 """
 SLEEP = "\nchannel.send(b'ready')\ntime.sleep(60)\n"
 MODES: list[dict[str, Any]] = [{}, {"extensions": False}, {"spin": 0}]
@@ -42,6 +55,29 @@ def test_an_echo_and_an_orderly_end(with_program: Start, mode: dict[str, Any]) -
             got += channel.read(timeout=PATIENCE)
         writer.join(PATIENCE)
         assert got == data
+    channel.close()
+    assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("mode", [{}, {"extensions": False}])
+def test_two_ends_on_one_processor_find_that_looking_does_harm(with_program: Start, mode: dict[str, Any]) -> None:
+    """Both do; and nobody has told them where they run."""
+    channel, process = with_program("os.sched_setaffinity(0, [int(channel.recv())])" + ECHO_UNTIL_RESTING, **mode)
+    before = os.sched_getaffinity(0)
+    one = min(before)
+    look = channel._end.looks[NOTIFY_WRITE]
+    deadline = time.monotonic() + PATIENCE
+    rests, answer = 0, b""
+    try:
+        os.sched_setaffinity(0, {one})
+        channel.send(str(one).encode())
+        while rests < 10 or answer != b"I too":
+            assert time.monotonic() < deadline, f"{rests} waits were in a rest here; the other says {answer!r}"
+            channel.send(b"x")
+            answer = channel.recv(timeout=PATIENCE)
+            rests += look._rest > 0
+    finally:
+        os.sched_setaffinity(0, before)
     channel.close()
     assert process.wait(PATIENCE) == 0
 
