@@ -41,7 +41,7 @@ class Peer:
         self.time, self.seconds, self.alone, self.together = time, seconds, alone, together
         self.look = Look(seconds)
 
-    def wait(self, *, shared: bool) -> float:
+    def turn(self, *, shared: bool) -> float:
         """Wait once, on one processor that both share or on two. How long that was looked for."""
         begin = self.time.at
         until = self.look.until(NEVER)
@@ -64,15 +64,15 @@ class Peer:
 def test_on_one_processor_looks_have_a_small_share_of_the_time(time: Time, seconds: float, alone: float) -> None:
     peer = Peer(time, seconds, alone=alone)
     for _ in range(1000):
-        peer.wait(shared=True)
+        peer.turn(shared=True)
     begin = time.at
-    looked = sum(peer.wait(shared=True) for _ in range(20_000))
+    looked = sum(peer.turn(shared=True) for _ in range(20_000))
     assert 0 < looked <= (time.at - begin) / 10
 
 
 def test_on_one_processor_most_waits_are_without_a_look_soon(time: Time) -> None:
     peer = Peer(time, 50e-6, alone=7e-6)
-    looked = [peer.wait(shared=True) > 0 for _ in range(300)]
+    looked = [peer.turn(shared=True) > 0 for _ in range(300)]
     assert looked[0]
     assert sum(looked) < 20
 
@@ -85,13 +85,13 @@ def test_other_processes_do_not_hide_that_looks_do_harm(time: Time, seed: int) -
     looked = 0
     for _ in range(3000):
         peer.alone = 7e-6 + chance.choice([0, 0, 0, chance.uniform(0, 150e-6), chance.uniform(0, 150e-6), 0.003])
-        looked += peer.wait(shared=True) > 0
+        looked += peer.turn(shared=True) > 0
     assert looked < 1000
 
 
 def test_on_two_processors_every_wait_looks(time: Time) -> None:
     peer = Peer(time, 50e-6, alone=20e-6, together=1e-6)
-    assert all(peer.wait(shared=False) > 0 for _ in range(1000))
+    assert all(peer.turn(shared=False) > 0 for _ in range(1000))
 
 
 @pytest.mark.parametrize("alone", [51e-6, 80e-6, 300e-6, 0.01])
@@ -99,8 +99,8 @@ def test_a_slow_peer_on_another_processor_is_looked_for_as_ever(time: Time, alon
     """A look costs nothing there, and the peer may be one that is quick as long as we look."""
     peer = Peer(time, 50e-6, alone=alone)
     for _ in range(1000):
-        peer.wait(shared=False)
-    looked = [peer.wait(shared=False) > 0 for _ in range(1000)]
+        peer.turn(shared=False)
+    looked = [peer.turn(shared=False) > 0 for _ in range(1000)]
     assert sum(looked) >= 950
 
 
@@ -108,39 +108,39 @@ def test_a_slow_peer_on_another_processor_is_looked_for_as_ever(time: Time, alon
 def test_a_move_to_another_processor_is_noticed_soon(time: Time, seconds: float) -> None:
     peer = Peer(time, seconds, alone=7e-6, together=1e-6)
     for _ in range(1000):
-        peer.wait(shared=True)
+        peer.turn(shared=True)
     begin = time.at
-    while not peer.wait(shared=False):
+    while not peer.turn(shared=False):
         assert time.at - begin <= min(31 * seconds, 0.01) + 1e-3
-    assert all(peer.wait(shared=False) > 0 for _ in range(1000))
+    assert all(peer.turn(shared=False) > 0 for _ in range(1000))
 
 
 def test_a_move_to_one_processor_is_noticed_however_long_looks_have_paid(time: Time) -> None:
     peer = Peer(time, 50e-6, alone=7e-6, together=1e-6)
     for _ in range(1000):
-        peer.wait(shared=False)
-    assert sum(peer.wait(shared=True) > 0 for _ in range(300)) < 20
+        peer.turn(shared=False)
+    assert sum(peer.turn(shared=True) > 0 for _ in range(300)) < 20
 
 
 def test_a_move_to_one_processor_is_noticed_however_slow_the_peer_was(time: Time) -> None:
     peer = Peer(time, 50e-6, alone=80e-6)
     for _ in range(1000):
-        peer.wait(shared=False)
+        peer.turn(shared=False)
     peer.alone = 7e-6
-    assert sum(peer.wait(shared=True) > 0 for _ in range(600)) < 150
+    assert sum(peer.turn(shared=True) > 0 for _ in range(600)) < 150
 
 
 def test_one_look_in_vain_alone_changes_nothing(time: Time) -> None:
     peer = Peer(time, 50e-6, alone=7e-6, together=1e-6)
     for _ in range(100):
-        assert peer.wait(shared=True) > 0
-        assert peer.wait(shared=False) > 0
+        assert peer.turn(shared=True) > 0
+        assert peer.turn(shared=False) > 0
 
 
 def test_waits_that_were_long_tell_nothing(time: Time) -> None:
     """A channel on which nothing happened for long looks at once when something does."""
     peer = Peer(time, 50e-6, alone=0.01)
-    assert all(peer.wait(shared=True) > 0 for _ in range(100))
+    assert all(peer.turn(shared=True) > 0 for _ in range(100))
 
 
 def test_a_look_ends_with_the_deadline(time: Time) -> None:
