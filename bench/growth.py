@@ -2,6 +2,7 @@
 
     python bench/growth.py                      on a machine of our own; then with 10,000 of them held by a peer, and
                                                 with as many ALLOCs of a single page as the machine has descriptors for
+    python bench/growth.py --many               with 300,000 and a million as well, if there are 5 GB of memory
     python bench/growth.py --kernel             on /dev/xen: run it in the lab
     … --json FILE                               write what was measured there as well
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 HELD = 10000
 LIVE = (0, 10, 100, 1000, 5000, 10000, 20000, 30000)
+VERY_MANY = (300_000, 1_000_000)
 CHUNK = 200
 ROUNDS = 9
 
@@ -53,12 +55,12 @@ def one_round(file: DeviceFile, cycles: int) -> float:
     return (time.perf_counter() - started) / cycles * 1e6
 
 
-def measure(devices: Devices, cycles: int) -> list[dict[str, float]]:
-    devices.limit = LIVE[-1] + 1000
+def measure(devices: Devices, cycles: int, live_counts: tuple[int, ...] = LIVE) -> list[dict[str, float]]:
+    devices.limit = live_counts[-1] + 1000
     bulk, file = devices.open("gntalloc"), devices.open("gntalloc")
     points = []
     live = 0
-    for target in LIVE:
+    for target in live_counts:
         while live < target:
             count = min(CHUNK, target - live)
             alloc(bulk, count)
@@ -66,10 +68,11 @@ def measure(devices: Devices, cycles: int) -> list[dict[str, float]]:
         one_round(file, cycles)
         rounds = [one_round(file, cycles) for _ in range(ROUNDS)]
         points.append({"live": live, "microseconds": round(statistics.median(rounds), 1)})
-        print(f"{live:6} live  {points[-1]['microseconds']:8.1f} µs", flush=True)
+        print(f"{live:7} live  {points[-1]['microseconds']:8.1f} µs", flush=True)
     bulk.close()
     file.close()
-    print(f"with {LIVE[-1]} live / with none: {points[-1]['microseconds'] / points[0]['microseconds']:.2f}")
+    for point in points[-3:] if live_counts is not LIVE else points[-1:]:
+        print(f"with {point['live']} live / with none: {point['microseconds'] / points[0]['microseconds']:.2f}")
     return points
 
 
@@ -119,6 +122,7 @@ def measure_single(machine: gntalloc.Machine, cycles: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", action="store_true")
+    parser.add_argument("--many", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.kernel:
@@ -128,8 +132,8 @@ def main() -> None:
     else:
         if len(os.sched_getaffinity(0)) > 1:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the machine inherits it: one processor for both
-        with gntalloc.Machine() as machine:
-            points = measure(machine.domain(1).devices, 200)
+        with gntalloc.Machine(table_frames=2048 if options.many else 64) as machine:
+            points = measure(machine.domain(1).devices, 200, (*LIVE, *VERY_MANY) if options.many else LIVE)
             held = measure_held(machine, 200)
             single = measure_single(machine, 200)
         more = {"held": held, "single": single}

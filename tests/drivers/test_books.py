@@ -12,6 +12,7 @@ from event_program import pair
 from fake_program import Program
 from notifying import EVENT, set_notify
 
+from gntalloc.drivers.grefs import Pages
 from gntalloc.errors import BooksWrong
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.machine.server import Server
@@ -35,7 +36,8 @@ class Scene:
         self.entry = self.peer.map_refs(1, refs[1:])
         self.theirs = self.peer.mmap(self.entry, 2)
         self.granter.dealloc(2 * PAGE_SIZE)
-        self.listed, _, self.lingering = self.driver._pages.grefs
+        self.table = self.granter.guest.table
+        self.listed, _, self.lingering = [span for _, span in self.table.each()]
         self.events, self.port, *_ = pair(core)
         set_notify(self.granter, 0, EVENT, self.port)
 
@@ -65,8 +67,7 @@ def a_reference_lost(scene: Scene) -> None:
 
 
 def a_reference_nobody_owns(scene: Scene) -> None:
-    table = scene.granter.guest.table
-    table.permit(2, [scene.listed.frame], readonly=False)[0]
+    scene.table.permit(Pages(scene.listed.grant), 1)
 
 
 def a_page_of_memory_too_many(scene: Scene) -> None:
@@ -78,15 +79,15 @@ def an_extent_too_few(scene: Scene) -> None:
 
 
 def an_extent_with_a_page_too_few(scene: Scene) -> None:
-    scene.listed.frame.extent.in_use -= 1
+    scene.listed.grant.memory.in_use -= 1
 
 
 def a_loan_forgotten(scene: Scene) -> None:
-    scene.listed.frame.extent.loans.popitem()
+    scene.listed.grant.memory.loans.popitem()
 
 
 def a_loan_counted_twice(scene: Scene) -> None:
-    scene.listed.frame.extent.live[0] += 1
+    scene.listed.grant.memory.live[0] += 1
 
 
 def nobody_listens(scene: Scene) -> None:
@@ -95,11 +96,23 @@ def nobody_listens(scene: Scene) -> None:
 
 
 def a_pin_too_few(scene: Scene) -> None:
-    scene.granter.guest.table._entries[scene.lingering.ref].pins -= 1
+    scene.lingering.pins -= 1
 
 
-def another_mapper(scene: Scene) -> None:
-    scene.granter.guest.table._entries[scene.lingering.ref].mappers = {1: 1}
+def a_pin_too_many(scene: Scene) -> None:
+    scene.lingering.pins += 1
+
+
+def a_span_that_is_too_long(scene: Scene) -> None:
+    scene.listed.count += 1
+
+
+def a_page_of_another_span(scene: Scene) -> None:
+    scene.table._slots[scene.lingering.refs[0]] = scene.listed
+
+
+def a_page_with_another_number(scene: Scene) -> None:
+    scene.table._pages[scene.listed.refs[0]] += 1
 
 
 def a_handle_too_many(scene: Scene) -> None:
@@ -111,7 +124,7 @@ def references_noted_too_few(scene: Scene) -> None:
 
 
 def a_page_off_its_list(scene: Scene) -> None:
-    scene.granter.file.state.released.clear()  # type: ignore[attr-defined]
+    scene.listed.listed = False
 
 
 def a_page_that_does_not_linger(scene: Scene) -> None:
@@ -145,7 +158,10 @@ WRONGS = [
     a_loan_counted_twice,
     nobody_listens,
     a_pin_too_few,
-    another_mapper,
+    a_pin_too_many,
+    a_span_that_is_too_long,
+    a_page_of_another_span,
+    a_page_with_another_number,
     a_handle_too_many,
     references_noted_too_few,
     a_page_off_its_list,
@@ -163,7 +179,7 @@ def scene() -> Iterator[Scene]:
     for domid in (1, 2):
         core.create(domid, uid=os.getuid())
     scene = Scene(core)
-    extent = scene.listed.frame.extent
+    extent = scene.listed.grant.memory
     yield scene
     core.frames.close()
     os.close(extent.master)
@@ -207,8 +223,7 @@ def test_a_page_with_less_than_no_users_is_found(scene: Scene) -> None:
 
 
 def test_a_page_unmapped_too_often_is_found(scene: Scene) -> None:
-    another_mapper(scene)
-    scene.granter.guest.table._entries[scene.lingering.ref].mappers[2] = 0
+    scene.lingering.pins = 0
     with pytest.raises(BooksWrong, match="too often"):
         scene.theirs.unmap()
 

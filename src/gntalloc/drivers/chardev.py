@@ -29,7 +29,6 @@ __all__ = [
     "Driver",
     "Extent",
     "File",
-    "Frame",
     "Frames",
     "Loan",
     "Piece",
@@ -38,7 +37,6 @@ __all__ = [
     "Serve",
     "Stream",
     "joined",
-    "pieces_of",
 ]
 
 T = TypeVar("T")
@@ -108,13 +106,6 @@ class Record:
 Frames: TypeAlias = "frames.Frames[Record]"
 Extent: TypeAlias = "holders.Extent[Record]"
 Loan: TypeAlias = "holders.Loan[Record]"
-
-
-class Frame(NamedTuple):
-    """Name a page of memory, as a grant table knows it."""
-
-    extent: Extent
-    page: int
 
 
 class Piece(NamedTuple):
@@ -301,27 +292,13 @@ class File:
         return ", ".join(f"{number:#010x}" for number in self.driver.requests)
 
 
-def pieces_of(frames: Iterable[Frame]) -> list[Piece]:
-    """Make pieces of these pages, in this order. Neighbours within an extent become one piece."""
-    pieces: list[Piece] = []
-    run: Extent | None = None
-    first = end = 0
-    for extent, page in frames:
-        if extent is run and page == end:
-            end += 1
-            continue
-        if run is not None:
-            pieces.append(Piece(run, first, end - first))
-        run, first, end = extent, page, page + 1
-    if run is not None:
-        pieces.append(Piece(run, first, end - first))
-    return pieces
-
-
-def joined(pieces: list[Piece], more: list[Piece]) -> list[Piece]:
-    """Put pieces after others. Where they meet within an extent they become one."""
-    if pieces and more and pieces[-1].extent is more[0].extent and pieces[-1].page + pieces[-1].pages == more[0].page:
-        last = pieces.pop()
-        more = [last._replace(pages=last.pages + more[0].pages), *more[1:]]
-    pieces += more
-    return pieces
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Make one piece of pieces that follow each other within an extent."""
+    found: list[Piece] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        if last is not None and last.extent is piece.extent and last.page + last.pages == piece.page:
+            found[-1] = last._replace(pages=last.pages + piece.pages)
+        else:
+            found.append(piece)
+    return found

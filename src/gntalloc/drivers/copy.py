@@ -27,7 +27,8 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gntalloc.drivers.chardev import Caller, Frame, Frames
+    from gntalloc.drivers.chardev import Caller, Frames
+    from gntalloc.drivers.grefs import Pages
     from gntalloc.hypervisor.domains import Hypervisor
     from gntalloc.steps import Steps
 
@@ -62,7 +63,7 @@ class Operation(NamedTuple):
 class Copier:
     """Copy for domain `domid`, by grants that others gave it."""
 
-    def __init__(self, domid: int, hypervisor: Hypervisor[Frame], frames: Frames) -> None:
+    def __init__(self, domid: int, hypervisor: Hypervisor[Pages], frames: Frames) -> None:
         self._domid = domid
         self._hypervisor = hypervisor
         self._frames = frames
@@ -181,12 +182,12 @@ class Copier:
         """Give the memory of a granted page from its offset on. It is used at once, so nothing is mapped for it."""
         ref, offset, domid = place
         granter = self._domid if domid == DOMID_SELF else domid
-        frame = self._hypervisor.look(self._domid, granter, ref, writable=writable)
+        span, page = self._hypervisor.look(self._domid, granter, ref, writable=writable)
         try:
-            self._frames.open_window(frame.extent)
+            self._frames.open_window(span.grant.memory)
         except DeviceError as error:  # the granter may have caused this: other segments need not fail
             raise MapRefused(GENERAL_ERROR, str(error)) from error
-        return self._frames.page(*frame)[offset:]
+        return self._frames.page(span.grant.memory, page)[offset:]
 
 
 class _Unusual(Exception):

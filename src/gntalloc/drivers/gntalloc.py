@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-from struct import pack
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gntalloc import clock
@@ -31,15 +30,16 @@ from gntalloc.abi.gntalloc import (
 )
 from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Plan, Record, Serve, pieces_of
-from gntalloc.drivers.grefs import FileState, GrantInfo, Gref
+from gntalloc.drivers.chardev import Caller, Extent, File, Frames, Piece, Plan, Record, Serve
+from gntalloc.drivers.grefs import Alloc, FileState, GrantInfo, Pages, Range
 from gntalloc.drivers.notify import PortReferences, Promise, check_action
 from gntalloc.drivers.pages import AT_ONCE, GrantedPages
 from gntalloc.drivers.placing import note_placed
+from gntalloc.drivers.releases import is_held
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.steps import Later, Steps, batches, finish
+from gntalloc.steps import PAGES_A_STEP, Later, Steps, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LIMIT", "Allocated", "GntallocDriver"]
 
 DEFAULT_LIMIT = 1024
+_PERMITTED_AT_ONCE = 4096  # references
 
 
 class Allocated(NamedTuple):
@@ -78,7 +79,7 @@ class GntallocDriver:
 
     def __init__(
         self,
-        table: GrantTable[Frame],
+        table: GrantTable[Pages],
         frames: Frames,
         ports: PortReferences,
         *,
@@ -156,80 +157,101 @@ class GntallocDriver:
         if asked.count > AT_ONCE:
             return self._allocate_in_steps(file, asked)
         index = state.next_index
-        try:
-            grefs = self._make(file, index, asked)
-        except DeviceError:
-            if not self._behaviour.put_index_back:
-                state.next_index += asked.count * PAGE_SIZE
-            raise
-        self._pages.in_use += asked.count
-        state.next_index += asked.count * PAGE_SIZE
-        state.grefs.update(zip(range(index, state.next_index, PAGE_SIZE), grefs, strict=True))
-        self._pages.grefs.update(dict.fromkeys(grefs))
+        end = index + asked.count * PAGE_SIZE
+        if asked.count:
+            try:
+                self._make(file, index, asked)
+            except DeviceError:
+                if not self._behaviour.put_index_back:
+                    state.next_index = end
+                raise
+        state.next_index = end
         self._pages.check_books()
-        return Allocated(index, _refs_of(grefs))
+        return Allocated(index, state.allocs[index].refs.tobytes() if asked.count else b"")
 
     def take_back(self, file: File, index: int, count: int) -> None:
         """Undo `allocate`, as the program does not know of it. Pages that it has given back are no error."""
         state = _state(file)
-        span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
-        grefs = [gref for at in span if (gref := state.grefs.get(at)) is not None]
-        self._pages.drop(grefs)
+        self._pages.drop(list(state.ranges(index, count)))
         # A page whose reference a peer has guessed lingers, and keeps its index.
-        left = any(gref in self._pages.grefs for gref in grefs)
-        if self._behaviour.put_index_back and state.next_index == index + count * PAGE_SIZE and not left:
+        is_last = state.next_index == index + count * PAGE_SIZE
+        if self._behaviour.put_index_back and is_last and index not in state.allocs:
             state.next_index = index
+
+    def _make(self, file: File, index: int, asked: AllocGref) -> None:
+        """Make all of the pages and grants, or none."""
+        self._pages.take_descriptor()
+        try:
+            extent = self._frames.allocate(
+                asked.count,
+                self._pages.look_again,
+                writable=bool(asked.flags & FLAG_WRITABLE),
+                first=index // PAGE_SIZE,
+            )
+        except DeviceError:
+            self._pages.give_descriptor()
+            raise
+        span = self._span_of(file, index, extent, asked)
+        try:
+            self._table.permit(span, asked.count)
+        except TableFull:
+            self._pages.give_back(span.grant, 0, asked.count)
+            raise self._no_references(asked.count) from None
+        self._pages.count += asked.count
+        self._pages.in_use += asked.count
+        _state(file).add(span.grant)
+
+    def _span_of(self, file: File, index: int, extent: Extent, asked: AllocGref) -> Pages:
+        extent.party = self._table.owner, asked.domid
+        readonly = not asked.flags & FLAG_WRITABLE
+        return Pages(Alloc(file, _state(file), index, extent, asked.domid, readonly, clock.now()))
 
     def _allocate_in_steps(self, file: File, asked: AllocGref) -> Steps[Allocated]:
         """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between."""
-        state = _state(file)
-        index, readonly, made = state.next_index, not asked.flags & FLAG_WRITABLE, list[Gref]()
-        self._pages.take_descriptor()
+        state, pages = _state(file), self._pages
+        index = state.next_index
+        pages.take_descriptor()
         end = state.next_index = index + asked.count * PAGE_SIZE
-        self._pages.in_use += asked.count
-        self._pages.coming += asked.count
-        extent: Extent | None = None
+        pages.in_use += asked.count
+        pages.coming += asked.count
+        span: Pages | None = None
         try:
             extent = yield from self._frames.begin_allocate(
-                asked.count, self._pages.look_again, writable=not readonly, first=index // PAGE_SIZE
+                asked.count,
+                pages.look_again,
+                writable=bool(asked.flags & FLAG_WRITABLE),
+                first=index // PAGE_SIZE,
             )
-            extent.party = self._table.owner, asked.domid
-            for pages in batches(range(asked.count)):
-                made += self._grant(file, index, extent, pages, asked)
-                self._pages.coming -= len(pages)
+            span = self._span_of(file, index, extent, asked)
+            state.add(span.grant)
+            while len(span.grant.refs) < asked.count:
+                self._permit_some(span, asked.count)
                 yield
         except BaseException:  # the program's end, too
-            unmade = asked.count - len(made)
-            self._pages.coming -= unmade
-            self._pages.in_use -= unmade
-            if extent is None:
-                self._pages.give_descriptor()
-            elif unmade:
-                self._pages.give_back(extent, len(made), unmade)
-            self._pages.drop(made)
-            left = any(gref in self._pages.grefs for gref in made)
-            if self._behaviour.put_index_back and state.next_index == end and not left:
+            made = len(span.grant.refs) if span is not None else 0
+            pages.coming -= asked.count - made
+            pages.in_use -= asked.count - made
+            if span is None:
+                pages.give_descriptor()
+            else:
+                if made < asked.count:
+                    pages.give_back(span.grant, made, asked.count - made)
+                pages.drop([Range(span.grant, 0, made)])
+            if self._behaviour.put_index_back and state.next_index == end and index not in state.allocs:
                 state.next_index = index
             raise
-        self._pages.check_books()
-        return Allocated(index, _refs_of(made))
+        pages.check_books()
+        return Allocated(index, span.grant.refs.tobytes())
 
-    def _grant(self, file: File, index: int, extent: Extent, pages: list[int], asked: AllocGref) -> list[Gref]:
-        """Grant these pages of an extent whose first page has this index."""
-        frames, readonly = [Frame(extent, page) for page in pages], not asked.flags & FLAG_WRITABLE
+    def _permit_some(self, span: Pages, wanted: int) -> None:
+        """Grant the next pages of an ALLOC of `wanted` pages."""
+        some = min(_PERMITTED_AT_ONCE, wanted - len(span.grant.refs))
         try:
-            refs = self._table.permit(asked.domid, frames, readonly=readonly)
+            self._table.permit(span, some)
         except TableFull:
-            raise self._no_references(asked.count) from None
-        now, state = clock.now(), _state(file)
-        grefs = [
-            Gref(file, state, index + frame.page * PAGE_SIZE, frame, asked.domid, readonly, ref, now)
-            for frame, ref in zip(frames, refs, strict=True)
-        ]
-        for gref in grefs:
-            state.grefs[gref.index] = gref
-            self._pages.grefs[gref] = None
-        return grefs
+            raise self._no_references(wanted) from None
+        self._pages.count += some
+        self._pages.coming -= some
 
     def _no_references(self, count: int) -> DeviceError:
         usage = self._table.usage()
@@ -246,7 +268,7 @@ class GntallocDriver:
                 f"{_asked_for(count)}, and the domain's limit is {self.limit} at once; raise the limit",
             )
         if self._pages.in_use > self.limit - count:
-            lingering = sum(map(len, self._pages.lingering.values()))
+            lingering = sum(span.count for spans in self._pages.lingering.values() for span in spans)
             held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
             raise DeviceError(
                 errno.ENOSPC,
@@ -254,81 +276,68 @@ class GntallocDriver:
                 " free some, or raise the limit",
             )
 
-    def _make(self, file: File, index: int, asked: AllocGref) -> list[Gref]:
-        """Make all of the pages and grants, or none."""
-        if not asked.count:
-            return []
-        readonly = not asked.flags & FLAG_WRITABLE
-        self._pages.take_descriptor()
-        try:
-            extent = self._frames.allocate(
-                asked.count, self._pages.look_again, writable=not readonly, first=index // PAGE_SIZE
-            )
-        except DeviceError:
-            self._pages.give_descriptor()
-            raise
-        extent.party = self._table.owner, asked.domid
-        frames = [Frame(extent, page) for page in range(asked.count)]
-        try:
-            refs = self._table.permit(asked.domid, frames, readonly=readonly)
-        except TableFull:
-            self._pages.give_back(extent, 0, asked.count)
-            raise self._no_references(asked.count) from None
-        now, state = clock.now(), _state(file)
-        indexes = range(index, index + asked.count * PAGE_SIZE, PAGE_SIZE)
-        return [
-            Gref(file, state, at, frame, asked.domid, readonly, ref, now)
-            for at, frame, ref in zip(indexes, frames, refs, strict=True)
-        ]
-
     # DEALLOC_GREF: off the file's list. What is mapped lives on.
 
     def _dealloc(self, file: File, address: int, caller: Caller) -> int:
         asked = DeallocGref.unpack_from(caller.read(address, DeallocGref.SIZE))
-        grefs = self._find(file, asked.index, asked.count)
-        if grefs is None:
+        ranges = self._find(file, asked.index, asked.count)
+        if ranges is None:
             what = f"{asked.count} pages at index {asked.index:#x} were to be freed"
             raise DeviceError(errno.EINVAL, f"{what}, and {self._what_is_there(file, asked.index, asked.count)}")
-        self._pages.drop(grefs)
+        self._pages.drop(ranges)
         return 0
 
-    def _find(self, file: File, index: int, count: int) -> list[Gref] | None:
+    def _find(self, file: File, index: int, count: int) -> list[Range] | None:
         """Find the pages of exactly this range, over as many ALLOCs as it takes. None: one is not there."""
-        listed = _state(file).grefs
-        if not 0 < count <= len(listed):
+        ranges = list(_state(file).ranges(index, count)) if 0 < count <= self._pages.count else []
+        if sum([each.pages for each in ranges]) != count or not ranges:
             return None
-        grefs = list(map(listed.get, range(index, index + count * PAGE_SIZE, PAGE_SIZE)))
-        return None if None in grefs else cast("list[Gref]", grefs)
+        for alloc, page, pages in ranges:
+            for span in self._table.spans(alloc, page, pages):
+                if span is None or not span.listed:
+                    return None
+        return ranges
 
     def _what_is_there(self, file: File, index: int, count: int) -> str:
         if not count:
             return "no pages is never a range"
         if index % PAGE_SIZE:
             return f"an index is a multiple of {PAGE_SIZE}"
-        listed = _state(file).grefs
-        missing = next(at for at in range(index, index + count * PAGE_SIZE, PAGE_SIZE) if at not in listed)
-        return f"this file has no page at index {missing:#x}: never allocated here, or freed already"
+        at = index
+        for alloc, page, pages in _state(file).ranges(index, count):
+            if alloc.index + page * PAGE_SIZE != at:
+                break
+            for span in self._table.spans(alloc, page, pages):
+                if span is None or not span.listed:
+                    break
+                page = span.page + span.count  # noqa: PLW2901  the first one that was not looked at
+            at = alloc.index + page * PAGE_SIZE
+            if page < pages:
+                break
+        return f"this file has no page at index {at:#x}: never allocated here, or freed already"
 
     # SET_UNMAP_NOTIFY: one promise a page, the last one made.
 
     def _set_notify(self, file: File, address: int, caller: Caller) -> int:
         asked = UnmapNotify.unpack_from(caller.read(address, UnmapNotify.SIZE))
         byte = asked.index % PAGE_SIZE
-        gref = _state(file).grefs.get(asked.index - byte)
-        if gref is None:
+        found = self._find(file, asked.index - byte, 1)
+        if found is None:
             why = f"this file has no page at index {asked.index - byte:#x}: never allocated here, or freed already"
             raise DeviceError(errno.ENOENT, why)
         check_action(asked.action)
         promise = Promise(asked.action, byte, asked.event_channel_port, self._ports)
         try:
             if promise.byte is not None:
-                self._frames.open_window(gref.frame.extent)
+                self._frames.open_window(found[0].alloc.memory)
         except DeviceError:
             promise.forget()
             raise
-        if gref.promise is not None:
-            gref.promise.forget()
-        gref.promise = promise
+        (span,) = self._table.isolate(*found[0])
+        assert span is not None
+        if span.promise is not None:
+            span.promise.forget()
+        span.promise = promise
         return 0
 
     # mmap and munmap: a mapping uses its pages as the list does.
@@ -344,39 +353,39 @@ class GntallocDriver:
             what = "a file opened O_RDONLY" if mode == os.O_RDONLY else "a private map"
             raise DeviceError(errno.EINVAL, f"granted pages are shared: {what} cannot map them; use O_RDWR, MAP_SHARED")
         count = length // PAGE_SIZE
-        grefs = self._find(file, offset, count)
-        if grefs is None:
+        ranges = self._find(file, offset, count)
+        if ranges is None:
             what = f"{count} pages at index {offset:#x} were to be mapped"
             raise DeviceError(errno.ENOENT, f"{what}, and {self._what_is_there(file, offset, count)}")
-        pieces = pieces_of([gref.frame for gref in grefs])
-        sealed = any(piece.extent.sealed for piece in pieces)
+        sealed = any(alloc.memory.sealed for alloc, _, _ in ranges)
         if sealed and writable:
             raise DeviceError(
                 errno.EPERM,
                 "a read-only grant that its peer has mapped is sealed against new writable maps, the granter's too; "
                 "map it before the peer does, and keep that map",
             )
-        record = Record(file, length, grefs)
+        record = Record(file, length, ranges)
         readonly = False
-        for gref in grefs:
-            gref.users += 1
-            readonly = readonly or gref.readonly
+        pieces: list[Piece] = []
+        for alloc, page, pages in ranges:
+            readonly = readonly or alloc.readonly
+            pieces.append(Piece(alloc.memory, page, pages))
+            for span in self._table.isolate(alloc, page, pages):
+                assert span is not None
+                span.users += 1
         return Plan(record, pieces, writable=not sealed, granters=True, locks=readonly and not sealed)
 
     def unmapped(self, record: Record) -> None:
         """Count one user less for each page, as the last piece of this mmap is gone."""
-        grefs = cast("list[Gref]", record.payload)
         if record.made:
             note_placed(record)
-        self._pages.let_go_of_map(grefs)
-        if record.ends:
-            self._pages.drop([gref for gref in grefs if gref.state.grefs.get(gref.index) is gref])
+        self._pages.let_go_of_map(cast("list[Range]", record.payload), unlist=record.ends)
 
     # Release: the file goes, and with it all that is on its list.
 
     def release(self, file: File) -> None:
         """Free everything the file still lists, in the order it was allocated."""
-        self._pages.drop(list(_state(file).grefs.values()))
+        self._pages.drop([Range(alloc, 0, len(alloc.refs)) for alloc in _state(file).allocs.values()])
 
     # Questions: the pages that are there, and their holders.
 
@@ -384,25 +393,20 @@ class GntallocDriver:
         """Say, in steps, whether a peer holds any of these pages, and list the domains that are known to map one."""
         held = False
         mapped_by: set[int] = set()
-        for number, grefs in enumerate(batches(self._span(file, index, count))):
-            if number:
-                yield
-            for gref in grefs:
-                mapped_by.update(self._table.mapped_by(gref.ref))
-                held = held or not gref.users or gref.frame.extent.hidden
-        return held or bool(mapped_by), tuple(sorted(mapped_by))
-
-    def _span(self, file: File, index: int, count: int) -> list[Gref]:
-        """Find the pages of this range that are not free, listed or not."""
-        state = _state(file)
-        span = range(index, index + count * PAGE_SIZE, PAGE_SIZE)
-        if count > len(state.grefs) + len(state.released):  # a program may ask for any count
-            return [gref for gref in (*state.grefs.values(), *state.released.values()) if gref.index in span]
-        return [gref for at in span if (gref := state.grefs.get(at) or state.released.get(at)) is not None]
+        number = 0
+        for alloc, page, pages in list(_state(file).ranges(index, count)):
+            for span in self._table.spans(alloc, page, pages):
+                if span is not None:
+                    mapped_by.update(span.mapped_by)
+                    held = held or is_held(span)
+                number += 1
+                if number % PAGES_A_STEP == 0:
+                    yield
+        return held, tuple(sorted(mapped_by))
 
     def when_released(self, file: File, index: int, count: int, done: Callable[[], None]) -> ReleaseWaiter:
         """Call `done` once, when no peer holds any of these pages. If none does now, call it at once."""
-        return self._pages.releases.wait(self._span(file, index, count), done)
+        return self._pages.releases.wait(list(_state(file).ranges(index, count)), done)
 
     def grants(self) -> list[GrantInfo]:
         """List every granted page, also the released ones that linger."""
@@ -410,19 +414,18 @@ class GntallocDriver:
 
     def each_grant(self) -> Iterator[GrantInfo]:
         """List the pages that are granted now, one after the other, without those that are given back meanwhile."""
-        for gref in list(self._pages.grefs):
-            if gref in self._pages.grefs:
-                mapped_by = self._table.mapped_by(gref.ref)
-                yield GrantInfo(
-                    ref=gref.ref,
-                    peer=gref.domid,
-                    writable=not gref.readonly,
-                    opener=gref.file.opener,
-                    users=gref.users,
-                    mapped_by=mapped_by,
-                    held=not gref.users or bool(mapped_by) or gref.frame.extent.hidden,
-                    age=clock.now() - gref.born,
-                )
+        for ref, span in self._table.each():
+            alloc = span.grant
+            yield GrantInfo(
+                ref=ref,
+                peer=alloc.domid,
+                writable=not alloc.readonly,
+                opener=alloc.file.opener,
+                users=span.users,
+                mapped_by=span.mapped_by,
+                held=is_held(span),
+                age=clock.now() - alloc.born,
+            )
 
 
 def _check_sense(asked: AllocGref, owner: int) -> None:
@@ -447,10 +450,6 @@ def _check_sense(asked: AllocGref, owner: int) -> None:
 
 def _state(file: File) -> FileState:
     return cast("FileState", file.state)
-
-
-def _refs_of(grefs: list[Gref]) -> bytes:
-    return pack(f"={len(grefs)}I", *[gref.ref for gref in grefs])
 
 
 def _asked_for(count: int) -> str:

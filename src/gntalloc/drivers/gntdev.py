@@ -9,6 +9,7 @@ Sources: Linux's gntdev.c as of 6.1, in a PVH guest; docs/differences.md for whe
 from __future__ import annotations
 
 import errno
+from array import array
 from struct import Struct
 from typing import TYPE_CHECKING, cast
 
@@ -27,7 +28,7 @@ from gntalloc.abi.gntdev import (
 )
 from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Caller, Extent, File, Frame, Frames, Piece, Plan, Record, Serve, joined, pieces_of
+from gntalloc.drivers.chardev import Caller, Extent, File, Frames, Piece, Plan, Record, Serve, joined
 from gntalloc.drivers.copy import Copier
 from gntalloc.drivers.indexes import Indexes
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
@@ -38,14 +39,16 @@ from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import PAGES_A_STEP, Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from gntalloc.drivers.grefs import Pages
     from gntalloc.hypervisor.domains import Handle, Hypervisor
 
 __all__ = ["MAX_REFS", "GntdevDriver"]
 
 MAX_REFS = 65536  # of one MAP_GRANT_REF
-_AT_ONCE = 128  # so many pages are mapped, or let go, in one step; more take several
+_AT_ONCE = 128  # so many pages are mapped, or let go, at once; more take several steps
+_RUNS_A_STEP = 64  # of pages that follow each other
 _SEALED_AT_ONCE = 16  # extents
 _OUT_OF_THE_WAY = 1 << 20  # a page number beyond that of any page in its file
 MAX_NOTED = 4 * MAX_REFS  # references of a domain, in entries not given up yet: as many as it could map at once
@@ -64,7 +67,7 @@ class Entry:
         self.readonly = False  # whether it was mapped read-only
         self.record: Record | None = None  # its map, while that lives
         self.promise: Promise | None = None  # what to do when it goes
-        self.handles: list[Handle[Frame]] = []
+        self.handles: list[Handle[Pages]] = []
 
 
 class FileState:
@@ -85,7 +88,7 @@ class GntdevDriver:
     def __init__(
         self,
         domid: int,
-        hypervisor: Hypervisor[Frame],
+        hypervisor: Hypervisor[Pages],
         frames: Frames,
         ports: PortReferences,
         *,
@@ -171,12 +174,13 @@ class GntdevDriver:
         Nothing is promised: mmap decides what may be mapped.
         """
         try:
-            pieces = pieces_of(
+            found = [
                 self._hypervisor.look(self._domid, domid, ref, writable=False)
                 for domid, ref in _GRANT_REF.iter_unpack(refs[: _AT_ONCE * GrantRef.SIZE])
-            )
+            ]
         except MapRefused:
-            pieces = []
+            found = []
+        pieces = joined(Piece(span.grant.memory, page, 1) for span, page in found)
         if len(pieces) == 1:
             first = pieces[0].extent.first + pieces[0].page
             if entries.has_room(first, len(refs) // GrantRef.SIZE):
@@ -209,14 +213,16 @@ class GntdevDriver:
         entry.readonly = not writable
         entry.mapped = True  # another call cannot map it meanwhile
         entry.record = Record(file, length, entry)  # and UNMAP_GRANT_REF leaves it to this map
-        handles: list[Handle[Frame]] = []
-        pieces: list[Piece] = []
+        handles: list[Handle[Pages]] = []
         try:
-            for refs in batches(_GRANT_REF.iter_unpack(entry.refs)):
-                some = self._map_some(refs, handles, writable=writable)
-                pieces = joined(pieces, pieces_of(handle.frame for handle in some))
-                if len(handles) < entry.count:
-                    yield
+            for domid, refs in _by_domain(entry.refs):
+                at = 0
+                while at < len(refs):
+                    handle = self._map_some(domid, refs[at:] if at else refs, writable=writable)
+                    handles.append(handle)
+                    at += handle.pages
+                    if len(handles) % _RUNS_A_STEP == 0:
+                        yield
             if not writable:
                 yield from self._seal(handles)
             if writable:
@@ -226,48 +232,44 @@ class GntdevDriver:
             self._give_up(file, entry, handles)
             raise
         entry.handles = handles
+        pieces = joined(Piece(grant.memory, page, count) for _, grant, page, count in handles)
         return Plan(entry.record, pieces, writable=writable, granters=False, locks=True)
 
-    def _map_some(
-        self, refs: list[tuple[int, int]], handles: list[Handle[Frame]], *, writable: bool
-    ) -> list[Handle[Frame]]:
-        """Map these (domid, reference), add their handles to the list, and return them."""
-        before = len(handles)
+    def _map_some(self, domid: int, refs: Sequence[int], *, writable: bool) -> Handle[Pages]:
+        """Map the first of these references of a domain, and those that follow it in one span."""
         try:
-            for domid, ref in refs:
-                handles.append(self._hypervisor.map(self._domid, domid, ref, writable=writable))
+            return self._hypervisor.map(self._domid, domid, refs, writable=writable)
         except MapRefused as refusal:
             raise _Refused(errno.EINVAL, f"{refusal.why} ({STATUS_NAMES[refusal.status]})") from None
-        return handles[before:]
 
-    def _give_up(self, file: File, entry: Entry, handles: list[Handle[Frame]]) -> None:
+    def _give_up(self, file: File, entry: Entry, handles: list[Handle[Pages]]) -> None:
         """Undo a map that has failed on its way."""
         entry.record = None
         self._undo(handles)
         if _state(file).entries.at(entry.first) is not entry:  # taken off the list meanwhile
             self._end(entry)
 
-    def _seal(self, handles: list[Handle[Frame]]) -> Steps[None]:
+    def _seal(self, handles: list[Handle[Pages]]) -> Steps[None]:
         """Seal read-only pages before their peer gets them: no process can make a writable map of them any more.
 
         The granter cannot either, so it must have its map first.
         """
         sealing: dict[Extent, None] = {}
         asked: set[Extent] = set()
-        for some in batches(handles):
-            for handle in some:
-                extent, page = handle.frame
-                if extent.sealed or not handle.table.readonly(handle.ref):
-                    continue
-                if not extent.placed[page] and extent not in asked:
-                    asked.add(extent)
-                    yield from see_placed(extent)
-                if not extent.placed[page]:
-                    what = f"page {handle.ref} of domain {handle.table.owner} is granted read-only"
-                    raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
-                sealing[extent] = None
-            if len(some) < len(handles):
+        for number, (table, grant, page, count) in enumerate(handles, 1):
+            extent = grant.memory
+            if number % _RUNS_A_STEP == 0:
                 yield
+            if extent.sealed or not grant.readonly:
+                continue
+            if not all(extent.placed[page : page + count]) and extent not in asked:
+                asked.add(extent)
+                yield from see_placed(extent)
+            missing = extent.placed.find(0, page, page + count)
+            if missing >= 0:
+                what = f"page {grant.refs[missing]} of domain {table.owner} is granted read-only"
+                raise DeviceError(errno.EAGAIN, f"{what}, and its granter has not mapped it yet; try again")
+            sealing[extent] = None
         for number, extent in enumerate(sealing):
             self._frames.seal(extent)
             if number % _SEALED_AT_ONCE == _SEALED_AT_ONCE - 1:
@@ -323,21 +325,28 @@ class GntdevDriver:
         entry.promise = promise
         return 0
 
-    def _open_window(self, promise: Promise | None, handles: list[Handle[Frame]]) -> None:
+    def _open_window(self, promise: Promise | None, handles: list[Handle[Pages]]) -> None:
         """Make sure that the promise's byte can be cleared when the page goes."""
         if handles and promise is not None and promise.byte is not None:
-            self._frames.open_window(handles[promise.byte // PAGE_SIZE].frame.extent)
+            extent, _ = _page_of(handles, promise.byte // PAGE_SIZE)
+            self._frames.open_window(extent)
 
-    def _undo(self, handles: list[Handle[Frame]]) -> None:
-        if len(handles) > _AT_ONCE:
+    def _undo(self, handles: list[Handle[Pages]]) -> None:
+        if sum([handle.pages for handle in handles]) > _AT_ONCE:
             self._later(self._undo_in_steps(handles))
         else:
             self._hypervisor.unmap(handles)
 
-    def _undo_in_steps(self, handles: list[Handle[Frame]]) -> Steps[None]:
-        for some in batches(handles):
-            self._hypervisor.unmap(some)
-            yield
+    def _undo_in_steps(self, handles: list[Handle[Pages]]) -> Steps[None]:
+        for handle in handles:
+            # Some of the pages may have gone their own way since.
+            table, grant, page, count = handle
+            parts = [
+                handle._replace(page=part.page, pages=part.count) for part in table.spans(grant, page, count) if part
+            ]
+            for some in batches(parts):
+                self._hypervisor.unmap(some)
+                yield
 
     def unmapped(self, record: Record) -> None:
         """Give the grants up, as the last piece of this mmap is gone."""
@@ -356,7 +365,7 @@ class GntdevDriver:
         promise = entry.promise
         if entry.handles and promise is not None and promise.byte is not None and not entry.readonly:
             page, byte = divmod(promise.byte, PAGE_SIZE)
-            clear_byte(self._frames, entry.handles[page].frame, byte)
+            clear_byte(self._frames, *_page_of(entry.handles, page), byte)
         handles, entry.handles = entry.handles, []
         self._undo(handles)
 
@@ -388,6 +397,29 @@ class GntdevDriver:
 
 
 _GRANT_REF = Struct("=II")
+
+
+def _by_domain(refs: bytes) -> list[tuple[int, array[int]]]:
+    """Take packed (domid, reference) apart: the references of each domain that follow each other."""
+    pairs = array("I", refs)
+    domids, numbers = pairs[::2], pairs[1::2]
+    if domids.count(domids[0]) == len(domids):  # as nearly always
+        return [(domids[0], numbers)]
+    found: list[tuple[int, array[int]]] = []
+    for domid, number in zip(domids, numbers, strict=True):
+        if not found or found[-1][0] != domid:
+            found.append((domid, array("I")))
+        found[-1][1].append(number)
+    return found
+
+
+def _page_of(handles: list[Handle[Pages]], number: int) -> tuple[Extent, int]:
+    """Find page `number` of a map: its extent, and its number there."""
+    for _, grant, page, count in handles:
+        if number < count:
+            return grant.memory, page + number
+        number -= count
+    raise AssertionError(number)
 
 
 class _Refused(DeviceError):

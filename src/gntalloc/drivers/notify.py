@@ -15,7 +15,7 @@ from gntalloc.abi.gntalloc import UNMAP_NOTIFY_CLEAR_BYTE, UNMAP_NOTIFY_SEND_EVE
 from gntalloc.errors import DeviceError
 
 if TYPE_CHECKING:
-    from gntalloc.drivers.chardev import Frame, Frames
+    from gntalloc.drivers.chardev import Extent, Frames
 
 __all__ = ["PortReferences", "Promise", "check_action", "clear_byte"]
 
@@ -77,6 +77,6 @@ def check_action(action: int) -> None:
         raise DeviceError(errno.EINVAL, f"action {action:#x} has more than clear byte (1) and send event (2)")
 
 
-def clear_byte(frames: Frames, frame: Frame, byte: int) -> None:
+def clear_byte(frames: Frames, extent: Extent, page: int, byte: int) -> None:
     """Clear one byte of a page. The window of its extent must be open."""
-    frames.page(frame.extent, frame.page)[byte] = 0
+    frames.page(extent, page)[byte] = 0

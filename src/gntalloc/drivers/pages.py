@@ -10,23 +10,25 @@ import errno
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Extent, Frame, Frames, pieces_of
 from gntalloc.drivers.notify import Promise, clear_byte
 from gntalloc.drivers.releases import Releases
 from gntalloc.errors import BooksWrong
-from gntalloc.steps import Later, Steps, batches, finish
+from gntalloc.steps import Later, Steps, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable, Sequence
 
-    from gntalloc.drivers.grefs import Gref
+    from gntalloc.drivers.chardev import Extent, Frames
+    from gntalloc.drivers.grefs import Alloc, Pages, Range
     from gntalloc.hypervisor.grants import GrantTable
 
 __all__ = ["AT_ONCE", "Descriptors", "GrantedPages"]
 
 AT_ONCE = 256
-"""So many pages are made, mapped or freed in one step; more take several."""
-_NONE: dict[int, Gref] = {}
+"""So many pages are made or let go in one step; more take several."""
+_SPANS_A_STEP = 64
+_PAGES_A_STEP = 1024  # of one span: to empty them takes the kernel a fraction of a millisecond
+_NONE: dict[Pages, None] = {}
 
 
 class Descriptors(Protocol):
@@ -54,34 +56,35 @@ class GrantedPages:
         descriptors: the domain's share of the machine's descriptors. None: it is not counted.
 
     Attributes:
-        grefs: all there are.
+        count: how many there are.
         in_use: how many count against the limit.
         coming: how many of those are not made yet.
-        lingering: those that have no user, by extent and reference.
+        lingering: those that have no user, by extent.
         releases: the waits for pages that peers hold.
     """
 
     def __init__(
         self,
-        table: GrantTable[Frame],
+        table: GrantTable[Pages],
         frames: Frames,
         *,
         behaviour: Behaviour = OURS,
         later: Later = finish,
         descriptors: Descriptors | None = None,
     ) -> None:
-        self.grefs: dict[Gref, None] = {}
+        self.count = 0
         self.in_use = 0
         self.coming = 0
-        self.lingering: dict[Extent, dict[int, Gref]] = {}
-        self.releases = Releases(self.is_held, later)
-        self._hidden: dict[Extent, dict[int, Gref]] = {}  # of those that linger, those that no domain maps
+        self.lingering: dict[Extent, dict[Pages, None]] = {}
+        self.releases = Releases(table, later)
+        self._hidden: dict[Extent, None] = {}  # those of the lingering ones whose pages some process has in secret
         self._table = table
         self._frames = frames
         self._behaviour = behaviour
         self._later = later
         self._descriptors = descriptors
         table.on_idle = self._peer_let_go
+        table.on_split = self._note_split
 
     def take_descriptor(self) -> None:
         """Count the descriptor of another memory file.
@@ -97,159 +100,147 @@ class GrantedPages:
         if self._descriptors is not None:
             self._descriptors.give(1)
 
-    def give_back(self, extent: Extent, page: int, pages: int) -> None:
+    def give_back(self, alloc: Alloc, page: int, count: int) -> None:
         """Give pages of a memory file back, and the file with the last of them."""
-        self._frames.give_back(extent, page, pages)
+        extent = alloc.memory
+        self._frames.give_back(extent, page, count)
         if not extent.in_use:
             self.give_descriptor()
+            alloc.state.remove(alloc)
 
-    def drop(self, grefs: list[Gref]) -> None:
-        """Take pages off their file's list; many of them in steps, before anything else of this domain is done."""
-        if len(grefs) > AT_ONCE:
-            self._later(self._drop_in_steps(grefs))
+    def drop(self, ranges: Sequence[Range]) -> None:
+        """Take pages off their file's list; many of them in steps, before anything else of this domain is done.
+
+        Pages that are not on the list are left alone.
+        """
+        self._let_go(ranges, maps=0, unlist=True)
+
+    def let_go_of_map(self, ranges: Sequence[Range], *, unlist: bool) -> None:
+        """Count one user less for each page, as a map of theirs is gone. Its file's list may lose it too."""
+        self._let_go(ranges, maps=1, unlist=unlist)
+
+    def _let_go(self, ranges: Sequence[Range], *, maps: int, unlist: bool) -> None:
+        steps = self._let_go_in_steps(ranges, maps, unlist=unlist)
+        if sum([each.pages for each in ranges]) > AT_ONCE:
+            self._later(steps)
         else:
-            self._drop_some(grefs)
+            finish_steps(steps)
 
-    def _drop_in_steps(self, grefs: list[Gref]) -> Steps[None]:
-        for some in batches(grefs):
-            self._drop_some([gref for gref in some if gref.state.grefs.get(gref.index) is gref])
-            yield
-
-    def _drop_some(self, grefs: Iterable[Gref]) -> None:
-        dropped = list(grefs)
-        for gref in dropped:
-            del gref.state.grefs[gref.index]
-            if gref.users > 1:  # mapped
-                gref.state.released[gref.index] = gref
-        self._let_go(dropped)
+    def _let_go_in_steps(self, ranges: Sequence[Range], maps: int, *, unlist: bool) -> Steps[None]:
+        """Count some users less for each page. With its last user a grant ends, now or when the peer lets go."""
+        done = 0
+        for alloc, page, count in ranges:
+            for span in self._table.isolate(alloc, page, count, _PAGES_A_STEP):
+                done += 1
+                if span is not None:
+                    lost = maps
+                    if unlist and span.listed:
+                        span.listed = False
+                        lost += 1
+                    if lost:
+                        self._lose_users(span, lost)
+                    done += span.count // (_PAGES_A_STEP // _SPANS_A_STEP)
+                if done >= _SPANS_A_STEP:
+                    done = 0
+                    self.check_books()
+                    yield
         self.check_books()
 
-    def let_go_of_map(self, grefs: list[Gref]) -> None:
-        """Count one user less for each page, as a map of theirs is gone."""
-        if len(grefs) > AT_ONCE:
-            self._later(self._let_go_in_steps(grefs))
-        else:
-            self._let_go(grefs)
-            self.check_books()
-
-    def _let_go_in_steps(self, grefs: list[Gref]) -> Steps[None]:
-        for some in batches(grefs):
-            self._let_go(some)
-            self.check_books()
-            yield
-
-    def _let_go(self, grefs: Iterable[Gref]) -> None:
-        """Count one user less for each page. With its last user a grant ends, now or when the peer lets go."""
-        last: list[Gref] = []
-        for gref in grefs:
-            gref.users -= 1
-            if gref.users:
-                if gref.users < 0:
-                    raise BooksWrong(f"page {gref.ref} of domain {self._table.owner} has {gref.users} users")
-                continue
-            if gref.promise is not None:
-                self._keep_promise(gref, gref.promise)
-            last.append(gref)
-        if not last:
+    def _lose_users(self, span: Pages, lost: int) -> None:
+        span.users -= lost
+        if span.users > 0:
             return
+        if span.users < 0:
+            raise BooksWrong(f"page {span.refs[0]} of domain {self._table.owner} has {span.users} users")
+        if span.promise is not None:
+            self._keep_promise(span, span.promise)
         if not self._behaviour.count_held_pages:
-            self.in_use -= len(last)
-        for gref in self._end(last):
-            self.lingering.setdefault(gref.frame.extent, {})[gref.ref] = gref
-            gref.state.released[gref.index] = gref
-            self._note_if_hidden(gref)
+            self.in_use -= span.count
+        if not self._end(span):
+            self.lingering.setdefault(span.grant.memory, {})[span] = None
+            self._note_if_hidden(span)
 
-    def _keep_promise(self, gref: Gref, promise: Promise) -> None:
+    def _keep_promise(self, span: Pages, promise: Promise) -> None:
         """Clear the byte, then send the event, before the grant ends: a peer that is woken finds the page there."""
         if promise.byte is not None:
-            clear_byte(self._frames, gref.frame, promise.byte)
+            clear_byte(self._frames, span.grant.memory, span.page, promise.byte)
         promise.send()
 
-    def _end(self, grefs: Collection[Gref]) -> list[Gref]:
-        """End these grants, where table and kernel agree that nobody else has the page. Return those that stay."""
+    def _end(self, span: Pages) -> bool:
+        """End these grants, if table and kernel agree that nobody else has the pages. False: they stay."""
         # If the locks are hidden, none names the holder. But the kernel says that the memory is open: its peer hides.
-        hidden = {extent for extent in {gref.frame.extent for gref in grefs} if self._is_hidden(extent)}
-        others = [gref for gref in grefs if gref.frame.extent not in hidden] if hidden else grefs
-        kept = set(self._table.end([gref.ref for gref in others]))
-        if hidden:
-            busy = [gref.ref for gref in grefs if gref.frame.extent in hidden]
-            kept.update(self._table.end(busy, busy=True))
-        self._give_back([gref for gref in grefs if gref.ref not in kept] if kept else grefs)
-        return [gref for gref in grefs if gref.ref in kept] if kept else []
+        if not self._table.end(span, busy=self._is_hidden(span.grant.memory)):
+            return False
+        self.count -= span.count
+        if self._behaviour.count_held_pages:
+            self.in_use -= span.count
+        self.give_back(span.grant, span.page, span.count)
+        return True
 
     def _is_hidden(self, extent: Extent) -> bool:
         return extent.hidden or (extent.lent and not extent.loans and self._frames.held(extent))
-
-    def _give_back(self, ended: Collection[Gref]) -> None:
-        """Free pages whose grants have ended, neighbours together: each emptying is a system call."""
-        for extent, page, pages in pieces_of([gref.frame for gref in ended]):
-            self.give_back(extent, page, pages)
-        for gref in ended:
-            del self.grefs[gref]
-            gref.state.released.pop(gref.index, None)
-        if not self.grefs:
-            self.grefs.clear()  # gives the memory of very many back
-        if self._behaviour.count_held_pages:
-            self.in_use -= len(ended)
 
     def check_books(self) -> None:
         """Check that each page has one reference and counts once. Stop the machine otherwise: an ALLOC could do harm.
 
         This check is cheap enough for each change. `gntalloc.testing.recount` counts everything.
         """
-        pages, references = len(self.grefs), self._table.live
+        references = self._table.live
         in_use = self.in_use - self.coming
-        counted = in_use if self._behaviour.count_held_pages else pages  # Linux's has less, so it tells nothing
-        if not pages == references == counted:
+        counted = in_use if self._behaviour.count_held_pages else self.count  # Linux's has less, so it tells nothing
+        if not self.count == references == counted:
             owner = self._table.owner
-            raise BooksWrong(f"domain {owner} has {pages} pages, {references} references, and {in_use} in use")
+            raise BooksWrong(f"domain {owner} has {self.count} pages, {references} references, and {in_use} in use")
 
-    def _note_if_hidden(self, gref: Gref) -> None:
-        """Note a page that lingers though no domain maps it: the kernel says that a process has it all the same."""
-        if not self._table.is_mapped(gref.ref):
-            self._hidden.setdefault(gref.frame.extent, {})[gref.ref] = gref
+    def _note_if_hidden(self, span: Pages) -> None:
+        """Note pages that linger though no domain maps them: the kernel says that a process has them all the same."""
+        if not span.pins:
+            self._hidden[span.grant.memory] = None
 
-    def _peer_let_go(self, entries: list[tuple[int, Frame]]) -> None:
+    def _note_split(self, span: Pages, part: Pages) -> None:
+        if not span.users:
+            self.lingering[span.grant.memory][part] = None
+
+    def _peer_let_go(self, spans: list[Pages]) -> None:
         """Free the pages that linger no longer, and wake waiters, as no domain maps these pages any more."""
-        by_extent: dict[Extent, list[Gref]] = {}
-        for ref, frame in entries:
-            gref = self.lingering.get(frame.extent, _NONE).get(ref)
-            free = by_extent.setdefault(frame.extent, [])
-            if gref is not None:
-                free.append(gref)
-        for extent, grefs in by_extent.items():
-            self._end_lingering(extent, grefs)
+        extents = dict.fromkeys(span.grant.memory for span in spans)
+        lingering = [span for span in spans if not span.users]
+        if sum([span.count for span in lingering]) > AT_ONCE:
+            self._later(self._end_in_steps(lingering, extents))
+        else:
+            self._end_lingering(lingering)
+            for extent in extents:
+                self.releases.look(extent)
+
+    def _end_in_steps(self, spans: list[Pages], extents: Iterable[Extent]) -> Steps[None]:
+        for span in spans:
+            alloc, page, count = span.grant, span.page, span.count
+            for part in self._table.isolate(alloc, page, count, _PAGES_A_STEP):
+                if part is not None and not part.users and not part.pins:
+                    self._end_lingering([part])
+                    if part.count >= _SPANS_A_STEP:
+                        yield
+        for extent in extents:
             self.releases.look(extent)
 
-    def _end_lingering(self, extent: Extent, grefs: list[Gref]) -> None:
-        if not grefs:
-            return
-        stay = {gref.ref for gref in self._end(grefs)}
-        lingering = self.lingering[extent]
-        for gref in grefs:
-            if gref.ref in stay:
-                self._note_if_hidden(gref)
-            else:
-                del lingering[gref.ref]
-        if not lingering:
-            del self.lingering[extent]
+    def _end_lingering(self, spans: Iterable[Pages]) -> None:
+        for span in spans:
+            extent = span.grant.memory
+            if not self._end(span):
+                self._note_if_hidden(span)
+                continue
+            lingering = self.lingering[extent]
+            del lingering[span]
+            if not lingering:
+                del self.lingering[extent]
+                self._hidden.pop(extent, None)
         self.check_books()
 
     def look_again(self, extent: Extent) -> None:
         """Free the pages that can be freed, and wake their waiters, as the holders of this extent have changed."""
         if extent in self._hidden and not self._is_hidden(extent):
-            self._later(self._look_in_steps(extent))
+            self._hidden.pop(extent)
+            spans = [span for span in self.lingering.get(extent, _NONE) if not span.pins]
+            self._later(self._end_in_steps(spans, (extent,)))
         else:
             self.releases.look(extent)
-
-    def _look_in_steps(self, extent: Extent) -> Steps[None]:
-        hidden = self._hidden.pop(extent, _NONE)
-        for grefs in batches(hidden.values()):
-            self._end_lingering(extent, grefs)
-            yield
-        self.releases.look(extent)
-
-    def is_held(self, gref: Gref) -> bool:
-        """Say whether a peer holds this page."""
-        known = not gref.users or self._table.is_mapped(gref.ref) or gref.frame.extent.hidden
-        return known and gref in self.grefs

@@ -8,7 +8,7 @@ from gntalloc.descriptions import is_placed
 
 if TYPE_CHECKING:
     from gntalloc.drivers.chardev import Extent, Record
-    from gntalloc.drivers.grefs import Gref
+    from gntalloc.drivers.grefs import Range
     from gntalloc.steps import Steps
 
 __all__ = ["note_placed", "see_placed"]
@@ -33,5 +33,5 @@ def see_placed(extent: Extent) -> Steps[None]:
 def note_placed(record: Record) -> None:
     """Note that the granter has, or had, this map of its pages. Now a peer may map them read-only, which seals them."""
     record.placed = True
-    for gref in cast("list[Gref]", record.payload):
-        gref.frame.extent.placed[gref.frame.page] = 1
+    for alloc, page, count in cast("list[Range]", record.payload):
+        alloc.memory.placed[page : page + count] = b"\1" * count

@@ -6,17 +6,17 @@ public/xen.h (numbers from 0x7FF0 up are not domains).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from gntalloc.abi.grants import BAD_DOMAIN, DOMID_FIRST_RESERVED, NO_SPACE
-from gntalloc.hypervisor.grants import GrantTable, MapRefused
+from gntalloc.hypervisor.grants import Grant, GrantTable, MapRefused, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["DomainExists", "Handle", "Hypervisor"]
 
-Frame = TypeVar("Frame")
+AnySpan = TypeVar("AnySpan", bound="Span")  # type: ignore[type-arg]
 
 MAX_HANDLES = 1024 * 256
 
@@ -25,26 +25,29 @@ class DomainExists(Exception):
     """A domain of that number is there already, or no domain may have that number."""
 
 
-class Handle(NamedTuple, Generic[Frame]):
-    """Stand for one mapped page: keep it to unmap. It names the table itself, so it outlives the granting domain."""
+class Handle(NamedTuple, Generic[AnySpan]):
+    """Stand for mapped pages of one grant, from `page` on: keep it to unmap them.
 
-    table: GrantTable[Frame]
-    ref: int
-    mapper: int
-    frame: Frame
+    It names the table itself, so it outlives the granting domain.
+    """
+
+    table: GrantTable[AnySpan]
+    grant: Grant[Any]
+    page: int
+    pages: int
 
 
-class Hypervisor(Generic[Frame]):
+class Hypervisor(Generic[AnySpan]):
     """Keep all domains, and count the pages that they map of each other."""
 
     def __init__(self) -> None:
-        self._tables: dict[int, GrantTable[Frame]] = {}
+        self._tables: dict[int, GrantTable[AnySpan]] = {}
         self._handles: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._tables))
 
-    def create(self, domid: int, table: GrantTable[Frame]) -> None:
+    def create(self, domid: int, table: GrantTable[AnySpan]) -> None:
         """Let `table` be the grants of a new domain."""
         if domid in self._tables:
             raise DomainExists(f"domain {domid} exists already")
@@ -56,45 +59,65 @@ class Hypervisor(Generic[Frame]):
         """Forget the domain. Pages that others still map stay mapped until they unmap them."""
         del self._tables[domid]
 
-    def look(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Frame:
+    def look(self, mapper: int, granter: int, ref: int, *, writable: bool) -> tuple[AnySpan, int]:
         """Give the page that `map` would map, for a use that ends before anything else happens. Nothing is counted.
+
+        Returns: its span, and its number within the grant.
 
         Raises:
             MapRefused: as `map`.
         """
-        return self._may_map(mapper, granter).look(ref, mapper, writable=writable).frame
+        table = self._may_map(mapper, granter)
+        return table.look(ref, mapper, writable=writable), table.page_of(ref)
 
     def maps(self, mapper: int, granter: int, ref: int) -> bool:
         """Say whether domain `mapper` maps page `ref` of `granter` now."""
         table = self._tables.get(granter)
         return table is not None and mapper in table.mapped_by(ref)
 
-    def map(self, mapper: int, granter: int, ref: int, *, writable: bool) -> Handle[Frame]:
-        """Map page `ref` of `granter` for domain `mapper`.
+    def map(self, mapper: int, granter: int, refs: Sequence[int], *, writable: bool) -> Handle[AnySpan]:
+        """Map pages of `granter` for domain `mapper`: the first of `refs`, and those after it that follow in its span.
 
         Raises:
             MapRefused: with Xen's status and the reason.
         """
         table = self._may_map(mapper, granter)
-        entry = table.map(ref, mapper, writable=writable)
-        self._handles[mapper] = self._handles.get(mapper, 0) + 1
-        return Handle(table, ref, mapper, entry.frame)
+        first = refs[0]
+        span, page = table.look(first, mapper, writable=writable), table.page_of(first)
+        there = self._handles.get(mapper, 0)
+        count = min(len(refs), span.page + span.count - page, MAX_HANDLES - there)
+        if count > 1:
+            count = _common(refs, span.grant.refs, page, count)
+        table.map(span.grant, page, count)
+        self._handles[mapper] = there + count
+        return Handle(table, span.grant, page, count)
 
-    def unmap(self, handles: Iterable[Handle[Frame]]) -> None:
-        """Undo one `map` for each handle, and tell each table which of its entries nobody maps any more."""
-        idle: dict[GrantTable[Frame], list[tuple[int, Frame]]] = {}
-        for table, ref, mapper, frame in handles:
-            self._handles[mapper] -= 1
-            if table.unmap(ref, mapper):
-                idle.setdefault(table, []).append((ref, frame))
-        for table, entries in idle.items():
+    def unmap(self, handles: Iterable[Handle[AnySpan]]) -> None:
+        """Undo one `map` for each handle, and tell each table which of its spans nobody maps any more."""
+        idle: dict[GrantTable[AnySpan], list[AnySpan]] = {}
+        for table, grant, page, count in handles:
+            self._handles[grant.domid] -= count
+            spans = table.unmap(grant, page, count)
+            if spans:
+                idle.setdefault(table, []).extend(spans)
+        for table, spans in idle.items():
             if table.on_idle is not None:
-                table.on_idle(entries)
+                table.on_idle(spans)
 
-    def _may_map(self, mapper: int, granter: int) -> GrantTable[Frame]:
+    def _may_map(self, mapper: int, granter: int) -> GrantTable[AnySpan]:
         table = self._tables.get(granter)
         if table is None:
             raise MapRefused(BAD_DOMAIN, f"there is no domain {granter}")
         if self._handles.get(mapper, 0) >= MAX_HANDLES:
             raise MapRefused(NO_SPACE, f"domain {mapper} maps {MAX_HANDLES} pages already")
         return table
+
+
+def _common(refs: Sequence[int], granted: Sequence[int], page: int, most: int) -> int:
+    """Count how many of `refs` are those granted from `page` on, up to `most`."""
+    if list(refs[:most]) == list(granted[page : page + most]):
+        return most
+    count = 1
+    while refs[count] == granted[page + count]:
+        count += 1
+    return count

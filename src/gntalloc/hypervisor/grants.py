@@ -1,6 +1,10 @@
 """Keep a domain's grant table, version 1: which other domain may map which of its pages, and which domains do.
 
-The life of an entry. `pins` counts mappings, of any domain and kind.
+Pages that are granted together are one `Grant`. As long as they have all else in common they are one `Span`, however
+many they are. When something happens to some of them, the span is split at their borders: each part goes its own way.
+The table is a flat list: the span that each reference belongs to, and the number of its page within the grant.
+
+The life of a span. `pins` counts mappings.
 
     state       permit          map              unmap           end
     free        -> permitted    refused          -               -
@@ -12,7 +16,7 @@ The life of an entry. `pins` counts mappings, of any domain and kind.
 (*) Linux's version 1 table leaves an ending entry valid, so Xen accepts new maps of it. `refuse_while_ending=False`
 does the same.
 
-The owner ends an `ending` entry again from the idle hook: nothing is freed behind its back.
+The owner ends an `ending` span again from the idle hook: nothing is freed behind its back.
 
 Sources: Xen's public grant_table.h (entry layout, status codes), Linux's grant-table.c (references 0-7 are
 reserved, a table grows a frame of 512 entries at a time, full means ENOSPC), Xen's common/grant_table.c (what
@@ -21,7 +25,8 @@ a mapping is refused for, and with which status).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from array import array
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 from gntalloc.abi.grants import (
     BAD_GNTREF,
@@ -34,11 +39,13 @@ from gntalloc.errors import BooksWrong
 from gntalloc.hypervisor.references import References
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Entry", "GrantTable", "MapRefused", "TableFull"]
+__all__ = ["Grant", "GrantTable", "MapRefused", "Span", "TableFull"]
 
-Frame = TypeVar("Frame")
+Memory = TypeVar("Memory")
+AnyGrant = TypeVar("AnyGrant", bound="Grant")  # type: ignore[type-arg]
+AnySpan = TypeVar("AnySpan", bound="Span")  # type: ignore[type-arg]
 
 # Xen counts mappings of one kind in eight bits, and refuses when the top one is set.
 MAX_PINS = 128
@@ -57,18 +64,53 @@ class MapRefused(Exception):
         self.why = why
 
 
-class Entry(Generic[Frame]):
-    """Keep one reference in use: `domid` may map `frame`, writable unless `readonly`."""
+class Grant(Generic[Memory]):
+    """Keep what pages that are granted together have in common: `domid` may map those of `memory`.
 
-    __slots__ = ("domid", "ending", "frame", "mappers", "pins", "readonly")
+    `refs` are their references, in order. Those of pages that were taken back may be other pages' by now. `in_a_row`
+    says whether each is one more than that before it.
+    """
 
-    def __init__(self, domid: int, frame: Frame, readonly: bool) -> None:
+    __slots__ = ("domid", "in_a_row", "memory", "readonly", "refs")
+
+    def __init__(self, domid: int, memory: Memory, readonly: bool) -> None:
         self.domid = domid
-        self.frame = frame
+        self.memory = memory
         self.readonly = readonly
+        self.refs = array("I")
+        self.in_a_row = True
+
+
+class Span(Generic[AnyGrant]):
+    """Keep `count` pages of a grant, from `page` on, which have all else in common too."""
+
+    __slots__ = ("count", "ending", "grant", "page", "pins")
+
+    def __init__(self, grant: AnyGrant) -> None:
+        self.grant = grant
+        self.page = 0
+        self.count = 0
         self.ending = False
         self.pins = 0
-        self.mappers: dict[int, int] = {}
+
+    @property
+    def refs(self) -> array[int]:
+        """The references of its pages."""
+        return self.grant.refs[self.page : self.page + self.count]
+
+    @property
+    def mapped_by(self) -> tuple[int, ...]:
+        """The domids that map it: none but that of the grant can."""
+        return (self.grant.domid,) if self.pins else ()
+
+    def part(self, page: int, count: int) -> Self:
+        """Make another span for some of its pages, to which the same has happened."""
+        part = type(self)(self.grant)
+        part.page = page
+        part.count = count
+        part.ending = self.ending
+        part.pins = self.pins
+        return part
 
 
 class Usage(NamedTuple):
@@ -79,7 +121,7 @@ class Usage(NamedTuple):
     capacity: int
 
 
-class GrantTable(Generic[Frame]):
+class GrantTable(Generic[AnySpan]):
     """Keep the grants of one domain.
 
     Args:
@@ -88,6 +130,11 @@ class GrantTable(Generic[Frame]):
         oldest_first: give out the reference that has been free for longest. Linux gives out the one freed last,
             which lets a slow peer map a stranger's page by an old number.
         refuse_while_ending: refuse new maps of a grant that its owner has ended.
+
+    Attributes:
+        live: the number of references in use.
+        on_idle: is told the spans that have lost their last mapping.
+        on_split: is told a span that was split, and the new one for a part of it.
     """
 
     def __init__(
@@ -99,121 +146,210 @@ class GrantTable(Generic[Frame]):
         refuse_while_ending: bool = True,
     ) -> None:
         self.owner = owner
-        self.on_idle: Callable[[list[tuple[int, Frame]]], None] | None = None  # these entries lost their last mapping
+        self.live = 0
+        self.on_idle: Callable[[list[AnySpan]], None] | None = None
+        self.on_split: Callable[[AnySpan, AnySpan], None] | None = None
         self._max_frames = max_frames
         self._oldest_first = oldest_first
         self._refuse_while_ending = refuse_while_ending
         self._frames = 1
         self._free = References(range(RESERVED_REFS, V1_ENTRIES_PER_FRAME))
-        self._entries: dict[int, Entry[Frame]] = {}
+        self._slots: list[AnySpan | None] = [None] * V1_ENTRIES_PER_FRAME
+        self._pages = array("I", bytes(4 * V1_ENTRIES_PER_FRAME))
 
-    def permit(self, domid: int, frames: Sequence[Frame], *, readonly: bool) -> list[int]:
-        """Grant each of `frames` to `domid` and return the references, or grant none. Any domid is accepted.
+    def permit(self, span: AnySpan, count: int) -> None:
+        """Grant `count` pages more of a new span, after those that it has, or grant none. Any domid will do.
 
         Raises:
             TableFull: the table is at its maximum.
         """
+        refs = self._take(count)
+        page, grant, pages = span.count, span.grant, self._pages
+        first = refs[0]
+        if grant.in_a_row and page and grant.refs[-1] + 1 != first:
+            grant.in_a_row = False
+        grant.refs.extend(refs)
+        span.count += count
+        if count == 1:
+            pages[first] = page
+        elif refs == list(range(first, first + count)):
+            pages[first : first + count] = array("I", range(page, page + count))
+        else:
+            grant.in_a_row = False
+            for at, ref in enumerate(refs, page):
+                pages[ref] = at
+        self._put(span, page, count, span)
+        self.live += count
+
+    def _take(self, count: int) -> list[int]:
         take = self._free.take_oldest if self._oldest_first else self._free.take_newest
-        refs = take(len(frames))
-        while len(refs) < len(frames):
+        refs = take(count)
+        while len(refs) < count:
             try:
                 self._grow()
             except TableFull:
                 self._free.extend(refs)
                 raise
-            refs += take(len(frames) - len(refs))
-        self._entries.update(zip(refs, [Entry(domid, frame, readonly) for frame in frames], strict=True))
+            refs += take(count - len(refs))
         return refs
 
-    def end(self, refs: Iterable[int], *, busy: bool = False) -> list[int]:
-        """Take grants back, and return those that stay: a domain maps them, or they are `busy`. Call again later."""
-        kept: list[int] = []
-        freed: list[int] = []
-        for ref in refs:
-            entry = self._entries[ref]
-            if entry.pins or busy:
-                entry.ending = True
-                kept.append(ref)
-            else:
-                del self._entries[ref]
-                freed.append(ref)
-        self._free.extend(freed)
-        if not self._entries:
-            self._entries.clear()  # gives the memory of very many back
-        return kept
+    def _put(self, those: AnySpan, page: int, count: int, span: AnySpan | None) -> None:
+        """Let the references of these pages, which are among `those`, belong to a span, or to none."""
+        grant, slots = those.grant, self._slots
+        if grant.in_a_row:
+            first = grant.refs[page]
+            slots[first : first + count] = [span] * count
+        else:
+            for ref in grant.refs[page : page + count]:
+                slots[ref] = span
 
-    def look(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
-        """Find the entry that `mapper`, the domid by which Xen knows the caller, would map.
+    def end(self, span: AnySpan, *, busy: bool = False) -> bool:
+        """Take a span's grants back. False: they stay, as a domain maps them, or they are `busy`. Call again later."""
+        if span.pins or busy:
+            span.ending = True
+            return False
+        self._put(span, span.page, span.count, None)
+        self._free.extend(span.refs)
+        self.live -= span.count
+        return True
+
+    def look(self, ref: int, mapper: int, *, writable: bool) -> AnySpan:
+        """Find the span of which `mapper`, the domid by which Xen knows the caller, would map a page.
 
         Raises:
             MapRefused: with Xen's status and the reason.
         """
-        if ref >= self._frames * V1_ENTRIES_PER_FRAME:
+        if ref >= len(self._slots):
             raise MapRefused(BAD_GNTREF, f"reference {ref} is beyond domain {self.owner}'s grant table")
-        entry = self._entries.get(ref)
-        if entry is None:
+        span = self._slots[ref]
+        if span is None:
             raise MapRefused(GENERAL_ERROR, f"domain {self.owner} grants nothing under reference {ref}")
-        if entry.domid != mapper:
+        grant = span.grant
+        if grant.domid != mapper:
             why = f"reference {ref} of domain {self.owner} is not granted to domain {mapper}"
             raise MapRefused(GENERAL_ERROR, why)
-        if writable and entry.readonly:
+        if writable and grant.readonly:
             why = f"reference {ref} of domain {self.owner} is granted read-only, and a writable map was asked for"
             raise MapRefused(GENERAL_ERROR, why)
-        if entry.ending and self._refuse_while_ending:
+        if span.ending and self._refuse_while_ending:
             why = f"domain {self.owner} has ended grant {ref}; it only waits for the domains that still map it"
             raise MapRefused(GENERAL_ERROR, why)
-        if entry.pins >= MAX_PINS:
-            raise MapRefused(GENERAL_ERROR, f"reference {ref} is mapped {entry.pins} times already")
-        return entry
+        if span.pins >= MAX_PINS:
+            raise MapRefused(GENERAL_ERROR, f"reference {ref} is mapped {span.pins} times already")
+        return span
 
-    def map(self, ref: int, mapper: int, *, writable: bool) -> Entry[Frame]:
-        """Map a reference for `mapper`.
+    def page_of(self, ref: int) -> int:
+        """Give the number of a reference's page within its grant."""
+        return self._pages[ref]
 
-        Raises:
-            MapRefused: as `look`.
-        """
-        entry = self.look(ref, mapper, writable=writable)
-        entry.pins += 1
-        entry.mappers[mapper] = entry.mappers.get(mapper, 0) + 1
-        return entry
+    def map(self, grant: Grant[Any], page: int, count: int) -> None:
+        """Map pages that `look` has found, all of one span."""
+        for span in self.isolate(grant, page, count):
+            assert span is not None
+            span.pins += 1
 
-    def unmap(self, ref: int, mapper: int) -> bool:
-        """Undo one `map` of `mapper`. True: it was the last of all, and the caller tells `on_idle` of it."""
-        entry = self._entries[ref]
-        entry.pins -= 1
-        entry.mappers[mapper] -= 1
-        if entry.mappers[mapper] < 0:
-            raise BooksWrong(f"domain {mapper} has unmapped reference {ref} of domain {self.owner} too often")
-        if not entry.mappers[mapper]:
-            del entry.mappers[mapper]
-        return not entry.pins
+    def unmap(self, grant: Grant[Any], page: int, count: int) -> list[AnySpan]:
+        """Undo one `map`. Return the spans that have lost their last mapping; the caller tells `on_idle` of them."""
+        idle = []
+        for span in self.isolate(grant, page, count):
+            assert span is not None
+            span.pins -= 1
+            if span.pins < 0:
+                ref = span.grant.refs[span.page]
+                raise BooksWrong(f"domain {grant.domid} has unmapped reference {ref} of domain {self.owner} too often")
+            if not span.pins:
+                idle.append(span)
+        return idle
 
     def is_mapped(self, ref: int) -> bool:
         """Say whether any domain maps the reference now."""
-        entry = self._entries.get(ref)
-        return entry is not None and entry.pins > 0
+        span = self._slots[ref]
+        return span is not None and span.pins > 0
 
     def readonly(self, ref: int) -> bool:
         """Say whether a live grant gives its peer no right to write."""
-        return self._entries[ref].readonly
+        span = self._slots[ref]
+        assert span is not None
+        return bool(span.grant.readonly)
 
     def mapped_by(self, ref: int) -> tuple[int, ...]:
         """List the domids that map the reference now, in order."""
-        entry = self._entries.get(ref)
-        return tuple(sorted(entry.mappers)) if entry else ()
+        span = self._slots[ref] if ref < len(self._slots) else None
+        return span.mapped_by if span is not None else ()
 
-    @property
-    def live(self) -> int:
-        """The number of references in use."""
-        return len(self._entries)
+    # Spans.
+
+    def spans(self, grant: Grant[Any], page: int, count: int) -> Iterator[AnySpan | None]:
+        """Give the spans of these pages of a grant, in order; None for a page that was taken back.
+
+        The first and the last may have other pages too.
+        """
+        slots, refs = self._slots, grant.refs
+        end = page + count
+        while page < end:
+            span = slots[refs[page]]
+            if span is None or span.grant is not grant:
+                page += 1
+                yield None
+            else:
+                page = span.page + span.count
+                yield span
+
+    def isolate(self, grant: Grant[Any], page: int, count: int, most: int = 1 << 32) -> Iterator[AnySpan | None]:
+        """Give the spans of just these pages, of at most `most` pages each. Those that have others too are split.
+
+        None stands for a page that was taken back. What is done with a span may end it.
+        """
+        slots, refs = self._slots, grant.refs
+        end = page + count
+        while page < end:
+            span = slots[refs[page]]
+            if span is None or span.grant is not grant:
+                page += 1
+                yield None
+                continue
+            last = min(end, page + most)
+            if span.page < page:
+                self.split(span, page)
+                span = slots[refs[page]]
+                assert span is not None
+            if span.page + span.count > last:
+                self.split(span, last)
+                span = slots[refs[page]]
+                assert span is not None
+            page = span.page + span.count
+            yield span
+
+    def split(self, span: AnySpan, page: int) -> None:
+        """Split a span before a page of its grant. The smaller part becomes the new span, as its slots are changed."""
+        before, after = page - span.page, span.page + span.count - page
+        if before <= after:
+            part = span.part(span.page, before)
+            span.page = page
+        else:
+            part = span.part(page, after)
+        span.count -= part.count
+        self._put(part, part.page, part.count, part)
+        if self.on_split is not None:
+            self.on_split(span, part)
+
+    def each(self) -> Iterator[tuple[int, AnySpan]]:
+        """Give every reference in use, with its span. They may change meanwhile."""
+        for ref, there in enumerate(list(self._slots)):
+            if there is not None:
+                span = self._slots[ref]
+                if span is not None:
+                    yield ref, span
 
     def usage(self) -> Usage:
         """Count the references in use, those free without growing, and all that are possible."""
-        return Usage(len(self._entries), len(self._free), self._max_frames * V1_ENTRIES_PER_FRAME - RESERVED_REFS)
+        return Usage(self.live, len(self._free), self._max_frames * V1_ENTRIES_PER_FRAME - RESERVED_REFS)
 
     def _grow(self) -> None:
         if self._frames >= self._max_frames:
             raise TableFull
         first = self._frames * V1_ENTRIES_PER_FRAME
         self._free.extend(range(first, first + V1_ENTRIES_PER_FRAME))
+        self._slots += [None] * V1_ENTRIES_PER_FRAME
+        self._pages.extend([0] * V1_ENTRIES_PER_FRAME)
         self._frames += 1

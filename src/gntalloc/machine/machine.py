@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gntalloc.abi.grants import MAX_FRAMES
 from gntalloc.drivers.behaviour import LINUX, OURS, Behaviour
-from gntalloc.drivers.chardev import Driver, File, Frame, Loan, Plan, Record
+from gntalloc.drivers.chardev import Driver, File, Loan, Plan, Record
 from gntalloc.drivers.evtchn import EvtchnDriver
 from gntalloc.drivers.gntalloc import DEFAULT_LIMIT, GntallocDriver
 from gntalloc.drivers.gntdev import GntdevDriver
@@ -28,6 +28,7 @@ from gntalloc.xenstore.daemon.server import Daemon as Store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gntalloc.drivers.grefs import Pages
     from gntalloc.steps import Steps
 
 __all__ = ["BEHAVIOURS", "Guest", "Machine"]
@@ -58,7 +59,7 @@ class Guest:
         self,
         domid: int,
         uid: int,
-        table: GrantTable[Frame],
+        table: GrantTable[Pages],
         ports: DisturbedPorts,
         *,
         gntalloc: GntallocDriver,
@@ -101,7 +102,7 @@ class Machine:
         self.descriptors = descriptors_of_this_process()
         self.guests: dict[int, Guest] = {}
         self.store = Store(by_number=behaviour.permissions_by_number)
-        self._hypervisor: Hypervisor[Frame] = Hypervisor()
+        self._hypervisor: Hypervisor[Pages] = Hypervisor()
         self._event_channels = EventChannels()
         self.later: Callable[[int, Steps[None]], None] = lambda _domid, work: finish_steps(work)
         """Begins work of a domain's that may take long: see `gntalloc.steps.Later`."""
@@ -117,7 +118,7 @@ class Machine:
         Raises:
             GntallocError: EEXIST: there is one of that number, or no domain may have that number.
         """
-        table: GrantTable[Frame] = GrantTable(
+        table: GrantTable[Pages] = GrantTable(
             domid,
             max_frames=self._table_frames,
             oldest_first=self._behaviour.oldest_reference_first,

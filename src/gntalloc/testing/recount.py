@@ -2,14 +2,15 @@
 
 For a machine in this process (`gntalloc.machine.machine.Machine`), between two calls, after it has settled. What is
 never written down twice cannot be wrong; this is about all that is: users of pages, units of the limit, references,
-mappings of them, memory, descriptions of it, ports and who refers to them.
+mappings of them, memory, descriptions of it, ports and who refers to them. Pages are counted one by one, however the
+books keep them together.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gntalloc.abi.grants import RESERVED_REFS, V1_ENTRIES_PER_FRAME
 from gntalloc.drivers.gntdev import Entry
@@ -21,12 +22,12 @@ from gntalloc.maps import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gntalloc.drivers.chardev import Extent, File, Frame, Record
+    from gntalloc.drivers.chardev import Extent, File, Record
     from gntalloc.drivers.evtchn import EvtchnDriver
-    from gntalloc.drivers.grefs import Gref
+    from gntalloc.drivers.grefs import Alloc, Pages
     from gntalloc.drivers.notify import Promise
     from gntalloc.drivers.pages import GrantedPages
-    from gntalloc.hypervisor.grants import GrantTable
+    from gntalloc.hypervisor.grants import Grant
     from gntalloc.machine.machine import Guest, Machine
 
 __all__ = ["recount"]
@@ -56,8 +57,12 @@ class _Census:
         owners = [extent.changed.__self__ for extent in listened_to]
         there = [guest.gntalloc._pages for guest in machine.guests.values()] + owners
         self.domains: list[GrantedPages] = list(dict.fromkeys(there))
-        self.grefs: list[Gref] = [gref for pages in self.domains for gref in pages.grefs]
-        self.pages: Counter[Extent] = Counter(gref.frame.extent for gref in self.grefs)
+        self.pages: dict[tuple[Alloc, int], tuple[int, Pages]] = {
+            (span.grant, pages._table.page_of(ref)): (ref, span)
+            for pages in self.domains
+            for ref, span in pages._table.each()
+        }
+        self.extents: Counter[Extent] = Counter(alloc.memory for alloc, _ in self.pages)
         self.records: dict[Record, None] = {}
         self.files: dict[File, None] = {}
         for file in self._find_files():
@@ -68,9 +73,9 @@ class _Census:
     def _find_files(self) -> Iterator[File]:
         for guest in self.machine.guests.values():
             yield from guest.files
-        for gref in self.grefs:
-            yield gref.file
-        for extent in self.pages:  # closed, and alive by what is mapped of it
+        for alloc, _ in self.pages:
+            yield alloc.file
+        for extent in self.extents:  # closed, and alive by what is mapped of it
             yield from (loan.holder.file for loan in extent.loans)
 
     def _find_entries(self) -> Iterator[Entry]:
@@ -94,40 +99,47 @@ class _Census:
 
     def _users(self) -> Iterator[str]:
         """Compare a page's users with the file's list and each live mmap. A page without users lingers."""
-        mapped = Counter(gref for record in self.records if isinstance(record.payload, list) for gref in record.payload)
-        for gref in self.grefs:
-            name = f"page {gref.ref} of pid {gref.file.opener}"
-            state = gref.file.state
+        payloads = [record.payload for record in self.records if isinstance(record.payload, list)]
+        mapped = Counter(
+            (alloc, page)
+            for ranges in payloads
+            for alloc, first, count in ranges
+            for page in range(first, first + count)
+        )
+        for (alloc, page), (ref, span) in self.pages.items():
+            name = f"page {ref} of pid {alloc.file.opener}"
+            yield from _differ(f"users of {name}", span.users, span.listed + mapped[alloc, page])
+            yield from _differ(f"the reference of {name}", alloc.refs[page], ref)
+            yield from _differ(f"{name} is in its span", span.page <= page < span.page + span.count, True)
+            state = alloc.file.state
             assert isinstance(state, GntallocState)
-            listed = state.grefs.get(gref.index) is gref
-            yield from _differ(f"users of {name}", gref.users, listed + mapped[gref])
-            yield from _differ(f"off the list: {name}", state.released.get(gref.index) is gref, not listed)
-        known = set(self.grefs)
+            yield from _differ(f"{name} is found by its index", state.allocs.get(alloc.index) is alloc, True)
+        allocs = {alloc for alloc, _ in self.pages}
         for file in self.files:
             if isinstance(file.state, GntallocState):
-                theirs = {*file.state.grefs.values(), *file.state.released.values()}
-                yield from _differ("pages of a file that are none of the driver's", len(theirs - known), 0)
+                theirs = set(file.state.allocs.values())
+                yield from _differ("ALLOCs of a file of which no page is left", len(theirs - allocs), 0)
 
     def _memory(self) -> Iterator[str]:
-        """Compare an extent's pages with those of its grefs, and the machine's memory with its extents."""
+        """Compare an extent's pages with those that are granted, and the machine's memory with its extents."""
         frames = self.machine.frames
-        yield from _differ("extents", frames.extents, len(self.pages))
-        yield from _differ("pages of memory", frames.pages, sum(extent.pages for extent in self.pages))
-        for extent, pages in self.pages.items():
+        yield from _differ("extents", frames.extents, len(self.extents))
+        yield from _differ("pages of memory", frames.pages, sum(extent.pages for extent in self.extents))
+        for extent, pages in self.extents.items():
             yield from _differ("pages in use of an extent", extent.in_use, pages)
             size = (extent.first + extent.pages) * PAGE_SIZE
             yield from _differ("bytes of an extent", os.fstat(extent.master).st_size, size)
 
     def _descriptions(self) -> Iterator[str]:
         """Compare loans with their extents, with the mmaps they were made for, and with the listeners for their end."""
-        loans = [loan for extent in self.pages for loan in extent.loans]
+        loans = [loan for extent in self.extents for loan in extent.loans]
         theirs = [loan for record in self.records for loan in record.loans]
         yield from _differ("loans of mmaps that no extent has", len(set(theirs) - set(loans)), 0)
         yield from _differ("loans of extents that no mmap has", len(set(loans) - set(theirs)), 0)
         yield from _differ("mmaps without a loan", sum(not record.loans for record in self.records), 0)
         frames = self.machine.frames
         planned, watches = {*frames._planned, *frames._unheard, *frames._unsolved}, frames._watches
-        for extent in self.pages:
+        for extent in self.extents:
             sides = Counter(loan.granters for loan in extent.loans)
             yield from _differ("live loans of an extent", extent.live, [sides[False], sides[True]])
             heard = extent in planned or watches.get(extent.watch) is extent
@@ -139,17 +151,15 @@ class _Census:
     def _mappings(self) -> Iterator[str]:
         """Compare the pins of grants with their handles, and a domain's handles with the pages that it maps."""
         handles = [handle for entry in self.entries for handle in entry.handles]
-        of_mapper = Counter(handle.mapper for handle in handles)
+        of_mapper: Counter[int] = Counter()
+        pins: Counter[tuple[Grant[Any], int]] = Counter()
+        for _, grant, first, count in handles:
+            of_mapper[grant.domid] += count
+            pins.update((grant, page) for page in range(first, first + count))
         there = self.machine._hypervisor._handles
         yield from _differ("handles of each domain", {key: n for key, n in there.items() if n}, dict(of_mapper))
-        pins: dict[GrantTable[Frame], Counter[tuple[int, int]]] = {pages._table: Counter() for pages in self.domains}
-        for handle in handles:
-            pins[handle.table][handle.ref, handle.mapper] += 1
-        for table, pinned in pins.items():
-            said = {(ref, who): n for ref, entry in table._entries.items() for who, n in entry.mappers.items()}
-            yield from _differ(f"who maps what of domain {table.owner}", said, dict(pinned))
-            sums = {ref: sum(entry.mappers.values()) for ref, entry in table._entries.items()}
-            yield from _differ(f"pins of domain {table.owner}", {r: e.pins for r, e in table._entries.items()}, sums)
+        said = {key: span.pins for key, (_, span) in self.pages.items() if span.pins}
+        yield from _differ("the pins of pages", said, dict(pins))
 
     def _noted(self, guest: Guest) -> Iterator[str]:
         """Compare the references noted by MAP_GRANT_REF with the entries that files list."""
@@ -178,7 +188,8 @@ class _Census:
                 yield from _differ(f"the other end of port {number}", ends, (port.state, guest.domid, number))
 
     def _promises(self, ports: EvtchnDriver) -> Iterator[Promise]:
-        promises = [gref.promise for gref in self.grefs if gref.users] + [entry.promise for entry in self.entries]
+        spans = dict.fromkeys(span for _, span in self.pages.values() if span.users)
+        promises = [span.promise for span in spans] + [entry.promise for entry in self.entries]
         for promise in promises:
             if promise is not None and promise._ports is ports and promise._port is not None:
                 yield promise
@@ -186,19 +197,25 @@ class _Census:
 
 def _limit(pages: GrantedPages) -> Iterator[str]:
     """Every page that is there counts, or every page that somebody uses."""
-    counted = [gref for gref in pages.grefs if gref.users or pages._behaviour.count_held_pages]
-    yield from _differ(f"pages in use of domain {pages._table.owner}", pages.in_use, len(counted))
-    lingering = {gref for grefs in pages.lingering.values() for gref in grefs.values()}
-    yield from _differ("lingering pages", lingering, {gref for gref in pages.grefs if not gref.users})
+    there = [span for _, span in pages._table.each()]
+    name = f"domain {pages._table.owner}"
+    counted = [span for span in there if span.users or pages._behaviour.count_held_pages]
+    yield from _differ(f"pages in use of {name}", pages.in_use, len(counted))
+    yield from _differ(f"pages of {name}", pages.count, len(there))
+    lingering = [(extent, span) for extent, spans in pages.lingering.items() for span in spans]
+    due = {(span.grant.memory, span) for span in there if not span.users}
+    yield from _differ("lingering pages", set(lingering), due)
+    for span, count in Counter(there).items():
+        yield from _differ("pages of a span", span.count, count)
+        yield from _differ("a page without users is ending", span.ending, not span.users)
 
 
 def _references(pages: GrantedPages) -> Iterator[str]:
-    """Each page has an entry of the table, each other reference is free, once."""
+    """Each reference is a page's, or is free, once."""
     table = pages._table
-    said = {ref: (entry.frame, entry.domid, entry.readonly, entry.ending) for ref, entry in table._entries.items()}
-    due = {gref.ref: (gref.frame, gref.domid, gref.readonly, not gref.users) for gref in pages.grefs}
-    yield from _differ(f"grants of domain {table.owner}", said, due)
-    numbers = sorted([*table._free, *table._entries])
+    used = [ref for ref, _ in table.each()]
+    yield from _differ(f"references in use of domain {table.owner}", table.live, len(used))
+    numbers = sorted([*table._free, *used])
     every = range(RESERVED_REFS, table._frames * V1_ENTRIES_PER_FRAME)
     yield from _differ(f"references of domain {table.owner}, each once", numbers == list(every), True)
 
