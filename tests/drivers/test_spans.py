@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import tracemalloc
+from struct import pack
+from types import GeneratorType
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_program import Program, refused
+from fake_program import ADDRESS, DEALLOC, Program, refused
 from notifying import BYTE, set_notify
 
 from gntalloc.frames import Frames
@@ -15,6 +17,7 @@ from gntalloc.holders import Extent
 from gntalloc.machine.machine import Machine as Core
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.testing import recount
+from gntalloc.wire.memory import MessageCaller, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,3 +129,38 @@ def test_references_out_of_order_are_kept_as_well(core: Core) -> None:
     recount(core)
     theirs.unmap()
     mapped.unmap()
+
+
+def test_pages_taken_apart_one_by_one_are_dealt_with_in_steps() -> None:
+    """A program may have each page go its own way. No call of it keeps others waiting for all of them."""
+    pages = 2000
+    core = Core(limit=2 * pages)
+    for domid in (1, 2):
+        core.create(domid, uid=0)
+    program, peer = Program(core, 1, "gntalloc"), Program(core, 2, "gntdev")
+    granted = program.alloc(2, pages)
+    backwards = granted.refs[::-1]
+    index = peer.map_refs(1, backwards)
+    least = pages // 64 - 1
+
+    def steps_of(work: object) -> int:
+        assert isinstance(work, GeneratorType)
+        return sum(1 for _ in work)
+
+    assert steps_of(peer.file.begin_mmap(index, pages * PAGE_SIZE, prot=3, shared=True)) >= least
+    assert len(spans(program)) == pages
+    assert steps_of(program.file.begin_mmap(granted.at, pages * PAGE_SIZE, prot=3, shared=True)) >= 2 * least
+    chores: list[Steps[None]] = []
+    core.later = lambda _domid, work: chores.append(work)
+    argument = MessageCaller([Region(ADDRESS, bytearray(pack("=QII", granted.at, pages, 0)), writable=False)])
+    assert steps_of(program.file.begin_ioctl(DEALLOC, ADDRESS, argument)) >= least
+    assert sum(1 for chore in chores for _ in chore) >= least
+    for file in (peer.file, program.file):
+        for record in list(file.records):  # as no description was made for them, they end here
+            file.unmapped(record)
+    peer.close()
+    assert sum(1 for chore in chores for _ in chore) >= 2 * least
+    program.close()
+    core.settle()
+    assert (program.references(), core.frames.extents) == (0, 0)
+    core.frames.close()

@@ -128,7 +128,7 @@ def test_one_map_takes_what_follows_in_one_span() -> None:
     assert hypervisor.map(2, 1, [refs[1], refs[2], refs[4]], writable=True)[2:] == (1, 2)
     assert [span.pins for _, span in table.each()] == [0, 1, 1, 0, 0, 0]
     assert hypervisor.map(2, 1, refs, writable=True)[2:] == (0, 1)  # the others have gone their own way
-    assert hypervisor.map(2, 1, [refs[2], refs[1]], writable=True)[2:] == (2, 1)
+    assert hypervisor.map(2, 1, [refs[0], refs[2], refs[1]], 1, writable=True)[2:] == (2, 1)
     assert [span.pins for _, span in table.each()] == [1, 1, 2, 0, 0, 0]
 
 

@@ -4,6 +4,7 @@ chardev    the part that every device file shares
 gntalloc   allocate pages, grant them, take them back: the heart
 pages      count the users of granted pages, and end a page with its last user, for gntalloc
 grefs      keep granted pages, those of one ALLOC together, for gntalloc
+refusals   say why gntalloc refuses a call
 gntdev     map what others granted
 indexes    choose the index of a map, as Linux does
 copy       copy from and to granted pages

@@ -28,18 +28,18 @@ from gntalloc.abi.gntalloc import (
     DeallocGref,
     UnmapNotify,
 )
-from gntalloc.abi.grants import DOMID_FIRST_RESERVED
 from gntalloc.drivers.behaviour import OURS, Behaviour
 from gntalloc.drivers.chardev import Caller, Extent, File, Frames, Piece, Plan, Record, Serve
 from gntalloc.drivers.grefs import Alloc, FileState, GrantInfo, Pages, Range
 from gntalloc.drivers.notify import PortReferences, Promise, check_action
 from gntalloc.drivers.pages import AT_ONCE, GrantedPages
 from gntalloc.drivers.placing import note_placed
+from gntalloc.drivers.refusals import asked_for, check_sense, not_there, why_not
 from gntalloc.drivers.releases import is_held
 from gntalloc.errors import DeviceError
 from gntalloc.hypervisor.grants import GrantTable, TableFull
 from gntalloc.maps import PAGE_SIZE
-from gntalloc.steps import PAGES_A_STEP, Later, Steps, finish
+from gntalloc.steps import PAGES_A_STEP, Later, Steps, finish, finish_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +152,7 @@ class GntallocDriver:
         """
         state = _state(file)
         if self._behaviour.strict:
-            _check_sense(asked, self._table.owner)
+            check_sense(asked, self._table.owner)
         self._check_limit(asked.count)
         if asked.count > AT_ONCE:
             return self._allocate_in_steps(file, asked)
@@ -265,64 +265,61 @@ class GntallocDriver:
         if count > self.limit:
             raise DeviceError(
                 errno.ENOSPC,
-                f"{_asked_for(count)}, and the domain's limit is {self.limit} at once; raise the limit",
+                f"{asked_for(count)}, and the domain's limit is {self.limit} at once; raise the limit",
             )
         if self._pages.in_use > self.limit - count:
             lingering = sum(span.count for spans in self._pages.lingering.values() for span in spans)
             held = f", {lingering} of them released here but still mapped by a peer" if lingering else ""
             raise DeviceError(
                 errno.ENOSPC,
-                f"{_asked_for(count)}, and {self._pages.in_use} of the domain's limit of {self.limit} are in use{held};"
+                f"{asked_for(count)}, and {self._pages.in_use} of the domain's limit of {self.limit} are in use{held};"
                 " free some, or raise the limit",
             )
 
     # DEALLOC_GREF: off the file's list. What is mapped lives on.
 
-    def _dealloc(self, file: File, address: int, caller: Caller) -> int:
+    def _dealloc(self, file: File, address: int, caller: Caller) -> int | Steps[int]:
         asked = DeallocGref.unpack_from(caller.read(address, DeallocGref.SIZE))
-        ranges = self._find(file, asked.index, asked.count)
-        if ranges is None:
+        steps = self._dealloc_in_steps(file, asked)
+        return steps if asked.count > AT_ONCE else finish_steps(steps)
+
+    def _dealloc_in_steps(self, file: File, asked: DeallocGref) -> Steps[int]:
+        ranges = yield from self._find(file, asked.index, asked.count)
+        if isinstance(ranges, int):
             what = f"{asked.count} pages at index {asked.index:#x} were to be freed"
-            raise DeviceError(errno.EINVAL, f"{what}, and {self._what_is_there(file, asked.index, asked.count)}")
+            raise DeviceError(errno.EINVAL, f"{what}, and {why_not(asked.index, asked.count, ranges)}")
         self._pages.drop(ranges)
         return 0
 
-    def _find(self, file: File, index: int, count: int) -> list[Range] | None:
-        """Find the pages of exactly this range, over as many ALLOCs as it takes. None: one is not there."""
-        ranges = list(_state(file).ranges(index, count)) if 0 < count <= self._pages.count else []
-        if sum([each.pages for each in ranges]) != count or not ranges:
-            return None
+    def _find(self, file: File, index: int, count: int) -> Steps[list[Range] | int]:
+        """Find the pages of exactly this range, over as many ALLOCs as it takes. Else: the first index not there."""
+        if not count:
+            return index
+        at = index
+        ranges: list[Range] = []
+        for each in _state(file).ranges(index, count):
+            if each.alloc.index + each.page * PAGE_SIZE != at:
+                break
+            ranges.append(each)
+            at += each.pages * PAGE_SIZE
+        number = 0
         for alloc, page, pages in ranges:
             for span in self._table.spans(alloc, page, pages):
                 if span is None or not span.listed:
-                    return None
-        return ranges
-
-    def _what_is_there(self, file: File, index: int, count: int) -> str:
-        if not count:
-            return "no pages is never a range"
-        if index % PAGE_SIZE:
-            return f"an index is a multiple of {PAGE_SIZE}"
-        at = index
-        for alloc, page, pages in _state(file).ranges(index, count):
-            if alloc.index + page * PAGE_SIZE != at:
-                break
-            for span in self._table.spans(alloc, page, pages):
-                if span is None or not span.listed:
-                    break
+                    return alloc.index + page * PAGE_SIZE
                 page = span.page + span.count  # noqa: PLW2901  the first one that was not looked at
-            at = alloc.index + page * PAGE_SIZE
-            if page < pages:
-                break
-        return f"this file has no page at index {at:#x}: never allocated here, or freed already"
+                number += 1
+                if number % PAGES_A_STEP == 0:
+                    yield
+        return ranges if ranges and at == index + count * PAGE_SIZE else at
 
     # SET_UNMAP_NOTIFY: one promise a page, the last one made.
 
     def _set_notify(self, file: File, address: int, caller: Caller) -> int:
         asked = UnmapNotify.unpack_from(caller.read(address, UnmapNotify.SIZE))
         byte = asked.index % PAGE_SIZE
-        found = self._find(file, asked.index - byte, 1)
-        if found is None:
+        found = finish_steps(self._find(file, asked.index - byte, 1))
+        if isinstance(found, int):
             why = f"this file has no page at index {asked.index - byte:#x}: never allocated here, or freed already"
             raise DeviceError(errno.ENOENT, why)
         check_action(asked.action)
@@ -352,11 +349,14 @@ class GntallocDriver:
             mode = file.flags & os.O_ACCMODE
             what = "a file opened O_RDONLY" if mode == os.O_RDONLY else "a private map"
             raise DeviceError(errno.EINVAL, f"granted pages are shared: {what} cannot map them; use O_RDWR, MAP_SHARED")
+        steps = self._map_in_steps(file, offset, length, writable=writable)
+        return steps if length > AT_ONCE * PAGE_SIZE else finish_steps(steps)
+
+    def _map_in_steps(self, file: File, offset: int, length: int, *, writable: bool) -> Steps[Plan]:
         count = length // PAGE_SIZE
-        ranges = self._find(file, offset, count)
-        if ranges is None:
-            what = f"{count} pages at index {offset:#x} were to be mapped"
-            raise DeviceError(errno.ENOENT, f"{what}, and {self._what_is_there(file, offset, count)}")
+        ranges = yield from self._find(file, offset, count)
+        if isinstance(ranges, int):
+            raise not_there(offset, count, ranges)
         sealed = any(alloc.memory.sealed for alloc, _, _ in ranges)
         if sealed and writable:
             raise DeviceError(
@@ -364,16 +364,24 @@ class GntallocDriver:
                 "a read-only grant that its peer has mapped is sealed against new writable maps, the granter's too; "
                 "map it before the peer does, and keep that map",
             )
-        record = Record(file, length, ranges)
-        readonly = False
-        pieces: list[Piece] = []
-        for alloc, page, pages in ranges:
-            readonly = readonly or alloc.readonly
-            pieces.append(Piece(alloc.memory, page, pages))
-            for span in self._table.isolate(alloc, page, pages):
-                assert span is not None
-                span.users += 1
-        return Plan(record, pieces, writable=not sealed, granters=True, locks=readonly and not sealed)
+        counted: list[Range] = []
+        try:
+            for alloc, page, pages in ranges:
+                for span in self._table.isolate(alloc, page, pages):
+                    if span is None or not span.listed:  # freed meanwhile
+                        raise not_there(offset, count, alloc.index)
+                    span.users += 1
+                    counted.append(Range(alloc, span.page, span.count))
+                    if len(counted) % PAGES_A_STEP == 0:
+                        yield
+        except BaseException:  # the program's end, too
+            self._pages.let_go_of_map(counted, unlist=False)
+            raise
+        pieces = [Piece(alloc.memory, page, pages) for alloc, page, pages in ranges]
+        readonly = any(alloc.readonly for alloc, _, _ in ranges)
+        return Plan(
+            Record(file, length, ranges), pieces, writable=not sealed, granters=True, locks=readonly and not sealed
+        )
 
     def unmapped(self, record: Record) -> None:
         """Count one user less for each page, as the last piece of this mmap is gone."""
@@ -428,29 +436,5 @@ class GntallocDriver:
             )
 
 
-def _check_sense(asked: AllocGref, owner: int) -> None:
-    """Refuse an ALLOC that Linux lets pass and that no program can have meant.
-
-    Raises:
-        DeviceError: EINVAL: it is such a one.
-    """
-    if not asked.count:
-        raise DeviceError(errno.EINVAL, "no pages were asked for; this machine is strict, so ask for one at least")
-    if asked.flags & ~FLAG_WRITABLE:
-        what = f"flags {asked.flags:#x} have more than writable ({FLAG_WRITABLE})"
-        raise DeviceError(errno.EINVAL, f"{what}, and this machine is strict; leave the others 0")
-    if asked.domid == owner or asked.domid >= DOMID_FIRST_RESERVED:
-        what = "one's own" if asked.domid == owner else "no domain's"
-        raise DeviceError(
-            errno.EINVAL,
-            f"domid {asked.domid} is {what} number, and this machine is strict; grant to another domain, from 0 to "
-            f"{DOMID_FIRST_RESERVED - 1}",
-        )
-
-
 def _state(file: File) -> FileState:
     return cast("FileState", file.state)
-
-
-def _asked_for(count: int) -> str:
-    return "1 page was asked for" if count == 1 else f"{count} pages were asked for"

@@ -218,7 +218,7 @@ class GntdevDriver:
             for domid, refs in _by_domain(entry.refs):
                 at = 0
                 while at < len(refs):
-                    handle = self._map_some(domid, refs[at:] if at else refs, writable=writable)
+                    handle = self._map_some(domid, refs, at, writable=writable)
                     handles.append(handle)
                     at += handle.pages
                     if len(handles) % _RUNS_A_STEP == 0:
@@ -235,10 +235,10 @@ class GntdevDriver:
         pieces = joined(Piece(grant.memory, page, count) for _, grant, page, count in handles)
         return Plan(entry.record, pieces, writable=writable, granters=False, locks=True)
 
-    def _map_some(self, domid: int, refs: Sequence[int], *, writable: bool) -> Handle[Pages]:
-        """Map the first of these references of a domain, and those that follow it in one span."""
+    def _map_some(self, domid: int, refs: Sequence[int], at: int, *, writable: bool) -> Handle[Pages]:
+        """Map the page of reference `refs[at]` of a domain, and those that follow it in one span."""
         try:
-            return self._hypervisor.map(self._domid, domid, refs, writable=writable)
+            return self._hypervisor.map(self._domid, domid, refs, at, writable=writable)
         except MapRefused as refusal:
             raise _Refused(errno.EINVAL, f"{refusal.why} ({STATUS_NAMES[refusal.status]})") from None
 
@@ -341,10 +341,8 @@ class GntdevDriver:
         for handle in handles:
             # Some of the pages may have gone their own way since.
             table, grant, page, count = handle
-            parts = [
-                handle._replace(page=part.page, pages=part.count) for part in table.spans(grant, page, count) if part
-            ]
-            for some in batches(parts):
+            parts = (span for span in table.spans(grant, page, count) if span is not None)
+            for some in batches(handle._replace(page=part.page, pages=part.count) for part in parts):
                 self._hypervisor.unmap(some)
                 yield
 

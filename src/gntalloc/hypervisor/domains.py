@@ -75,19 +75,18 @@ class Hypervisor(Generic[AnySpan]):
         table = self._tables.get(granter)
         return table is not None and mapper in table.mapped_by(ref)
 
-    def map(self, mapper: int, granter: int, refs: Sequence[int], *, writable: bool) -> Handle[AnySpan]:
-        """Map pages of `granter` for domain `mapper`: the first of `refs`, and those after it that follow in its span.
+    def map(self, mapper: int, granter: int, refs: Sequence[int], at: int = 0, *, writable: bool) -> Handle[AnySpan]:
+        """Map pages of `granter` for domain `mapper`: that of `refs[at]`, and those after it that follow in its span.
 
         Raises:
             MapRefused: with Xen's status and the reason.
         """
         table = self._may_map(mapper, granter)
-        first = refs[0]
+        first = refs[at]
         span, page = table.look(first, mapper, writable=writable), table.page_of(first)
         there = self._handles.get(mapper, 0)
-        count = min(len(refs), span.page + span.count - page, MAX_HANDLES - there)
-        if count > 1:
-            count = _common(refs, span.grant.refs, page, count)
+        most = min(len(refs) - at, span.page + span.count - page, MAX_HANDLES - there)
+        count = 1 if most == 1 else _common(refs, at, span.grant.refs, page, most)
         table.map(span.grant, page, count)
         self._handles[mapper] = there + count
         return Handle(table, span.grant, page, count)
@@ -113,11 +112,13 @@ class Hypervisor(Generic[AnySpan]):
         return table
 
 
-def _common(refs: Sequence[int], granted: Sequence[int], page: int, most: int) -> int:
-    """Count how many of `refs` are those granted from `page` on, up to `most`."""
-    if list(refs[:most]) == list(granted[page : page + most]):
-        return most
+def _common(refs: Sequence[int], at: int, granted: Sequence[int], page: int, most: int) -> int:
+    """Count how many of `refs`, from `at` on, are those granted from `page` on, up to `most`. It is one at least."""
     count = 1
-    while refs[count] == granted[page + count]:
+    more = 1
+    while more and refs[at + count : at + count + more] == granted[page + count : page + count + more]:
+        count += more
+        more = min(2 * more, most - count)
+    while count < most and refs[at + count] == granted[page + count]:
         count += 1
     return count
