@@ -207,7 +207,11 @@ class GntallocDriver:
         return Pages(Alloc(file, _state(file), index, extent, asked.domid, readonly, clock.now()))
 
     def _allocate_in_steps(self, file: File, asked: AllocGref) -> Steps[Allocated]:
-        """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between."""
+        """Allocate many pages. Nobody else can have their indexes, or their part of the limit, in between.
+
+        The pages are there all at once, at the end. Until then a program that guesses their index, or a reference,
+        finds nothing.
+        """
         state, pages = _state(file), self._pages
         index = state.next_index
         pages.take_descriptor()
@@ -223,9 +227,8 @@ class GntallocDriver:
                 first=index // PAGE_SIZE,
             )
             span = self._span_of(file, index, extent, asked)
-            state.add(span.grant)
             while len(span.grant.refs) < asked.count:
-                self._permit_some(span, asked.count)
+                self._reserve_some(span, asked.count)
                 yield
         except BaseException:  # the program's end, too
             made = len(span.grant.refs) if span is not None else 0
@@ -236,18 +239,20 @@ class GntallocDriver:
             else:
                 if made < asked.count:
                     pages.give_back(span.grant, made, asked.count - made)
-                pages.drop([Range(span.grant, 0, made)])
-            if self._behaviour.put_index_back and state.next_index == end and index not in state.allocs:
+                pages.give_up(span)
+            if self._behaviour.put_index_back and state.next_index == end:
                 state.next_index = index
             raise
+        self._table.grant(span)
+        state.add(span.grant)
         pages.check_books()
         return Allocated(index, span.grant.refs.tobytes())
 
-    def _permit_some(self, span: Pages, wanted: int) -> None:
-        """Grant the next pages of an ALLOC of `wanted` pages."""
+    def _reserve_some(self, span: Pages, wanted: int) -> None:
+        """Take references for the next pages of an ALLOC of `wanted` pages."""
         some = min(_PERMITTED_AT_ONCE, wanted - len(span.grant.refs))
         try:
-            self._table.permit(span, some)
+            self._table.reserve(span, some)
         except TableFull:
             raise self._no_references(wanted) from None
         self._pages.count += some

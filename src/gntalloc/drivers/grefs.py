@@ -1,12 +1,12 @@
 """Keep granted pages: those of one ALLOC, those with all in common, those of an open file; and what is told of a page.
 
-Indexes only ever grow in a file. So a file has a list of its ALLOCs by index that is added to at its end.
+Indexes only ever grow in a file. So a file's list of its ALLOCs by index is nearly always added to at its end.
 """
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from gntalloc.hypervisor.grants import Grant, Span
@@ -76,16 +76,18 @@ class FileState:
         self._firsts = array("Q")  # the indexes of ALLOCs, in order; some may be gone
 
     def add(self, alloc: Alloc) -> None:
-        """Add a new ALLOC. Its index is beyond all others'."""
+        """Add a new ALLOC. A large one may have taken so long that others with higher indexes are there already."""
         self.allocs[alloc.index] = alloc
         if len(self._firsts) > 2 * len(self.allocs) + _MANY:
-            self._firsts = array("Q", self.allocs)
+            self._firsts = array("Q", sorted(self.allocs))
         else:
-            self._firsts.append(alloc.index)
+            insort(self._firsts, alloc.index)
 
     def remove(self, alloc: Alloc) -> None:
         """Remove an ALLOC, as its last page is free. One that never was there is no error."""
-        self.allocs.pop(alloc.index, None)
+        if self.allocs.get(alloc.index) is not alloc:
+            return
+        del self.allocs[alloc.index]
         if self._firsts and self._firsts[-1] == alloc.index:  # the next one may have its index
             self._firsts.pop()
 

@@ -108,6 +108,21 @@ class GrantedPages:
             self.give_descriptor()
             alloc.state.remove(alloc)
 
+    def give_up(self, span: Pages) -> None:
+        """Undo what was made of an ALLOC that was never granted."""
+        self._later(self._give_up_in_steps(span))
+
+    def _give_up_in_steps(self, span: Pages) -> Steps[None]:
+        alloc = span.grant
+        for page in range(0, len(alloc.refs), _PAGES_A_STEP):
+            count = min(_PAGES_A_STEP, len(alloc.refs) - page)
+            self._table.free(span, page, count)
+            self.count -= count
+            self.in_use -= count
+            self.give_back(alloc, page, count)
+            self.check_books()
+            yield
+
     def drop(self, ranges: Sequence[Range]) -> None:
         """Take pages off their file's list; many of them in steps, before anything else of this domain is done.
 

@@ -158,18 +158,30 @@ class GrantTable(Generic[AnySpan]):
         self._pages = array("I", bytes(4 * V1_ENTRIES_PER_FRAME))
 
     def permit(self, span: AnySpan, count: int) -> None:
-        """Grant `count` pages more of a new span, after those that it has, or grant none. Any domid will do.
+        """Grant `count` pages with a new span, or grant none. Any domid will do.
+
+        Raises:
+            TableFull: the table is at its maximum.
+        """
+        self.reserve(span, count)
+        self.grant(span)
+
+    def grant(self, span: AnySpan) -> None:
+        """Grant the pages that references were reserved for, all at once."""
+        span.count = len(span.grant.refs)
+
+    def reserve(self, span: AnySpan, count: int) -> None:
+        """Take `count` references more for a new span, or none. Until `grant` they grant nothing: nobody may have them.
 
         Raises:
             TableFull: the table is at its maximum.
         """
         refs = self._take(count)
-        page, grant, pages = span.count, span.grant, self._pages
-        first = refs[0]
+        grant, pages = span.grant, self._pages
+        page, first = len(grant.refs), refs[0]
         if grant.in_a_row and page and grant.refs[-1] + 1 != first:
             grant.in_a_row = False
         grant.refs.extend(refs)
-        span.count += count
         if count == 1:
             pages[first] = page
         elif refs == list(range(first, first + count)):
@@ -180,6 +192,12 @@ class GrantTable(Generic[AnySpan]):
                 pages[ref] = at
         self._put(span, page, count, span)
         self.live += count
+
+    def free(self, span: AnySpan, page: int, count: int) -> None:
+        """Give references back: of pages of a span that nobody maps, or that was never granted."""
+        self._put(span, page, count, None)
+        self._free.extend(span.grant.refs[page : page + count])
+        self.live -= count
 
     def _take(self, count: int) -> list[int]:
         take = self._free.take_oldest if self._oldest_first else self._free.take_newest
@@ -208,9 +226,7 @@ class GrantTable(Generic[AnySpan]):
         if span.pins or busy:
             span.ending = True
             return False
-        self._put(span, span.page, span.count, None)
-        self._free.extend(span.refs)
-        self.live -= span.count
+        self.free(span, span.page, span.count)
         return True
 
     def look(self, ref: int, mapper: int, *, writable: bool) -> AnySpan:
@@ -222,7 +238,7 @@ class GrantTable(Generic[AnySpan]):
         if ref >= len(self._slots):
             raise MapRefused(BAD_GNTREF, f"reference {ref} is beyond domain {self.owner}'s grant table")
         span = self._slots[ref]
-        if span is None:
+        if span is None or not span.count:  # free, or reserved
             raise MapRefused(GENERAL_ERROR, f"domain {self.owner} grants nothing under reference {ref}")
         grant = span.grant
         if grant.domid != mapper:
@@ -334,11 +350,11 @@ class GrantTable(Generic[AnySpan]):
             self.on_split(span, part)
 
     def each(self) -> Iterator[tuple[int, AnySpan]]:
-        """Give every reference in use, with its span. They may change meanwhile."""
+        """Give every reference that grants a page, with its span. They may change meanwhile."""
         for ref, there in enumerate(list(self._slots)):
             if there is not None:
                 span = self._slots[ref]
-                if span is not None:
+                if span is not None and span.count:
                     yield ref, span
 
     def usage(self) -> Usage:
