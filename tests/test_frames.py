@@ -614,6 +614,18 @@ def test_a_watch_that_can_be_had_again_is_taken(
     bench.give_back(extent)
 
 
+def test_a_watch_that_the_kernel_took_away_is_made_again(bench: Bench, wait: Callable[[float], None]) -> None:
+    """So it goes where a watch is renewed just when another processor carries out the event that ends it."""
+    extent = bench.allocate()
+    mapping = bench.map(extent)
+    check(libc.inotify_rm_watch(bench.frames.fileno(), extent.watch))
+    bench.look()
+    look_for(bench, 200, wait)  # until nobody looks any more without an event
+    mapping.close()
+    assert bench.look() == ["peer"]
+    bench.give_back(extent)
+
+
 def test_very_many_without_a_watch_cost_little(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None]
 ) -> None:

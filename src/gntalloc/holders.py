@@ -54,6 +54,7 @@ Holder = TypeVar("Holder")
 _IN_CLOSE = 0x08 | 0x10
 _IN_ONESHOT = 0x80000000
 _IN_Q_OVERFLOW = 0x4000
+_IN_IGNORED = 0x8000
 _EVENT = struct.Struct("=iIII")
 _QUEUE_A_READ = 4096  # bytes of events; of much more the C library would map memory for each read
 # The most live loans of an extent: so many of its granter's, so many of its peers', and one more of each for each page.
@@ -263,6 +264,12 @@ class Loans(Generic[Holder]):
                 extent = self._watches.pop(watch)  # one event a watch, so that no program can flood the queue
                 extent.watch = -1
                 extent.unsolved = True
+                looks[extent] = 0
+            elif watch in self._watches and mask & _IN_IGNORED:
+                # It was renewed while the event that ended it was under way: the kernel gave the old one, and took it
+                # away then. The look makes another.
+                extent = self._watches.pop(watch)
+                extent.watch = -1
                 looks[extent] = 0
         began = clock.now() if rare else 0.0
         ended: list[Loan[Holder]] = []
