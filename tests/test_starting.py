@@ -24,6 +24,11 @@ HEAVY = {
     "secrets", "shutil", "sqlite3", "ssl", "statistics", "subprocess", "tempfile", "tkinter", "unittest",
     "urllib", "uuid", "xml", "zipfile",
 }  # fmt: skip
+# From Python 3.14 on a named tuple imports `ast`.
+NAMED_TUPLE = """
+class Pair(typing.NamedTuple):
+    first: "int"
+"""
 # What one part or the other uses for what it is for, and what the others have of Python's by way of these.
 MACHINE = {"json", "logging"}
 COMMAND = {"click", "json", "shutil"}
@@ -58,7 +63,8 @@ def modules(program: str, *flags: str) -> frozenset[str]:
 
 def heavy(program: str, *flags: str, allowed: set[str]) -> list[str]:
     """Give the heavy modules that a program has, but for those that are allowed and what these import."""
-    needed = modules("import " + ", ".join(sorted({"socket", "typing", "ctypes", *allowed})), *flags)
+    python = "import " + ", ".join(sorted({"socket", "typing", "ctypes", *allowed})) + NAMED_TUPLE
+    needed = modules(python, *flags)
     return sorted((modules(program, *flags) & HEAVY) - needed)
 
 
