@@ -482,6 +482,15 @@ def test_a_page_freed_among_others_is_empty_at_once(bench: Bench, writable: bool
     bench.frames.give_back(extent, 2)
 
 
+def test_the_memory_of_many_pages_goes_back_piece_by_piece(bench: Bench) -> None:
+    """Also if nobody ever mapped them: to take it all back at once is long."""
+    extent = bench.allocate(2000)
+    before = os.fstat(extent.master).st_blocks
+    bench.frames.give_back(extent, 0, 1500)
+    assert os.fstat(extent.master).st_blocks <= before // 2
+    bench.frames.give_back(extent, 1500, 500)
+
+
 def test_an_event_just_when_a_look_is_due_is_not_the_last(bench: Bench) -> None:
     extent = bench.allocate()
     kept = bench.map(extent, "granter")

@@ -99,7 +99,8 @@ class Frames(Loans[Holder]):
     def give_back(self, extent: Extent[Holder], page: int, pages: int = 1) -> None:
         """Take back pages that are free. They are emptied at once; the extent goes with its last page."""
         extent.in_use -= pages
-        if extent.next_byte:  # else no program has ever had it
+        # If no program has ever had it, its memory can go with its last page. But of much memory that takes long.
+        if extent.next_byte or extent.pages > _ZEROED_AT_ONCE:
             offset, length = (extent.first + page) * PAGE_SIZE, pages * PAGE_SIZE
             # A hole also gives the memory back. It is refused (EPERM) once the file is sealed. The granter itself can
             # have sealed read-only pages: then there may be no window, and no peer has ever had the pages.
