@@ -7,14 +7,16 @@ import errno
 import random
 from dataclasses import dataclass
 from itertools import product
+from struct import pack
 from typing import TYPE_CHECKING
 
 import pytest
 from event_program import pair
-from fake_program import Program, refused
+from fake_program import MAP, Program, refused
 from notifying import EVENT, set_notify
 
 from gntalloc.abi.gntalloc import AllocGref
+from gntalloc.drivers import chardev, gntdev
 from gntalloc.drivers.chardev import Plan
 from gntalloc.drivers.gntalloc import Allocated
 from gntalloc.errors import DeviceError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from fake_program import Map
 
+    from gntalloc.drivers.chardev import Piece
     from gntalloc.machine.machine import Machine as Core
     from gntalloc.steps import Steps
 
@@ -306,3 +309,78 @@ def test_a_map_of_what_is_freed_meanwhile_is_undone(large: Core) -> None:
         finish_steps(steps)
     assert granter.in_use() == 998
     recount(large)
+
+
+def test_pages_that_linger_are_freed_though_they_are_split_meanwhile(make_core: Callable[..., Core]) -> None:
+    """In Linux's behaviour a peer can map again what has ended."""
+    core = make_core("linux", limit=20_000, table_frames=40)
+    granter, peer = Program(core, 1, "gntalloc"), Program(core, 2, "gntdev")
+    refs = [ref for _ in range(3) for ref in granter.alloc(2, 400).refs]
+    theirs = peer.map(1, *refs)
+    granter.dealloc(0, 1200)
+    chores: list[Steps[None]] = []
+    core.later = lambda _domid, work: chores.append(work)
+    theirs.unmap()  # some steps of which are done, then the peer maps a page of each ALLOC again
+    undoing = chores.pop(0)
+    next(undoing)
+    (ending,) = chores
+    again = [peer.map(1, refs[number]) for number in (250, 650, 1050)]
+    for _ in ending:
+        pass
+    for _ in undoing:
+        pass
+    for each in again:
+        each.unmap()
+    for chore in chores[1:]:
+        for _ in chore:
+            pass
+    recount(core)
+    assert granter.references() == 0
+
+
+def test_pages_of_two_granters_are_mapped_in_their_order(core: Core) -> None:
+    """Domain 2 maps pages of its own, too."""
+    granters = [Program(core, domid, "gntalloc") for domid in (1, 2)]
+    peer = Program(core, 2, "gntdev")
+    refs = [granter.alloc(2, 4).refs for granter in granters]
+    mine = [granter.mmap(0, 4) for granter in granters]
+    for domid, page in product((0, 1), range(4)):
+        mine[domid].memory[page * PAGE_SIZE] = 10 * domid + page + 1
+    for order in ("00001111", "01010101", "00110011", "0", "01", "10001"):
+        asked, expected = [], []
+        for place, which in enumerate(map(int, order)):
+            page = order[:place].count(order[place]) % 4
+            asked.append(pack("=II", 1 + which, refs[which][page]))
+            expected.append(10 * which + page + 1)
+        argument = pack("=IIQ", len(asked), 0, 0) + b"".join(asked)
+        index = int.from_bytes(peer.ioctl(MAP, argument.ljust(24, b"\0"))[8:16], "little")
+        theirs = peer.mmap(index, len(asked))
+        assert [theirs.memory[place * PAGE_SIZE] for place in range(len(asked))] == expected
+        recount(core)
+        peer.unmap_refs(index, len(asked))
+        theirs.unmap()
+    for each in mine:
+        each.unmap()
+
+
+def test_a_step_maps_a_few_pages_however_many_are_out_of_order(large: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    granter, peer = Program(large, 1, "gntalloc"), Program(large, 2, "gntdev")
+    index = peer.map_refs(1, granter.alloc(2, 3000).refs[::-1])
+    joined: list[Piece] = []
+
+    def join(pieces: list[Piece], piece: Piece) -> None:
+        joined.append(piece)
+        chardev.join(pieces, piece)
+
+    monkeypatch.setattr(gntdev, "join", join)
+    steps = peer.file.begin_mmap(index, 3000 * PAGE_SIZE, prot=3, shared=True)
+    assert not isinstance(steps, Plan)
+    done = 0
+    with contextlib.suppress(StopIteration):
+        while True:
+            next(steps)
+            assert 0 < len(joined) - done <= 64
+            done = len(joined)
+    assert len(joined) == 3000
+    (record,) = peer.file.records
+    peer.file.unmapped(record)

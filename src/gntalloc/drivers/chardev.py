@@ -20,7 +20,7 @@ from gntalloc.maps import PAGE_SIZE, PROT_WRITE
 from gntalloc.steps import Steps, finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from gntalloc import frames, holders
 
@@ -36,7 +36,7 @@ __all__ = [
     "Record",
     "Serve",
     "Stream",
-    "joined",
+    "join",
 ]
 
 T = TypeVar("T")
@@ -292,13 +292,10 @@ class File:
         return ", ".join(f"{number:#010x}" for number in self.driver.requests)
 
 
-def joined(pieces: Iterable[Piece]) -> list[Piece]:
-    """Make one piece of pieces that follow each other within an extent."""
-    found: list[Piece] = []
-    for piece in pieces:
-        last = found[-1] if found else None
-        if last is not None and last.extent is piece.extent and last.page + last.pages == piece.page:
-            found[-1] = last._replace(pages=last.pages + piece.pages)
-        else:
-            found.append(piece)
-    return found
+def join(pieces: list[Piece], piece: Piece) -> None:
+    """Add a piece to others. If it follows the last one within an extent, they become one."""
+    last = pieces[-1] if pieces else None
+    if last is not None and last.extent is piece.extent and last.page + last.pages == piece.page:
+        pieces[-1] = last._replace(pages=last.pages + piece.pages)
+    else:
+        pieces.append(piece)

@@ -28,18 +28,19 @@ from gntalloc.abi.gntdev import (
 )
 from gntalloc.abi.grants import STATUS_NAMES
 from gntalloc.drivers.behaviour import OURS, Behaviour
-from gntalloc.drivers.chardev import Caller, Extent, File, Frames, Piece, Plan, Record, Serve, joined
+from gntalloc.drivers.chardev import Caller, Extent, File, Frames, Piece, Plan, Record, Serve, join
 from gntalloc.drivers.copy import Copier
 from gntalloc.drivers.indexes import Indexes
 from gntalloc.drivers.notify import PortReferences, Promise, check_action, clear_byte
 from gntalloc.drivers.placing import see_placed
 from gntalloc.errors import DeviceError
+from gntalloc.hypervisor.domains import common
 from gntalloc.hypervisor.grants import MapRefused
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.steps import PAGES_A_STEP, Later, Steps, batches, finish, finish_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from gntalloc.drivers.grefs import Pages
     from gntalloc.hypervisor.domains import Handle, Hypervisor
@@ -180,7 +181,9 @@ class GntdevDriver:
             ]
         except MapRefused:
             found = []
-        pieces = joined(Piece(span.grant.memory, page, 1) for span, page in found)
+        pieces: list[Piece] = []
+        for span, page in found:
+            join(pieces, Piece(span.grant.memory, page, 1))
         if len(pieces) == 1:
             first = pieces[0].extent.first + pieces[0].page
             if entries.has_room(first, len(refs) // GrantRef.SIZE):
@@ -214,12 +217,14 @@ class GntdevDriver:
         entry.mapped = True  # another call cannot map it meanwhile
         entry.record = Record(file, length, entry)  # and UNMAP_GRANT_REF leaves it to this map
         handles: list[Handle[Pages]] = []
+        pieces: list[Piece] = []
         try:
             for domid, refs in _by_domain(entry.refs):
                 at = 0
                 while at < len(refs):
                     handle = self._map_some(domid, refs, at, writable=writable)
                     handles.append(handle)
+                    join(pieces, Piece(handle.grant.memory, handle.page, handle.pages))
                     at += handle.pages
                     if len(handles) % _RUNS_A_STEP == 0:
                         yield
@@ -232,7 +237,6 @@ class GntdevDriver:
             self._give_up(file, entry, handles)
             raise
         entry.handles = handles
-        pieces = joined(Piece(grant.memory, page, count) for _, grant, page, count in handles)
         return Plan(entry.record, pieces, writable=writable, granters=False, locks=True)
 
     def _map_some(self, domid: int, refs: Sequence[int], at: int, *, writable: bool) -> Handle[Pages]:
@@ -338,13 +342,9 @@ class GntdevDriver:
             self._hypervisor.unmap(handles)
 
     def _undo_in_steps(self, handles: list[Handle[Pages]]) -> Steps[None]:
-        for handle in handles:
-            # Some of the pages may have gone their own way since.
-            table, grant, page, count = handle
-            parts = (span for span in table.spans(grant, page, count) if span is not None)
-            for some in batches(handle._replace(page=part.page, pages=part.count) for part in parts):
-                self._hypervisor.unmap(some)
-                yield
+        for some in batches(_parts(handles)):
+            self._hypervisor.unmap(some)
+            yield
 
     def unmapped(self, record: Record) -> None:
         """Give the grants up, as the last piece of this mmap is gone."""
@@ -397,18 +397,25 @@ class GntdevDriver:
 _GRANT_REF = Struct("=II")
 
 
-def _by_domain(refs: bytes) -> list[tuple[int, array[int]]]:
-    """Take packed (domid, reference) apart: the references of each domain that follow each other."""
+def _by_domain(refs: bytes) -> Iterator[tuple[int, array[int]]]:
+    """Take packed (domid, reference) apart: give the references of each domain that follow each other."""
     pairs = array("I", refs)
     domids, numbers = pairs[::2], pairs[1::2]
-    if domids.count(domids[0]) == len(domids):  # as nearly always
-        return [(domids[0], numbers)]
-    found: list[tuple[int, array[int]]] = []
-    for domid, number in zip(domids, numbers, strict=True):
-        if not found or found[-1][0] != domid:
-            found.append((domid, array("I")))
-        found[-1][1].append(number)
-    return found
+    first, end = 0, len(domids)
+    while first < end:
+        count = 1
+        if first + 1 < end and domids[first + 1] == domids[first]:
+            count += common(domids, first + 1, domids, first, end - first - 1)  # each is the one before it
+        yield domids[first], numbers[first : first + count]
+        first += count
+
+
+def _parts(handles: list[Handle[Pages]]) -> Iterator[Handle[Pages]]:
+    """Give handles for what of these pages is alike now: some may have gone their own way since they were mapped."""
+    for handle in handles:
+        for span in handle.table.spans(handle.grant, handle.page, handle.pages):
+            if span is not None:
+                yield handle._replace(page=span.page, pages=span.count)
 
 
 def _page_of(handles: list[Handle[Pages]], number: int) -> tuple[Extent, int]:

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Protocol
 
 from gntalloc.drivers.behaviour import OURS, Behaviour
+from gntalloc.drivers.grefs import Range
 from gntalloc.drivers.notify import Promise, clear_byte
 from gntalloc.drivers.releases import Releases
 from gntalloc.errors import BooksWrong
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gntalloc.drivers.chardev import Extent, Frames
-    from gntalloc.drivers.grefs import Alloc, Pages, Range
+    from gntalloc.drivers.grefs import Alloc, Pages
     from gntalloc.hypervisor.grants import GrantTable
 
 __all__ = ["AT_ONCE", "Descriptors", "GrantedPages"]
@@ -221,15 +222,14 @@ class GrantedPages:
         extents = dict.fromkeys(span.grant.memory for span in spans)
         lingering = [span for span in spans if not span.users]
         if sum([span.count for span in lingering]) > AT_ONCE:
-            self._later(self._end_in_steps(lingering, extents))
+            self._later(self._end_in_steps(_ranges_of(lingering), extents))
         else:
             self._end_lingering(lingering)
             for extent in extents:
                 self.releases.look(extent)
 
-    def _end_in_steps(self, spans: list[Pages], extents: Iterable[Extent]) -> Steps[None]:
-        for span in spans:
-            alloc, page, count = span.grant, span.page, span.count
+    def _end_in_steps(self, ranges: list[Range], extents: Iterable[Extent]) -> Steps[None]:
+        for alloc, page, count in ranges:
             for part in self._table.isolate(alloc, page, count, _PAGES_A_STEP):
                 if part is not None and not part.users and not part.pins:
                     self._end_lingering([part])
@@ -256,6 +256,11 @@ class GrantedPages:
         if extent in self._hidden and not self._is_hidden(extent):
             self._hidden.pop(extent)
             spans = [span for span in self.lingering.get(extent, _NONE) if not span.pins]
-            self._later(self._end_in_steps(spans, (extent,)))
+            self._later(self._end_in_steps(_ranges_of(spans), (extent,)))
         else:
             self.releases.look(extent)
+
+
+def _ranges_of(spans: Iterable[Pages]) -> list[Range]:
+    """Name the pages of spans, for later: where a peer can map again what has ended, it may split them until then."""
+    return [Range(span.grant, span.page, span.count) for span in spans]

@@ -14,7 +14,7 @@ from gntalloc.hypervisor.grants import Grant, GrantTable, MapRefused, Span
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["DomainExists", "Handle", "Hypervisor"]
+__all__ = ["DomainExists", "Handle", "Hypervisor", "common"]
 
 AnySpan = TypeVar("AnySpan", bound="Span")  # type: ignore[type-arg]
 
@@ -86,7 +86,7 @@ class Hypervisor(Generic[AnySpan]):
         span, page = table.look(first, mapper, writable=writable), table.page_of(first)
         there = self._handles.get(mapper, 0)
         most = min(len(refs) - at, span.page + span.count - page, MAX_HANDLES - there)
-        count = 1 if most == 1 else _common(refs, at, span.grant.refs, page, most)
+        count = 1 if most == 1 else common(refs, at, span.grant.refs, page, most)
         table.map(span.grant, page, count)
         self._handles[mapper] = there + count
         return Handle(table, span.grant, page, count)
@@ -112,7 +112,7 @@ class Hypervisor(Generic[AnySpan]):
         return table
 
 
-def _common(refs: Sequence[int], at: int, granted: Sequence[int], page: int, most: int) -> int:
+def common(refs: Sequence[int], at: int, granted: Sequence[int], page: int, most: int) -> int:
     """Count how many of `refs`, from `at` on, are those granted from `page` on, up to `most`. It is one at least."""
     count = 1
     more = 1
