@@ -361,15 +361,15 @@ def test_a_peer_that_opens_and_closes_without_end_fills_no_queue(bench: Bench) -
     loan, quiet = bench.lend(extent), bench.lend(other, "quiet")
     for flags in (os.O_RDONLY, os.O_RDWR) * 1000:  # two kinds of event, or the queue makes one of them all
         os.close(os.open(f"/proc/self/fd/{loan.descriptor}", flags))
-    events = [mask for _, mask in bench.frames._events()]
+    events = [mask for _, mask in bench.frames._watches._events()]
     assert len(events) <= 2  # the one it was told of, and that the watch is spent
     extent.watch = -1  # these events are read now: as if the look had come
-    bench.frames._watches.clear()
+    bench.frames._watches.things.clear()
     quiet.close()
     loan.close()
     other.watch = -1
     for each in (extent, other):
-        bench.frames._look_again(each, 0)
+        bench.frames._planned.plan(each, 0)
     assert sorted(bench.look()) == ["peer", "quiet"]
     bench.give_back(extent)
     bench.give_back(other)

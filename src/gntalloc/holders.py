@@ -18,7 +18,7 @@ locks, the lease says whether that is so; else a peer *hides*. The granter's loa
 locks, so a peer with read-only descriptors cannot make a granter's dead mapping look alive. (A peer that may write can.
 It gains no more than by keeping the page mapped.)
 
-Sources: fcntl(2), inotify(7).
+Source: fcntl(2).
 """
 
 from __future__ import annotations
@@ -26,23 +26,21 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import struct
-from heapq import heappop, heappush
-from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from gntalloc import clock
-from gntalloc.descriptions import is_locked, lock, nobody_has, one_writer_has, open_again, see_to_rights
+from gntalloc.descriptions import is_locked, lock, nobody_has, one_writer_has, open_again
 from gntalloc.errors import DeviceError
 from gntalloc.headroom import Headroom
-from gntalloc.libc import check, libc
+from gntalloc.inotify import Watches
 from gntalloc.maps import PAGE_SIZE
 from gntalloc.parties import Parties
 from gntalloc.rounds import Rounds
 from gntalloc.steps import finish_steps
+from gntalloc.timetable import Timetable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable
 
     from gntalloc.steps import Steps
     from gntalloc.window import Window
@@ -51,12 +49,6 @@ __all__ = ["Extent", "Holder", "Loan", "Loans", "News"]
 
 Holder = TypeVar("Holder")
 
-_IN_CLOSE = 0x08 | 0x10
-_IN_ONESHOT = 0x80000000
-_IN_Q_OVERFLOW = 0x4000
-_IN_IGNORED = 0x8000
-_EVENT = struct.Struct("=iIII")
-_QUEUE_A_READ = 4096  # bytes of events; of much more the C library would map memory for each read
 # The most live loans of an extent: so many of its granter's, so many of its peers', and one more of each for each page.
 # A look asks for every loan, and all programs wait for the look. Xen lets a page be mapped so often.
 _MOST_LOANS = 128
@@ -149,17 +141,9 @@ class Loans(Generic[Holder]):
         # A program that opens a memory file while a lease is being tried breaks the lease. The kernel tells that with
         # SIGIO, which kills by default.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
-        try:
-            self._inotify = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        except OSError as error:
-            why = f"this user can have no more inotify instances ({error.strerror}): each machine needs one"
-            raise DeviceError(error.errno, f"{why}; end some, or raise fs.inotify.max_user_instances") from error
+        self._watches: Watches[Extent[Holder]] = Watches()
         self._headroom = Headroom()
-        self._watches: dict[int, Extent[Holder]] = {}
-        self._planned: dict[Extent[Holder], tuple[int, float]] = {}  # looks so far, time of the next
-        self._eager: dict[Extent[Holder], None] = {}  # extents with few looks so far
-        self._timetable: list[tuple[float, int, Extent[Holder]]] = []  # a heap; the number only keeps order
-        self._number = count()
+        self._planned: Timetable[Extent[Holder]] = Timetable(_INTERVALS, _EAGER)
         self._queue: Parties[Extent[Holder]] = Parties()  # to be looked at now
         self._so_far: dict[Extent[Holder], int] = {}  # looks since the last event, of those in the queue
         self._looking: dict[Extent[Holder], Steps[list[Loan[Holder]]]] = {}  # at these in part
@@ -168,11 +152,11 @@ class Loans(Generic[Holder]):
 
     def fileno(self) -> int:
         """Give the descriptor that is readable when `news` has something to tell."""
-        return self._inotify
+        return self._watches.fileno()
 
     def close(self) -> None:
         """Stop listening. The extents live on until they are discarded."""
-        os.close(self._inotify)
+        self._watches.close()
 
     def lend(self, extent: Extent[Holder], holder: Holder, *, writable: bool, granters: bool) -> Loan[Holder]:
         """Make a description of the extent for one mmap of `holder`. It lives until the kernel drops its last piece.
@@ -239,7 +223,8 @@ class Loans(Generic[Holder]):
             self._so_far.pop(extent, None)
             self._looking.pop(extent, None)
         if extent.watch >= 0:
-            self._stop_listening(extent)
+            self._watches.discard(extent.watch)
+            extent.watch = -1
         self._look_no_more(extent)
 
     # Looking.
@@ -251,26 +236,14 @@ class Loans(Generic[Holder]):
             heard: whether `fileno` is readable, as far as is known. If it is not, only looks that are due are made.
             until: when to stop, by `clock.now`. What is left is looked at next time, each party's extents in turn.
         """
-        looks = self._due()
+        looks = self._planned.take()  # each look itself plans the one that follows
         rare = [*self._unheard.take(), *self._unsolved.take()] if self._unheard.things or self._unsolved.things else []
         for extent in rare:
             looks.setdefault(extent, len(_INTERVALS))
-        for watch, mask in self._events() if heard else ():
-            if mask & _IN_Q_OVERFLOW:  # some events were lost: look everywhere
-                for extent in list(self._watches.values()):
-                    self._stop_listening(extent)
-                    looks[extent] = 0
-            elif watch in self._watches and mask & _IN_CLOSE:
-                extent = self._watches.pop(watch)  # one event a watch, so that no program can flood the queue
-                extent.watch = -1
-                extent.unsolved = True
-                looks[extent] = 0
-            elif watch in self._watches and mask & _IN_IGNORED:
-                # It was renewed while the event that ended it was under way: the kernel gave the old one, and took it
-                # away then. The look makes another.
-                extent = self._watches.pop(watch)
-                extent.watch = -1
-                looks[extent] = 0
+        for extent, closed in self._watches.take() if heard else ():
+            extent.watch = -1
+            extent.unsolved = extent.unsolved or closed
+            looks[extent] = 0
         began = clock.now() if rare else 0.0
         ended: list[Loan[Holder]] = []
         touched: list[Extent[Holder]] = []
@@ -332,7 +305,9 @@ class Loans(Generic[Holder]):
         if not extent.lent:
             self._look_no_more(extent)
         elif so_far < _USUAL or (uncertain and extent.watch >= 0 and so_far < len(_INTERVALS)):
-            self._look_again(extent, so_far)
+            self._planned.plan(extent, so_far)
+            self._unheard.discard(extent)
+            self._unsolved.discard(extent)
         else:
             self._look_no_more(extent)
             if extent.watch < 0:
@@ -343,7 +318,7 @@ class Loans(Generic[Holder]):
     @property
     def restless(self) -> bool:
         """Whether `news` should be called before anything else is done, even if nothing has happened."""
-        if self._eager or self._queue:
+        if self._planned.eager or self._queue:
             return True
         due = self._next()
         return due is not None and due <= clock.now()
@@ -359,44 +334,14 @@ class Loans(Generic[Holder]):
         """Give the time of the next look that is planned."""
         if not (self._planned or self._unheard.things or self._unsolved.things):  # as often
             return None
-        times = [due for due in (self._unheard.due, self._unsolved.due) if due is not None]
-        if self._planned:
-            times.append(self._timetable[0][0])
-        return min(times, default=None)
-
-    def _look_again(self, extent: Extent[Holder], so_far: int) -> None:
-        """Plan the next look at an extent that has had `so_far` looks since its last event."""
-        if extent in self._planned and self._planned[extent][0] == so_far:
-            return  # the time of its next look stands
-        self._look_no_more(extent)
-        due = clock.now() + _INTERVALS[so_far]
-        self._planned[extent] = so_far, due
-        heappush(self._timetable, (due, next(self._number), extent))
-        if so_far < _EAGER:
-            self._eager[extent] = None
+        times = self._planned.due, self._unheard.due, self._unsolved.due
+        return min((due for due in times if due is not None), default=None)
 
     def _look_no_more(self, extent: Extent[Holder]) -> None:
         """Take the extent off the timetable and the rounds, until its next event."""
-        if self._planned:
-            self._planned.pop(extent, None)
-            self._eager.pop(extent, None)
+        self._planned.discard(extent)
         self._unheard.discard(extent)
         self._unsolved.discard(extent)
-
-    def _due(self) -> dict[Extent[Holder], int]:
-        """List the extents whose next look is due, or that are looked at eagerly, each with its looks so far."""
-        if not self._planned:
-            self._timetable.clear()
-            return {}
-        now = clock.now()
-        found = {extent: self._planned[extent][0] for extent in self._eager}
-        while self._timetable and self._timetable[0][0] <= now:
-            due, _, extent = heappop(self._timetable)
-            so_far, really_due = self._planned.get(extent, (0, 0.0))
-            if really_due == due:
-                self._look_no_more(extent)  # the look itself plans the one that follows
-                found[extent] = so_far + 1
-        return found
 
     def _look(self, extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:
         """Drop the loans that ended, and return them. Go on listening if the extent is still held."""
@@ -413,38 +358,8 @@ class Loans(Generic[Holder]):
             self.held(extent)
         return ended
 
-    # inotify.
-
-    def _events(self) -> Iterator[tuple[int, int]]:
-        """Read the queue empty: watch and mask of each event."""
-        while True:
-            try:
-                events = os.read(self._inotify, _QUEUE_A_READ)
-            except OSError:
-                return  # nothing is there; or what is there stays there
-            for watch, mask, _cookie, _length in _EVENT.iter_unpack(events):
-                yield watch, mask
-            if len(events) <= _QUEUE_A_READ - _EVENT.size:
-                return
-
     def _listen(self, extent: Extent[Holder]) -> None:
-        path = b"/proc/self/fd/%d" % extent.master
-        try:
-            watch = libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT)
-            if watch < 0:
-                see_to_rights(extent.master)
-                watch = check(libc.inotify_add_watch(self._inotify, path, _IN_CLOSE | _IN_ONESHOT))
-        except OSError as error:
-            why = f"the computer gives no inotify watch for the page's memory ({error.strerror})"
-            why += "; raise fs.inotify.max_user_watches" * (error.errno == errno.ENOSPC)
-            raise DeviceError(errno.ENOMEM, why) from error
-        extent.watch = watch
-        self._watches[watch] = extent
-
-    def _stop_listening(self, extent: Extent[Holder]) -> None:
-        libc.inotify_rm_watch(self._inotify, extent.watch)
-        del self._watches[extent.watch]
-        extent.watch = -1
+        extent.watch = self._watches.add(extent, extent.master)
 
 
 def _drop_ended(extent: Extent[Holder]) -> Steps[list[Loan[Holder]]]:

@@ -91,8 +91,9 @@ def a_loan_counted_twice(scene: Scene) -> None:
 
 
 def nobody_listens(scene: Scene) -> None:
-    scene.core.frames._watches.clear()
-    scene.core.frames._planned.clear()
+    scene.core.frames._watches.things.clear()
+    for extent in list(scene.core.frames._planned):
+        scene.core.frames._planned.discard(extent)
 
 
 def a_pin_too_few(scene: Scene) -> None:

@@ -53,7 +53,7 @@ class _Census:
         self.machine = machine
         # A domain that is gone has left its pages to those who map them: they are found by what the kernel is asked.
         frames = machine.frames
-        listened_to = [*frames._watches.values(), *frames._planned, *frames._unheard, *frames._unsolved]
+        listened_to = [*frames._watches.things.values(), *frames._planned, *frames._unheard, *frames._unsolved]
         owners = [extent.changed.__self__ for extent in listened_to]
         there = [guest.gntalloc._pages for guest in machine.guests.values()] + owners
         self.domains: list[GrantedPages] = list(dict.fromkeys(there))
@@ -138,7 +138,7 @@ class _Census:
         yield from _differ("loans of extents that no mmap has", len(set(loans) - set(theirs)), 0)
         yield from _differ("mmaps without a loan", sum(not record.loans for record in self.records), 0)
         frames = self.machine.frames
-        planned, watches = {*frames._planned, *frames._unheard, *frames._unsolved}, frames._watches
+        planned, watches = {*frames._planned, *frames._unheard, *frames._unsolved}, frames._watches.things
         for extent in self.extents:
             sides = Counter(loan.granters for loan in extent.loans)
             yield from _differ("live loans of an extent", extent.live, [sides[False], sides[True]])
