@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pickle
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from gntalloc import (
     ViewsStillExported,
     current_domain,
 )
+from gntalloc.maps import Mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +95,34 @@ def test_more_pages_than_this_computer_has_are_beyond_the_limit(alice: Domain, b
     with pytest.raises(DeviceError, match=f"{pages} pages were asked for, and the domain's limit is") as caught:
         alice.share(bob, pages)
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_pages_that_could_not_be_placed_are_given_back(
+    machine: Machine, alice: Domain, bob: Domain, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    file = alice.devices.open("gntalloc") if kept else None
+    theirs = bob.devices.open("gntdev") if kept else None
+    with alice.share(bob, writable=True) as shared:
+        before = machine.statistics()
+
+        def refuse(*_: object, **__: object) -> NoReturn:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(Mapping, "place", refuse)
+            for call in (lambda: alice.share(bob, 3, file=file), lambda: bob.map(shared.grant, file=theirs)):
+                with pytest.raises(DeviceError, match="could not be made") as caught:
+                    call()
+                assert caught.value.errno == errno.ENOMEM
+        after = machine.statistics()
+        for earlier, later in zip(before.domains, after.domains, strict=True):
+            assert (later.pages_in_use, later.references) == (earlier.pages_in_use, earlier.references)
+        shared.close()
+        assert not shared.held
+    for each in (file, theirs):
+        if each is not None:
+            each.close()
 
 
 def test_the_limit_can_be_changed(alice: Domain, bob: Domain) -> None:

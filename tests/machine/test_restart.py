@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PATIENCE = 30.0
+THREADS = 8
 
 
 class Named:
@@ -117,6 +118,23 @@ def test_a_domain_goes_on(named: Named, restart: Callable[[Named], None]) -> Non
         with pytest.raises(gntalloc.DeviceError):
             two.map(1, 8)
     closed(one, two)
+
+
+@WAYS
+def test_threads_that_notice_at_once_all_go_on(named: Named, restart: Callable[[Named], None]) -> None:
+    one = named.domain(1)
+    one.share(2).close()
+    together = threading.Barrier(THREADS)
+
+    def share(_: int) -> None:
+        together.wait(PATIENCE)
+        one.share(2).close()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        for _ in range(5):
+            restart(named)
+            list(threads.map(share, range(THREADS), timeout=PATIENCE))
+    closed(one)
 
 
 @WAYS

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from limits import status_of
@@ -206,6 +206,20 @@ def test_what_failed_does_not_count(alice: Domain) -> None:
     lost = [alice.share(2, pages=4, most_per_peer=4)]
     with pytest.warns(ResourceWarning):
         lost.clear()
+    alice.share(2, pages=4, most_per_peer=4).close()
+
+
+def test_what_could_not_even_be_asked_for_does_not_count(alice: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a program opens the device file, too."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise DeviceError(errno.EMFILE, "no descriptors are left")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(alice.devices, "open", refuse)
+        for _ in range(3):
+            with pytest.raises(DeviceError, match="no descriptors are left"):
+                alice.share(2, pages=4, most_per_peer=4)
     alice.share(2, pages=4, most_per_peer=4).close()
 
 

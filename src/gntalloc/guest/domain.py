@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gntalloc.clock import Deadline
 from gntalloc.errors import DeviceError, MachineGone, TimedOut
@@ -19,13 +19,15 @@ from gntalloc.guest.quotas import Quotas
 from gntalloc.maps import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gntalloc.guest.devices import Attached, DeviceFile
     from gntalloc.guest.devices.kernel import KernelDevices
     from gntalloc.xenstore.client import Store
 
 __all__ = ["BareDomain"]
+
+Made = TypeVar("Made")
 
 _MOST_PAGES = 0xFFFF_FFFF  # that one call can ask for
 _LONGEST_NAP = 0.01  # seconds between two tries of a map whose granter is not ready
@@ -113,21 +115,16 @@ class BareDomain:
             count_of(most_per_peer, "most_per_peer, a number of pages")
         charge = self._quotas.charge(domid, count, most_per_peer)
         times, kept = 2 if mirrored else 1, file is not None
-        device = file or self._file("gntalloc")
         try:
-            try:
-                made = device.share(domid, count, writable=writable, times=times, keep=kept)
-            except MachineGone:
-                if not self._is_back("gntalloc", device):
-                    raise
-                device = self._file("gntalloc")
-                made = device.share(domid, count, writable=writable, times=times, keep=kept)
+            device, made = self._make(
+                "gntalloc", file, lambda it: it.share(domid, count, writable=writable, times=times, keep=kept)
+            )
+            grant = Grant(self.domid, made.refs, writable)
+            made.mapping.name = "grant", grant
+            return SharedPages(device, made.first, grant, made.mapping, charge, kept=kept)
         except BaseException:
             charge.end()
             raise
-        grant = Grant(self.domid, made.refs, writable)
-        made.mapping.name = "grant", grant
-        return SharedPages(device, made.first, grant, made.mapping, charge, kept=kept)
 
     def see_to_quota(self, peer: int, pages: int, most_per_peer: int) -> None:
         """See that `peer` may have so many pages more, which are shared in several pieces then.
@@ -165,14 +162,7 @@ class BareDomain:
         grant = _grant(granter, refs, writable)
         wanted = grant.refs * 2 if mirrored else grant.refs
         kept = file is not None
-        device = file or self._file("gntdev")
-        try:
-            made = _attach_when_ready(device, grant, wanted, timeout, keep=kept)
-        except MachineGone:
-            if not self._is_back("gntdev", device):
-                raise
-            device = self._file("gntdev")
-            made = _attach_when_ready(device, grant, wanted, timeout, keep=kept)
+        device, made = self._make("gntdev", file, lambda it: _attach_when_ready(it, grant, wanted, timeout, keep=kept))
         made.mapping.name = "the map of grant", grant
         return MappedPages(device, made.first, grant, made.mapping, len(wanted), kept=kept)
 
@@ -198,16 +188,25 @@ class BareDomain:
     def __repr__(self) -> str:
         return f"<Domain {self.domid} at {self.address}>"
 
-    def _is_back(self, name: str, lost: DeviceFile) -> bool:
-        """Say, after MachineGone, whether the domain of the file that this process has for all is there again.
+    def _make(self, name: str, given: DeviceFile | None, make: Callable[[DeviceFile], Made]) -> tuple[DeviceFile, Made]:
+        """Make something with a file, and return both: the given one, or that which this process has for all.
 
-        Then `_file` gives a new one. The old one is not closed: what was made with it says that it is gone.
+        If the domain of the latter has ended and is there again, it is done once more with a new one. The old one is
+        not closed: what was made with it says that it is gone.
         """
+        if given is not None:
+            return given, make(given)
+        file = self._file(name)
+        try:
+            return file, make(file)
+        except MachineGone:
+            if not (file.lost and self.devices.is_back()):
+                raise
         key = os.getpid(), name
-        if self._files.get(key) is not lost or not (lost.lost and self.devices.is_back()):
-            return False
-        del self._files[key]
-        return True
+        if self._files.get(key) is file:  # else another thread has been here
+            self._files.pop(key, None)
+        file = self._file(name)
+        return file, make(file)
 
     @property
     def _quotas(self) -> Quotas:

@@ -179,6 +179,7 @@ class MachineFile:
     def share(self, domid: int, count: int, *, writable: bool, times: int = 1, keep: bool = False) -> Shared:
         """See `DeviceFile`. One message: the machine goes on to the mmap by itself."""
         mapping = self._reserve(count * PAGE_SIZE * times, PROT_READ | PROT_WRITE)
+        index = None
         try:
             answer = self._call(Share, domid, FLAG_WRITABLE if writable else 0, count, keep)
             made, index = answer.read(ShareAnswer), answer.number(_LARGEST_INDEX)
@@ -186,19 +187,20 @@ class MachineFile:
                 raise MachineBroke("the machine's answer has another number of references; use one gntalloc for both")
             self._place(mapping, (Piece(0, made.offset, count * PAGE_SIZE),) * times, answer.descriptors, made.mark)
         except BaseException:
-            mapping.close()
+            self._undo(mapping, index, count, kept=keep)
             raise
         return Shared(index, tuple(memoryview(made.refs).cast("I")), mapping)
 
     def attach(self, granter: int, refs: Sequence[int], *, writable: bool, keep: bool = False) -> Attached:
         """See `DeviceFile`. One message, as of `share`."""
         mapping = self._reserve(len(refs) * PAGE_SIZE, PROT_READ | PROT_WRITE if writable else PROT_READ)
+        index = None
         try:
             answer = self._call(Attach, granter, writable, keep, mapping.address, array("I", refs).tobytes())
             made, index = answer.read(MapAnswer), answer.number(_LARGEST_INDEX)
             self._place(mapping, made.pieces, answer.descriptors, made.mark)
         except BaseException:
-            mapping.close()
+            self._undo(mapping, index, len(refs), kept=keep)
             raise
         return Attached(index, mapping)
 
@@ -206,7 +208,19 @@ class MachineFile:
         try:
             return Mapping(length, prot=prot, name=("a map of", self.name))
         except (OSError, OverflowError) as error:
-            raise DeviceError(errno.ENOMEM, f"{length} bytes of {self.name} cannot be mapped here: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            todo = "unmap some, or raise ulimit -v or vm.max_map_count"
+            raise DeviceError(
+                errno.ENOMEM, f"{length} bytes cannot be mapped in this process: {why}; {todo}"
+            ) from error
+
+    def _undo(self, mapping: Mapping, index: int | None, count: int, *, kept: bool) -> None:
+        mapping.close()
+        if index is not None:
+            try:
+                self.end(index, count, kept=kept)
+            except GntallocError:
+                pass  # the machine is gone, and they with it
 
     def end(self, index: int, count: int, *, kept: bool) -> None:
         """See `DeviceFile`. What is not kept went with its map: the machine sees that."""
