@@ -505,3 +505,16 @@ def test_a_supervisor_whose_line_was_closed_speaks_over_another(tmp_path: Path) 
             files.channel.close()
             files.open(process, "gntdev", os.O_RDWR).close()
         files.channel.close()
+
+
+def test_after_that_it_speaks_for_the_same_program(tmp_path: Path) -> None:
+    with Machine() as machine:
+        machine.domain(1)
+        files = Files(domain_path(machine.folder, 1), lambda *_: None, lambda _: True)
+        opened = [files.open(1, "gntdev", os.O_RDWR) for _ in range(2)]
+        files.channel.close()
+        opened.append(files.open(1, "gntdev", os.O_RDWR))
+        assert [file.opener for file in machine.files()] == [1, 1, 1]
+        for each in opened:
+            each.close()
+        files.channel.close()

@@ -286,10 +286,9 @@ class Files:
         return self.channel.has_heard(self._served)
 
     def _speak_for(self, process: int, *, by_offset: bool = False) -> None:
-        wanted = process, by_offset, self.channel.generation
-        if wanted != self._speaks_for:
+        if self._speaks_for != (process, by_offset, self.channel.live):  # closed: it connects, and tells the new one
             self.channel.tell(Behalf(process, by_offset))
-            self._speaks_for = wanted
+            self._speaks_for = process, by_offset, self.channel.live
 
     def _remember(self, file: OpenFile) -> None:
         if len(self._known) >= _MOST_KNOWN:
