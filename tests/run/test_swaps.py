@@ -5,8 +5,10 @@ The kernel does not say when it has looked a descriptor up. Here it takes its ti
 
 from __future__ import annotations
 
+import errno
+import os
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from held import MARK, PATIENCE, Held, readable, refuse
 from runs import python
@@ -51,46 +53,80 @@ input()
 """
 
 
-def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Files, "have_served", lambda *_: None)  # so the supervisor serves
-    monkeypatch.setattr(injector_module, "_ptrace", refuse)
-    told: list[str] = []
-    placed: list[str] = []
-    monkeypatch.setattr(debugged, "tell_place", lambda _memory, _mark, address, _length: placed.append(str(address)))
-    with Machine() as machine:
+class Supervised:
+    """A program under a debugger, whose calls a supervisor of ours serves."""
+
+    def __init__(self, machine: Machine, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+        monkeypatch.setattr(Files, "have_served", lambda *_: None)  # so the supervisor serves
+        monkeypatch.setattr(injector_module, "_ptrace", refuse)
+        monkeypatch.setattr(debugged, "tell_place", lambda _memory, _mark, at, _length: self.placed.append(str(at)))
+        self.told: list[str] = []
+        self.placed: list[str] = []
         machine.domain(1)
-        supervisor = Supervisor(domain_path(machine.folder, 1), say=told.append)
-        held = Held(*python(TWO_MAPS), kind=Late)
-        late = held.listener
-        assert isinstance(late, Late)
-        supervisor.begin(late, mark=MARK, died=lambda *_: None)
-        poll = select.poll()
-        poll.register(late, select.POLLIN)
-        poll.register(held.output, select.POLLIN)
+        self.supervisor = Supervisor(domain_path(machine.folder, 1), say=self.told.append)
+        self.held = Held(*python(code), kind=Late)
+        assert isinstance(self.held.listener, Late)
+        self.listener = self.held.listener
+        self.supervisor.begin(self.listener, mark=MARK, died=lambda *_: None)
+        self._poll = select.poll()
+        self._poll.register(self.listener, select.POLLIN)
+        self._poll.register(self.held.output, select.POLLIN)
 
-        def next_line() -> str:
-            while held.output.fileno() not in dict(poll.poll(PATIENCE * 1000)):
-                supervisor.serve()
-            return held.said()
+    def next_line(self) -> str:
+        """Serve until the program says something."""
+        while self.held.output.fileno() not in dict(self._poll.poll(PATIENCE * 1000)):
+            self.supervisor.serve()
+        return self.held.said()
 
-        assert next_line() == "ready"
+    def end(self) -> None:
+        """See it leave."""
+        self.held.tell("")
+        assert self.held.status() == 0
+        self.held.end()
+        self.supervisor.files.channel.close()
+
+
+def test_another_map_while_one_may_still_look_for_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine() as machine:
+        run = Supervised(machine, monkeypatch, TWO_MAPS)
+        late = run.listener
+        assert run.next_line() == "ready"
         late.late = []
-        held.tell("")
+        run.held.tell("")
         assert readable(late)
-        supervisor.serve()  # does not wait for it for ever
+        run.supervisor.serve()  # does not wait for it for ever
         assert len(late.late) == 1
-        held.tell("")
-        assert next_line() == "EBUSY"
-        (text,) = told
+        run.held.tell("")
+        assert run.next_line() == "EBUSY"
+        (text,) = run.told
         assert "while another program traces it" in text
         (call,), late.late = late.late, None
         late.go_on(call)
-        name, first = next_line().split()
-        assert (name, placed) == ("first", [])
-        held.tell("")
-        name, second = next_line().split()
-        assert (name, placed) == ("second", [first, second])
-        held.tell("")
-        assert held.status() == 0
-        held.end()
-        supervisor.files.channel.close()
+        name, first = run.next_line().split()
+        assert (name, run.placed) == ("first", [])
+        run.held.tell("")
+        name, second = run.next_line().split()
+        assert (name, run.placed) == ("second", [first, second])
+        run.end()
+
+
+def test_a_map_for_which_no_descriptor_is_left_is_refused_and_the_next_one_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is refused before the program's call goes on, which could not be answered then."""
+    with Machine() as machine:
+        run = Supervised(machine, monkeypatch, TWO_MAPS)
+        assert run.next_line() == "ready"
+
+        def no_room(_: int) -> NoReturn:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(os, "dup", no_room)
+            run.held.tell("")
+            assert run.next_line() == "EBUSY"
+        for _ in range(2):
+            run.held.tell("")
+            name, at = run.next_line().split()
+            assert (name, run.placed.pop()) == ("second", at)
+        run.end()

@@ -85,15 +85,20 @@ class Swaps:
         descriptor, offset = call.arguments[4] & _LOW_INT, call.arguments[5]
         assert place.offset == offset
         assert self.free(process)
-        inode = os.fstat(place.memory).st_ino
-        os.lseek(place.memory, _MARK + place.handle, os.SEEK_SET)
-        before = frozenset(_maps_of(call.thread, inode, offset))
-        self._listener.replace(call, place.memory, descriptor, flags=_close_on_exec(call.thread, descriptor))
-        if len(self._away) >= _MOST_KNOWN:
-            self._away.clear()
-        self._away.add((inode, place.handle))
-        self._listener.go_on(call)
-        self._unfinished[process] = _Unfinished(call, inode, place._replace(memory=os.dup(place.memory)), before)
+        place = place._replace(memory=os.dup(place.memory))
+        try:
+            inode = os.fstat(place.memory).st_ino
+            os.lseek(place.memory, _MARK + place.handle, os.SEEK_SET)
+            before = frozenset(_maps_of(call.thread, inode, offset))
+            self._listener.replace(call, place.memory, descriptor, flags=_close_on_exec(call.thread, descriptor))
+            if len(self._away) >= _MOST_KNOWN:
+                self._away.clear()
+            self._away.add((inode, place.handle))
+            self._listener.go_on(call)
+        except BaseException:
+            os.close(place.memory)
+            raise
+        self._unfinished[process] = _Unfinished(call, inode, place, before)
         deadline = Deadline(_PATIENCE)
         while not self._see(process, call.thread, left=False) and not deadline.expired:
             time.sleep(0.0002)  # no event tells
@@ -140,7 +145,7 @@ class Swaps:
 
 
 def tell_place(descriptor: int, mark: int, address: int, length: int) -> None:
-    """Let the kernel tell the machine that the program has these pages at `address`. Mark 0: the machine asks not."""
+    """Let the kernel tell the machine that the program has these pages at `address`. With mark 0 it does not ask."""
     if mark:
         with suppress(OSError):  # then the machine does not know it, and says so to those that ask
             lock_place(descriptor, mark, address, length)

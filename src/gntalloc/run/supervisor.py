@@ -146,7 +146,7 @@ class Supervisor:
             _close(plan)
 
     def _done(self, plan: Plan, result: int) -> None:
-        """Close the plan's descriptors: the caller is about to go on, and may ask whether its pages are held."""
+        """Tell where the pages are, and close the descriptors: the caller may ask next whether they are held."""
         if result >= 0:
             for descriptor in plan.descriptors:
                 tell_place(descriptor.fileno(), plan.mark, result, plan.length)
