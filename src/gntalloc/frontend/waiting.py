@@ -78,16 +78,17 @@ class Waiting:
         """
         self.until_settled(deadline)
         self._session.show()
+        slept = False
         while True:
             self.until_settled(deadline)
-            if not (count := self._collect(missing, deadline)):
+            if not (count := self._collect(missing, deadline, slept=slept)):
                 return
             self._session.check_open()
             left = deadline.remaining
             if left == 0:
                 raise TimedOut(f"{self._session} has waited in vain for {what}; wait again")
             if not self._asleep:
-                self._sleep(left, 1 if self._others else count)
+                slept = self._sleep(left, 1 if self._others else count)
             elif not self._session.ask():  # it may sleep until there are more than this thread needs
                 self._others += 1
                 try:
@@ -95,8 +96,8 @@ class Waiting:
                 finally:
                     self._others -= 1
 
-    def _collect(self, missing: Callable[[], int], deadline: Deadline) -> int:
-        """Take in what is there, and look for a while whether that is all. How much is missing."""
+    def _collect(self, missing: Callable[[], int], deadline: Deadline, *, slept: bool) -> int:
+        """Take in what is there, and look for a while whether that is all. Return how much is missing."""
         session = self._session
         until = None
         while True:
@@ -105,18 +106,23 @@ class Waiting:
             if not (count := missing()):
                 if until is not None:
                     self._look.paid()
+                elif slept:
+                    self._look.woken()
                 return 0
             if until is None:
                 until = self._look.until(deadline)
             if session.failed is not None or now() >= until:
                 return count
 
-    def _sleep(self, left: float | None, more: int) -> None:
-        """Until `more` responses are there, or something else has happened. Others may have the lock meanwhile."""
+    def _sleep(self, left: float | None, more: int) -> bool:
+        """Sleep until `more` responses are there, or something else has happened. False: something was there already.
+
+        Others may have the lock meanwhile.
+        """
         link = self._session.link
         assert link is not None
         if self._session.ask(more):
-            return
+            return False
         self._asleep = True
         self.changed.release()
         try:
@@ -124,14 +130,13 @@ class Waiting:
         finally:
             self.changed.acquire()
             self._asleep = False
-            self._look.woken()
             self.changed.notify_all()
-        if not look or self.away:
-            return
-        if (failed := link.verdict()) is not None:
-            self._lose(failed)
-        else:
-            self._session.refresh()
+        if look and not self.away:
+            if (failed := link.verdict()) is not None:
+                self._lose(failed)
+            else:
+                self._session.refresh()
+        return True
 
     def _lose(self, failed: GntallocError) -> None:
         """Tell all waiters that the backend is gone; or, with patience, wait for another."""
