@@ -277,11 +277,6 @@ class GrantTable(Generic[AnySpan]):
                 idle.append(span)
         return idle
 
-    def is_mapped(self, ref: int) -> bool:
-        """Say whether any domain maps the reference now."""
-        span = self._slots[ref]
-        return span is not None and span.pins > 0
-
     def readonly(self, ref: int) -> bool:
         """Say whether a live grant gives its peer no right to write."""
         span = self._slots[ref]
